@@ -1,0 +1,162 @@
+"""One frozen configuration and its one loader: defaults < file < environment < flags.
+
+Sizes stay as the user wrote them (`6GiB`, `80%`) until `memory/budget.py` knows what they are
+a share of. Each default exists once, here; the command line reads it from the fields.
+"""
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from retinue.errors import UsageError
+from retinue.types import SamplingParams
+
+ENVIRONMENT_PREFIX = "RETINUE_"
+ENVIRONMENT_KEYS = ("memory", "experts", "context", "preset", "precision", "threads", "self_check")
+PRECISIONS = ("as-is",)
+
+_UNITS = {"": 1, "B": 1}
+_UNITS |= {f"{letter}B": 1000**n for n, letter in enumerate("KMGT", 1)}
+_UNITS |= {f"{letter}iB": 1024**n for n, letter in enumerate("KMGT", 1)}
+_UNITS_BY_CASE = {unit.lower(): factor for unit, factor in _UNITS.items()}
+
+
+def parse_size(text: str | int, *, whole: int | None = None) -> int:
+    """Bytes in `text`: `512MiB`, `6GB`, a plain number, or a share such as `80%` of `whole`.
+
+    Raises UsageError for anything else, and for a share where there is no whole.
+    """
+    if isinstance(text, int):
+        return text
+    share = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*", text)
+    if share and whole is not None:
+        return int(float(share[1]) / 100 * whole)
+    size = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    factor = _UNITS_BY_CASE.get(size[2].lower()) if size else None
+    if size is None or factor is None:
+        allowed = "a size such as 512MiB or 6GB" + (" or a share such as 80%" if whole else "")
+        raise UsageError(f"not a size: `{text}`", hint=f"write {allowed}")
+    return int(float(size[1]) * factor)
+
+
+def format_size(count: float) -> str:
+    """`count` bytes for people, in binary units: `5.9 GiB`."""
+    for unit in ("B", "KiB", "MiB"):
+        if abs(count) < 1024:
+            return f"{count:.0f} {unit}"
+        count /= 1024
+    return f"{count:.2f} GiB"
+
+
+def _option(default: Any, help: str, metavar: str = "") -> Any:
+    return field(default=default, metadata={"help": help, "metavar": metavar})
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """Every setting of the engine and of one request's sampling. The command line is made of it."""
+
+    memory: str | int = _option(
+        "80%", "upper bound for the peak resident memory of the process and its children", "SIZE"
+    )
+    experts: str | int | None = _option(
+        None, "upper bound for the resident routed experts: a share of all, or a size", "SHARE"
+    )
+    context: int | None = _option(None, "longest sequence to make room for, in tokens", "TOKENS")
+    preset: str = _option("auto", "a named combination of policies, see `retinue presets`", "NAME")
+    precision: str = _option("as-is", "of weights in memory: as-is", "NAME")
+    threads: int | None = _option(None, "cores that may be used", "N")
+    self_check: bool = _option(True, "compare with the reference at load")
+    max_new_tokens: int = _option(256, "longest answer, in tokens", "N")
+    temperature: float = _option(0.0, "0 is greedy", "T")
+    top_p: float = _option(1.0, "sample from the most likely tokens of this total share", "P")
+    top_k: int = _option(0, "sample from this many of the most likely tokens; 0: all", "K")
+    min_p: float = _option(0.0, "sample from tokens this likely, relative to the likeliest", "P")
+    seed: int | None = _option(None, "makes a sampled answer reproducible", "N")
+    stop: tuple[str, ...] = _option((), "a text that ends the answer; may be repeated", "TEXT")
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise UsageError(
+                f"unknown precision: `{self.precision}`",
+                hint=f"this version serves: {', '.join(PRECISIONS)}",
+            )
+        for name in ("context", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{name} is out of range: `{value}`", hint="1 or more")
+        self.sampling()
+
+    def sampling(self) -> SamplingParams:
+        """The sampling parameters of a request under this configuration."""
+        names = {f.name for f in fields(self)} & {f.name for f in fields(SamplingParams)}
+        return SamplingParams(**{name: getattr(self, name) for name in names})
+
+
+DEFAULT_CONTEXT = 4096
+
+
+def load_config(
+    flags: Mapping[str, Any],
+    file: str | Path | None = None,
+    environ: Mapping[str, str] | None = None,
+) -> Config:
+    """Merge defaults < `file` (YAML) < `RETINUE_*` < `flags` (None: not given) into a Config.
+
+    Raises UsageError for unknown keys and for values of the wrong type or range.
+    """
+    environ = os.environ if environ is None else environ
+    values: dict[str, Any] = _read_file(Path(file)) if file is not None else {}
+    for key in ENVIRONMENT_KEYS:
+        if (text := environ.get(ENVIRONMENT_PREFIX + key.upper())) is not None:
+            values[key] = text
+    values |= {key: value for key, value in flags.items() if value is not None}
+    known = {f.name: f.type for f in fields(Config)}
+    for key in values:
+        if key not in known:
+            raise UsageError(f"unknown setting: `{key}`", hint=f"known: {', '.join(known)}")
+    return Config(**{key: _coerce(key, known[key], value) for key, value in values.items()})
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"cannot read the configuration `{path}`: {error}") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"not a mapping: `{path}`", hint="write one `key: value` a line")
+    return {str(key).replace("-", "_"): value for key, value in content.items()}
+
+
+def _coerce(key: str, kind: object, value: Any) -> Any:
+    """Turn a text from a file or the environment into the field's own type."""
+    if value is None:
+        return None
+    try:
+        if kind is bool or kind == bool:
+            return _boolean(value)
+        if kind in (int, int | None):
+            return int(value)
+        if kind is float:
+            return float(value)
+        if key == "stop":
+            return (value,) if isinstance(value, str) else tuple(str(item) for item in value)
+        return value if isinstance(value, (str, int)) else str(value)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"{key} has the wrong type: `{value}`") from error
+
+
+def _boolean(value: Any) -> bool:
+    if isinstance(value, bool):
+        return value
+    text = str(value).lower()
+    if text in ("1", "true", "yes", "on"):
+        return True
+    if text in ("0", "false", "no", "off"):
+        return False
+    raise ValueError(value)

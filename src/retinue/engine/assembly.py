@@ -1,0 +1,115 @@
+"""Puts the parts together: checkpoint, network, memory, policies. Everything is built once, here."""
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from retinue.config import Config
+from retinue.engine.engine import Engine
+from retinue.memory.budget import Split, split
+from retinue.memory.cache import ExpertCache
+from retinue.memory.checkpoint import open_checkpoint
+from retinue.memory.files import Reader
+from retinue.memory.home import locate
+from retinue.memory.machine import cores
+from retinue.memory.mover import Mover
+from retinue.memory.tier import Tier
+from retinue.metrics import Metrics
+from retinue.model.experts import IMPLEMENTATION, ExpertHost
+from retinue.model.load import Network, build, end_tokens, load_dense, load_tokenizer
+from retinue.model.reference import self_check
+from retinue.model.routing import find_routers
+from retinue.model.runner import Runner
+from retinue.model.survey import facts_of, survey
+from retinue.policy.presets import Preset, preset
+from retinue.types import Facts
+
+
+@dataclass(slots=True)
+class Assembly:
+    """A loaded model and everything that serves it."""
+
+    facts: Facts
+    split: Split
+    preset: Preset
+    threads: int
+    network: Network
+    tokenizer: Any | None
+    reader: Reader
+    tier: Tier
+    mover: Mover
+    cache: ExpertCache
+    engine: Engine
+    metrics: Metrics
+    load_s: float
+    notes: list[str]
+
+    @property
+    def folder(self) -> Path:
+        """The checkpoint's folder."""
+        return self.network.checkpoint.folder
+
+    def close(self) -> None:
+        """Stop the readers, close the files, give the slots' memory back."""
+        self.mover.close()
+        self.reader.close()
+        self.tier.release()
+
+
+def assemble(model: str | Path, config: Config) -> Assembly:
+    """Load `model` under `config`. Refuses before loading what cannot fit."""
+    started = time.perf_counter()
+    folder = locate(model)
+    chosen = preset(config.preset)
+    threads = config.threads or cores()
+    facts = survey(folder)
+    limits = split(
+        facts, memory=config.memory, context=config.context, experts=config.experts
+    )
+    torch.set_num_threads(threads)
+    network = build(open_checkpoint(folder))
+    network.model.set_experts_implementation(IMPLEMENTATION)
+    facts = facts_of(network)
+    reader, metrics, policies = Reader(), Metrics(), chosen.build()
+    load_dense(network, reader)
+    tier = Tier(limits.slots, limits.slot_bytes)
+    mover = Mover(reader)
+    layouts = network.experts.layouts
+    cache = ExpertCache(layouts, tier, mover, policies.evictor, network.top_k)
+    routers = find_routers(network.model, network.experts.modules)
+    host = ExpertHost(network.experts.modules, routers, cache, policies, metrics)
+    try:
+        if config.self_check:
+            hidden = network.text_config.hidden_size
+            self_check(host, network.experts.modules, layouts, hidden, network.model.dtype)
+        engine = Engine(
+            Runner(network, host, mover, metrics),
+            metrics,
+            context=limits.context,
+            chunk=limits.chunk,
+            vocabulary=facts.vocab_size,
+            end_tokens=end_tokens(network),
+        )
+        tokenizer = load_tokenizer(folder)
+    except BaseException:
+        mover.close()
+        reader.close()
+        raise
+    notes = [reader.note] if reader.note else []
+    if policies.predictor.needs and None in routers:
+        notes.append("no look-ahead: some routers of this model cannot be asked")
+    load_s = time.perf_counter() - started
+    return Assembly(
+        facts, limits, chosen, threads, network, tokenizer, reader, tier, mover, cache, engine,
+        metrics, load_s, notes,
+    )
+
+
+def quiet_libraries() -> None:
+    """Keep transformers and tokenizers from writing to the terminal and from forking threads."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -1,0 +1,229 @@
+"""The offline interface: `LLM(model, memory="4GiB").generate(prompts, SamplingParams(...))`."""
+
+import statistics
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from retinue.config import Config, load_config
+from retinue.engine.assembly import Assembly, assemble
+from retinue.engine.request import Request, State, new_request
+from retinue.errors import UsageError
+from retinue.memory.machine import resident_bytes
+from retinue.types import Output, SamplingParams, Stats
+
+Prompt = str | Sequence[int]
+
+
+class LLM:
+    """A Mixture-of-Experts model inside a byte budget.
+
+    model: a checkpoint folder, or `sample`. memory: upper bound for the process's peak resident
+    memory, such as `4GiB`. experts: upper bound for the resident experts, such as `25%`. The
+    other settings are those of `Config`; defaults < `RETINUE_*` environment < arguments.
+
+    Raises Refused before anything is loaded when the model does not fit or is not served, and
+    CheckpointError when its files are damaged. Not thread-safe but for `cancel`.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        memory: str | int | None = None,
+        experts: str | int | None = None,
+        preset: str | None = None,
+        precision: str | None = None,
+        threads: int | None = None,
+        context: int | None = None,
+        self_check: bool | None = None,
+    ) -> None:
+        flags = {
+            "memory": memory,
+            "experts": experts,
+            "preset": preset,
+            "precision": precision,
+            "threads": threads,
+            "context": context,
+            "self_check": self_check,
+        }
+        self._open(model, load_config(flags))
+
+    @classmethod
+    def from_config(cls, model: str | Path, config: Config) -> Self:
+        """A model under a configuration that is complete already."""
+        llm = cls.__new__(cls)
+        llm._open(model, config)
+        return llm
+
+    def _open(self, model: str | Path, config: Config) -> None:
+        self.config = config
+        self._assembly: Assembly | None = assemble(model, config)
+        self._lock = threading.Lock()
+        self._current: Request | None = None
+
+    @property
+    def assembly(self) -> Assembly:
+        """The parts, for measurements. Raises UsageError after `close`."""
+        if self._assembly is None:
+            raise UsageError("the model is closed")
+        return self._assembly
+
+    @property
+    def tokenizer(self) -> Any | None:
+        """The checkpoint's tokenizer, if it has one."""
+        return self.assembly.tokenizer
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | None = None,
+        *,
+        progress: bool = True,
+    ) -> list[Output]:
+        """Answer each prompt, a text or a list of token ids; a progress bar goes to stderr.
+
+        Raises UsageError for a prompt that is empty or too long, and whatever made an answer
+        fail; the model stays usable.
+        """
+        single = isinstance(prompts, str) or (bool(prompts) and isinstance(prompts[0], int))
+        batch: Sequence[Any] = [prompts] if single else prompts
+        # All are checked before the first one runs.
+        ids = [self.encode(prompt) for prompt in batch]
+        outputs = []
+        with _bar(len(ids), progress) as bar:
+            for prompt in ids:
+                last = None
+                for last in self._stream(prompt, params or SamplingParams(), reuse=False):
+                    pass
+                assert last is not None
+                outputs.append(last)
+                bar.update()
+        return outputs
+
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, reuse: bool = False
+    ) -> Iterator[Output]:
+        """Yield the answer as it grows; the last Output has a finish_reason and stats.
+
+        `reuse` keeps what the last sequence computed for the prefix that both share, as a
+        conversation does. Its logits may differ by rounding from those of a fresh prompt.
+        """
+        return self._stream(self.encode(prompt), params or SamplingParams(), reuse=reuse)
+
+    def cancel(self) -> None:
+        """End the running answer as soon as its layer allows. From any thread or a signal."""
+        request = self._current
+        if request is not None:
+            self.assembly.engine.cancel(request)
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of a text with the tokenizer's own special tokens; ids stay as they are."""
+        if not isinstance(prompt, str):
+            return [int(token) for token in prompt]
+        if self.tokenizer is None:
+            raise UsageError(
+                "the checkpoint has no tokenizer", hint="give the prompt as a list of token ids"
+            )
+        return list(self.tokenizer(prompt)["input_ids"])
+
+    def close(self) -> None:
+        """Free threads, files and memory. Idempotent."""
+        if self._assembly is not None:
+            self._assembly.close()
+            self._assembly = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def run(self, request: Request) -> Iterator[str]:
+        """Run a request that was made by hand to its end; yields the text that is new."""
+        engine = self.assembly.engine
+        with self._lock:
+            engine.add(request)
+            self._current = request
+            try:
+                while not request.state.final:
+                    step = engine.step()
+                    if step is not None:
+                        yield step[1]
+            finally:
+                # The consumer may have left early: the request ends all the same.
+                if not request.state.final:
+                    engine.cancel(request)
+                    engine.step()
+                self._current = None
+            engine.idle()
+        if request.state is State.FAILED and request.error is not None:
+            raise request.error
+
+    def stats(self, request: Request) -> Stats:
+        """What `request`, the last one that ran, has cost."""
+        return _stats(self.assembly, request)
+
+    def _stream(self, ids: list[int], params: SamplingParams, *, reuse: bool) -> Iterator[Output]:
+        request = new_request(ids, params, self.tokenizer, reuse=reuse)
+        for delta in self.run(request):
+            if delta or request.state.final:
+                yield self._output(request, delta)
+
+    def _output(self, request: Request, delta: str) -> Output:
+        final = request.state.final
+        return Output(
+            text=request.text.text,
+            token_ids=list(request.token_ids),
+            finish_reason=request.finish_reason,
+            prompt_tokens=len(request.prompt),
+            delta=delta,
+            logprobs=list(request.logprobs) if request.params.logprobs is not None else None,
+            stats=self.stats(request) if final else Stats(),
+        )
+
+
+def _stats(assembly: Assembly, request: Request) -> Stats:
+    prefill, decode = assembly.metrics.prefill, assembly.metrics.decode
+    steps = decode.steps_s
+    return Stats(
+        load_s=assembly.load_s,
+        ttft_s=request.first_token_s,
+        prefill_s=prefill.seconds,
+        decode_s=decode.seconds,
+        prefill_tokens_per_s=_rate(prefill.tokens, prefill.seconds),
+        decode_tokens_per_s=_rate(decode.tokens, decode.seconds),
+        decode_median_tokens_per_s=_rate(1, statistics.median(steps) if steps else 0),
+        peak_rss_bytes=resident_bytes(peak=True),
+        budget_bytes=assembly.split.budget,
+        resident_experts=assembly.cache.resident,
+        total_experts=assembly.cache.total,
+        hits=decode.hits,
+        pending=decode.pending,
+        misses=decode.misses,
+        hit_rate=decode.hit_rate,
+        bytes_read=decode.bytes_read,
+        bytes_read_per_token=_rate(decode.bytes_read, decode.tokens),
+        read_bytes_per_s=_rate(decode.bytes_read, decode.seconds),
+        stall_s=decode.stall_s,
+        used_bytes_read=decode.used_bytes_read,
+        prefill_bytes_read=prefill.bytes_read,
+        reused_tokens=request.reused,
+    )
+
+
+def _rate(count: float, seconds: float) -> float:
+    return count / seconds if seconds else 0.0
+
+
+def _bar(total: int, shown: bool) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(total=total, disable=not shown or total < 2, unit="prompt", dynamic_ncols=True)

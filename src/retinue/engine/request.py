@@ -1,0 +1,68 @@
+"""One request's way: WAITING -> PREFILL -> DECODE -> DONE | FAILED | CANCELLED."""
+
+import threading
+import time
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from retinue.engine.text import TextStream
+from retinue.errors import RetinueError
+from retinue.model.sampler import Sampler
+from retinue.types import FinishReason, SamplingParams, TokenLogprob
+
+
+class State(Enum):
+    WAITING = "waiting"
+    PREFILL = "prefill"
+    DECODE = "decode"
+    DONE = "done"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def final(self) -> bool:
+        return self in (State.DONE, State.FAILED, State.CANCELLED)
+
+
+@dataclass(slots=True)
+class Request:
+    """A prompt of token ids with its sampling, and what has become of it.
+
+    `forced` replaces sampling by given ids, which benchmarks need for equal work. `reuse` lets
+    the sequence of the request before serve the prefix that both share.
+    """
+
+    prompt: list[int]
+    params: SamplingParams
+    sampler: Sampler
+    text: TextStream
+    reuse: bool = False
+    forced: list[int] | None = None
+    arrived: float = field(default_factory=time.perf_counter)
+    state: State = State.WAITING
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    reused: int = 0
+    first_token_s: float = 0.0
+    finish_reason: FinishReason | None = None
+    error: RetinueError | None = None
+    cancelled: threading.Event = field(default_factory=threading.Event)
+
+    def end(self, state: State, reason: FinishReason, error: RetinueError | None = None) -> None:
+        """Enter a final state, once."""
+        assert state.final and not self.state.final, (self.state, state)
+        self.state, self.finish_reason, self.error = state, reason, error
+
+
+def new_request(
+    prompt: list[int],
+    params: SamplingParams,
+    tokenizer: Any | None,
+    *,
+    reuse: bool = False,
+    forced: list[int] | None = None,
+) -> Request:
+    """A request that waits."""
+    text = TextStream(tokenizer, params.stop)
+    return Request(prompt, params, Sampler(params), text, reuse=reuse, forced=forced)

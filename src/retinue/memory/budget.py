@@ -1,0 +1,123 @@
+"""Splits one number of bytes into everything the process holds, before anything is loaded.
+
+    runtime      interpreter, libraries, threads: what is there with no model at all
+    dense        every weight that is not a routed expert
+    kv           keys and values for the longest sequence
+    workspace    activations of the largest prefill chunk
+    experts      slots, whatever the rest leaves
+
+The first four are needed whole; what cannot fit is refused here, with the smallest budget that
+would work. A control group also charges kernel memory, hence the reserve within `runtime`.
+"""
+
+from dataclasses import dataclass
+
+from retinue.config import DEFAULT_CONTEXT, format_size, parse_size
+from retinue.errors import DoesNotFit, UsageError
+from retinue.memory.machine import available_bytes, resident_bytes
+from retinue.types import Facts
+
+# Measured with olmoe, qwen3_moe and mixtral on Linux, see docs/LOG.md: the process with its
+# libraries imported and its threads started, and page tables, file handles and stacks.
+RUNTIME_BYTES = 470 << 20
+RESERVE_BYTES = 48 << 20
+MAX_CHUNK_TOKENS = 2048
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """Where the bytes of a budget go; `fixed` is runtime and dense weights together."""
+
+    budget: int
+    fixed: int
+    kv: int
+    workspace: int
+    slots: int
+    slot_bytes: int
+    context: int
+    chunk: int
+    smallest: int
+
+    @property
+    def experts(self) -> int:
+        """Bytes of all slots."""
+        return self.slots * self.slot_bytes
+
+
+def context_tokens(facts: Facts, context: int | None) -> int:
+    """The context to make room for. Raises UsageError for one that the model does not have."""
+    if context is None:
+        return min(DEFAULT_CONTEXT, facts.max_context)
+    if context > facts.max_context:
+        raise UsageError(
+            f"context is out of range: `{context}`", hint=f"the model has {facts.max_context}"
+        )
+    return context
+
+
+def chunk_tokens(context: int) -> int:
+    """Tokens of a prefill chunk. Depends on nothing that residency could change: not on memory."""
+    return min(context, MAX_CHUNK_TOKENS)
+
+
+def _workspace(facts: Facts, chunk: int, context: int) -> int:
+    count = facts.workspace_bytes + facts.workspace_bytes_per_context * context
+    count += facts.workspace_bytes_per_token * chunk
+    return count + facts.workspace_bytes_per_pair * chunk * context
+
+
+def budget_bytes(memory: str | int) -> int:
+    """`--memory` in bytes, but no more than this process holds and could still take.
+
+    A share is one of that. The reserve is tolerance: it is there for what a control group has
+    charged to us and no process holds.
+    """
+    possible = available_bytes() + resident_bytes()
+    return min(parse_size(memory, whole=possible), possible + RESERVE_BYTES)
+
+
+def split(
+    facts: Facts,
+    *,
+    memory: str | int,
+    context: int | None = None,
+    experts: str | int | None = None,
+) -> Split:
+    """Divide `memory`, or raise DoesNotFit with the smallest budget that would work."""
+    budget = budget_bytes(memory)
+    tokens = context_tokens(facts, context)
+    chunk = chunk_tokens(tokens)
+    fixed = RUNTIME_BYTES + RESERVE_BYTES + facts.dense_bytes
+    kv = facts.kv_bytes_per_token * tokens
+    workspace = _workspace(facts, chunk, tokens)
+    needed = fixed + kv + workspace
+    smallest = needed + facts.min_slots * facts.slot_bytes
+    if budget < smallest:
+        raise DoesNotFit(
+            f"`{facts.name}` does not fit into {format_size(budget)}:"
+            f" it needs at least {format_size(smallest)} for {tokens} tokens of context",
+            smallest_bytes=smallest,
+            hint=f"use `--memory {smallest}` or more, or a smaller `--context`",
+        )
+    slots = min((budget - needed) // facts.slot_bytes, facts.total_experts)
+    if experts is not None:
+        slots = min(slots, _slot_limit(facts, experts))
+    return Split(
+        budget, fixed, kv, workspace, slots, facts.slot_bytes, tokens, chunk, smallest
+    )
+
+
+def _slot_limit(facts: Facts, experts: str | int) -> int:
+    """`--experts` in slots: a share of all experts, or a size."""
+    whole = facts.total_experts * facts.slot_bytes
+    slots = parse_size(experts, whole=whole) // facts.slot_bytes
+    if slots < facts.min_slots:
+        least = facts.min_slots * facts.slot_bytes
+        raise DoesNotFit(
+            f"`--experts {experts}` leaves room for {slots} experts; one token needs"
+            f" {facts.min_slots} at once",
+            smallest_bytes=least,
+            hint=f"use `--experts {least}` or more",
+        )
+    return int(slots)
+

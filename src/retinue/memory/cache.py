@@ -1,0 +1,351 @@
+"""Which expert is in which slot: ABSENT -> LOADING -> READY, with pins. The only writer of that.
+
+One int32 array, `slot_of[layer, expert]`, is the truth. The cache asks the evictor who leaves;
+the evictor never touches the cache. It belongs to the engine thread: reader threads only fill
+slots, and what they finished is taken over in `poll`.
+
+Prefill passes almost every expert through memory. So that it does not flush what decode needs,
+what it reads is *transient* but for each layer's quota of the most used experts, and transient
+experts make room for each other first. The ring that they may take from the others is bounded.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+from retinue.errors import RetinueError
+from retinue.memory.layout import ExpertLayout
+from retinue.memory.mover import Mover, Ticket, TicketState, Urgency
+from retinue.memory.tier import Tier
+from retinue.policy.base import Evictor, View
+from retinue.types import Demand, Expert, IntArray, Phase, Want
+
+ABSENT, LOADING = -1, -2
+HEAT_DECAY = 0.95  # per step of the layer, see docs/LOG.md
+
+Views = dict[str, tuple[torch.Tensor, ...]]
+
+
+class ExpertCache:
+    """The experts in one tier. `layouts[layer]` is empty for layers without routed experts."""
+
+    def __init__(
+        self,
+        layouts: Sequence[Sequence[ExpertLayout]],
+        tier: Tier,
+        mover: Mover,
+        evictor: Evictor,
+        top_k: int,
+    ) -> None:
+        self._layouts, self._tier, self._mover, self._evictor = layouts, tier, mover, evictor
+        self._top_k = top_k
+        self.experts = max(len(row) for row in layouts)
+        shape = (len(layouts), self.experts)
+        self.slot_of = np.full(shape, ABSENT, dtype=np.int32)
+        self.last_used = np.full(shape, -1, dtype=np.int64)
+        self.heat = np.zeros(shape, dtype=np.float32)
+        self._pins = np.zeros(shape, dtype=np.int32)
+        self._expected = np.zeros(shape, dtype=bool)  # forecast, so better kept until its layer
+        self._fresh = np.zeros(shape, dtype=bool)  # read and not used yet
+        self._owner = np.full((tier.slots, 2), -1, dtype=np.int64)  # READY slots only
+        self._transient = np.zeros(tier.slots, dtype=bool)
+        self._views: list[Views] = [{}] * tier.slots
+        self._loading: dict[Expert, tuple[Ticket, int]] = {}
+        self._draining: list[tuple[Ticket, int]] = []  # cancelled while a chunk was being read
+        self._failed: dict[Expert, RetinueError] = {}
+        self.step, self.layer, self.phase = 0, 0, "decode"
+        self.total = sum(len(row) for row in layouts)
+        moe_layers = sum(1 for row in layouts if row)
+        everything = tier.slots >= self.total
+        floor = min(tier.slots, 2 * top_k)
+        self.ring = 0 if everything else max(floor, min(self.experts, tier.slots // 4))
+        self.quota = self.experts if everything else (tier.slots - self.ring) // moe_layers
+        self.used_bytes_read = 0  # of experts that were read and then used
+
+    # --- asking: none of these changes anything
+
+    @property
+    def slots(self) -> int:
+        """Slots of the tier."""
+        return self._tier.slots
+
+    @property
+    def resident(self) -> int:
+        """Experts that are READY."""
+        return int(np.count_nonzero(self._owner[:, 0] >= 0))
+
+    @property
+    def holds_everything(self) -> bool:
+        """Whether there is a slot for every expert, so that nothing ever has to leave."""
+        return self.slots >= self.total
+
+    def lookup(self, layer: int, experts: IntArray) -> IntArray:
+        """Per expert its slot, LOADING or ABSENT: `[n]`."""
+        return self.slot_of[layer, experts].astype(np.int64)
+
+    def views(self, slot: int) -> Views:
+        """The parameters of the READY expert in `slot`."""
+        return self._views[slot]
+
+    def view(self, **signals: object) -> View:
+        """The facts that policies may see now."""
+        return View(
+            step=self.step,
+            layer=self.layer,
+            phase=self.phase,  # type: ignore[arg-type]
+            layers=len(self._layouts),
+            experts=self.experts,
+            top_k=self._top_k,
+            slots=self.slots,
+            resident=self.slot_of >= 0,
+            last_used=self.last_used,
+            heat=self.heat,
+            **signals,  # type: ignore[arg-type]
+        )
+
+    # --- the step
+
+    def begin_step(self, phase: Phase) -> None:
+        """A forward pass starts."""
+        self.step += 1
+        self.phase = phase
+        self._expected[:] = False
+
+    def begin_layer(self, layer: int) -> None:
+        """A layer with experts starts; forecasts for it have served."""
+        self.layer = layer
+        self._expected[layer] = False
+        self.poll()
+
+    def touch(self, demand: Demand, tokens: int) -> None:
+        """Record what a step of `tokens` tokens used.
+
+        Heat grows as if the tokens had come one by one, evenly mixed.
+        """
+        layer, experts = demand.layer, demand.experts
+        self.last_used[layer, experts] = self.step
+        decay = HEAT_DECAY**tokens
+        gain = (1 - decay) / (1 - HEAT_DECAY) / tokens
+        self.heat[layer] *= decay
+        self.heat[layer, experts] += gain * demand.tokens
+        slots = self.slot_of[layer, experts]
+        if self.phase == "decode":
+            self._transient[slots[slots >= 0]] = False
+
+    @contextmanager
+    def lease(self, layer: int, experts: IntArray) -> Iterator["Lease"]:
+        """Pin `experts` (resident or to come) so that they stay until released."""
+        lease = Lease(self._pins[layer], experts)
+        try:
+            yield lease
+        finally:
+            lease.end()
+
+    def use(self, layer: int, expert: int) -> Views:
+        """The parameters of a READY expert that is now computed; counts its read as useful."""
+        if self._fresh[layer, expert]:
+            self._fresh[layer, expert] = False
+            self.used_bytes_read += self._layouts[layer][expert].weight_bytes
+        return self._views[self.slot_of[layer, expert]]
+
+    # --- reading
+
+    def fetch(self, layer: int, experts: IntArray, keep: IntArray | None = None) -> IntArray:
+        """Start demand reads in order, as far as there is room; returns those left over.
+
+        Experts that are already on their way move to the front of the queue. `keep` holds the
+        experts that may stay after a prefill; the others are transient.
+        """
+        kept = set() if keep is None else set(keep.tolist())
+        for position, expert in enumerate(experts.tolist()):
+            key = Expert(layer, expert)
+            if key in self._loading:
+                ticket, slot = self._loading[key]
+                self._mover.raise_urgency(ticket, Urgency.DEMAND)
+                self._transient[slot] &= expert not in kept
+            elif self.slot_of[layer, expert] == ABSENT:
+                if not self.room(1):
+                    self._cancel_wants(other_than=layer)
+                    return experts[position:]
+                self._load(key, Urgency.DEMAND, self._is_transient(expert in kept))
+        return experts[:0]
+
+    def want(self, want: Want, limit: int) -> None:
+        """Read ahead, if there is room: at most `limit` reads of wants are under way at once."""
+        self._expected[want.layer, want.experts] = True
+        under_way = sum(1 for ticket, _ in self._loading.values() if ticket.urgency > 0)
+        for expert in want.experts.tolist():
+            if under_way >= limit:
+                return
+            if self.slot_of[want.layer, expert] == ABSENT:
+                if not self.room(1):
+                    return
+                transient = self.phase == "prefill" and not self.holds_everything
+                self._load(Expert(want.layer, expert), Urgency.NEXT_LAYER, transient)
+                under_way += 1
+
+    def drop_wants(self, layer: int, needed: IntArray) -> None:
+        """Cancel reads for `layer` that turn out not to be needed."""
+        keep = set(needed.tolist())
+        for key, (ticket, _) in list(self._loading.items()):
+            if key.layer == layer and key.index not in keep:
+                self._cancel(key, ticket)
+
+    def poll(self) -> None:
+        """Take over what the readers finished."""
+        for key, (ticket, slot) in list(self._loading.items()):
+            if not ticket.settled:
+                continue
+            del self._loading[key]
+            if ticket.state is TicketState.DONE:
+                self._settle(key, slot)
+            else:
+                self.slot_of[key] = ABSENT
+                self._give(slot)
+                if ticket.error is not None:
+                    self._failed[key] = ticket.error
+        for entry in [entry for entry in self._draining if entry[0].settled]:
+            self._draining.remove(entry)
+            self._give(entry[1])
+
+    def has_all(self, layer: int) -> bool:
+        """Whether every expert of `layer` is resident."""
+        return bool((self.slot_of[layer, : len(self._layouts[layer])] >= 0).all())
+
+    def wait(self, timeout_s: float) -> float:
+        """Wait until some read settles, or the timeout. Returns the seconds that passed."""
+        tickets = [ticket for ticket, _ in self._loading.values()]
+        tickets += [ticket for ticket, _ in self._draining]
+        assert tickets, "nothing to wait for: a layer needs more slots than there are"
+        started = time.perf_counter()
+        self._mover.wait(lambda: any(ticket.settled for ticket in tickets), timeout_s)
+        self.poll()
+        return time.perf_counter() - started
+
+    def raise_failure(self, layer: int) -> None:
+        """Raise the error of a read that failed for `layer`, once; others are forgotten."""
+        failed = [error for key, error in self._failed.items() if key.layer == layer]
+        self._failed.clear()
+        if failed:
+            raise failed[0]
+
+    def room(self, count: int) -> bool:
+        """Make `count` slots free by evicting, or change nothing and return False."""
+        lacking = count - self._tier.free
+        if lacking <= 0:
+            return True
+        victims = self._victims(lacking)
+        if len(victims) < lacking:
+            return False
+        for slot in victims.tolist():
+            layer, expert = self._owner[slot]
+            self.slot_of[layer, expert] = ABSENT
+            self._fresh[layer, expert] = False
+            self._owner[slot] = -1
+            self._give(slot)
+        return True
+
+    # --- bookkeeping
+
+    def cancel_all(self) -> None:
+        """Cancel every read; after a failed or cancelled step."""
+        for key, (ticket, _) in list(self._loading.items()):
+            self._cancel(key, ticket)
+        self._failed.clear()
+
+    def check(self) -> None:
+        """Assert that the books balance. Only between steps, when nothing is pinned."""
+        self.poll()
+        ready = np.flatnonzero(self._owner[:, 0] >= 0)
+        held = len(ready) + len(self._loading) + len(self._draining)
+        assert held + self._tier.free == self.slots, "a slot is lost or held twice"
+        assert not self._pins.any(), "an expert is still pinned"
+        owners = self._owner[ready]
+        assert (self.slot_of[owners[:, 0], owners[:, 1]] == ready).all(), "slot_of and owner differ"
+        assert np.count_nonzero(self.slot_of >= 0) == len(ready), "an expert has no slot of its own"
+        assert np.count_nonzero(self.slot_of == LOADING) == len(self._loading)
+
+    def _victims(self, count: int) -> IntArray:
+        """Up to `count` slots to evict, the first to leave first."""
+        owner = self._owner
+        idle = owner[:, 0] >= 0
+        idle &= self._pins[owner[:, 0], owner[:, 1]] == 0
+        unexpected = idle & ~self._expected[owner[:, 0], owner[:, 1]]
+        if np.count_nonzero(unexpected) >= count:
+            idle = unexpected
+        passing = np.flatnonzero(idle & self._transient)
+        staying = np.flatnonzero(idle & ~self._transient)
+        limit = len(staying)
+        if self.phase == "prefill":
+            limit = max(0, self.ring - int(np.count_nonzero(self._transient)))
+        lacking = min(count - len(passing), limit)
+        if lacking <= 0:
+            return self._coldest(passing, min(count, len(passing)))
+        return np.concatenate([passing, self._coldest(staying, lacking)])
+
+    def _coldest(self, slots: IntArray, count: int) -> IntArray:
+        if count == 0:
+            return slots[:0]
+        owner = self._owner[slots]
+        priorities = self._evictor.priorities(owner[:, 0], owner[:, 1], self.view())
+        return slots[np.argsort(priorities, kind="stable")[:count]]
+
+    def _is_transient(self, keep: bool) -> bool:
+        if self.phase == "decode" or self.holds_everything:
+            return False
+        held = self.slots - self._tier.free - int(np.count_nonzero(self._transient))
+        return not (keep and held < self.slots - self.ring)
+
+    def _load(self, key: Expert, urgency: Urgency, transient: bool) -> None:
+        slot = self._tier.take()
+        assert slot is not None
+        extents = self._layouts[key.layer][key.index].extents
+        self._loading[key] = (self._mover.submit(extents, self._tier.memory(slot), urgency), slot)
+        self.slot_of[key] = LOADING
+        self._transient[slot] = transient
+
+    def _settle(self, key: Expert, slot: int) -> None:
+        self.slot_of[key] = slot
+        self._owner[slot] = key
+        self._fresh[key] = True
+        layout = self._layouts[key.layer][key.index]
+        self._views[slot] = layout.views(self._tier.tensor(slot))
+
+    def _cancel(self, key: Expert, ticket: Ticket) -> None:
+        _, slot = self._loading.pop(key)
+        self._mover.cancel(ticket)
+        self.slot_of[key] = ABSENT
+        self._draining.append((ticket, slot))
+
+    def _cancel_wants(self, other_than: int) -> None:
+        for key, (ticket, _) in list(self._loading.items()):
+            if key.layer != other_than and ticket.urgency > Urgency.DEMAND:
+                self._cancel(key, ticket)
+        self.poll()
+
+    def _give(self, slot: int) -> None:
+        self._transient[slot] = False
+        self._tier.give(slot)
+
+
+class Lease:
+    """Pins on experts of one layer; each is released once, the rest at the end."""
+
+    __slots__ = ("_held", "_pins")
+
+    def __init__(self, pins: IntArray, experts: IntArray) -> None:
+        self._pins, self._held = pins, set(experts.tolist())
+        pins[experts] += 1
+
+    def release(self, expert: int) -> None:
+        """`expert` has been computed and may leave."""
+        self._held.remove(expert)
+        self._pins[expert] -= 1
+
+    def end(self) -> None:
+        """Release whatever is still held."""
+        for expert in list(self._held):
+            self.release(expert)

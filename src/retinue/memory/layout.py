@@ -1,0 +1,153 @@
+"""Where the parts of one expert lie: in the files, and within a slot of memory.
+
+A *piece* is a run of checkpoint bytes that becomes (a block of rows of) one parameter of the
+expert. Pieces that touch in the file are read as one *extent*. Direct reads start and end at
+multiples of `ALIGNMENT`, so an extent takes its aligned window in the slot and its pieces start a
+few bytes into it: reading needs no copy, and the same expert looks the same in every slot.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from retinue.memory.checkpoint import TensorEntry
+
+ALIGNMENT = 4096
+MAX_GAP_BYTES = 64 << 10  # reading over a gap this small is cheaper than a second read
+
+TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Rows of one parameter of an expert: `[start, stop)` of `entry`'s file, of `shape`."""
+
+    parameter: str
+    entry: TensorEntry
+    start: int
+    stop: int
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """One read: `[start, stop)` of `file` goes to `offset` in the slot.
+
+    `direct` says that start, stop and offset are aligned, and that a direct read may be used;
+    bytes from `needed_stop` on are alignment, which the end of a file may lack.
+    """
+
+    file: Path
+    start: int
+    stop: int
+    needed_stop: int
+    offset: int
+    direct: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """A typed view into a slot: bytes `[offset, offset + count * item)`, of `shape`."""
+
+    offset: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertLayout:
+    """How one expert is read and seen: `windows[parameter]` are the blocks of its rows in order."""
+
+    pieces: tuple[Piece, ...]
+    extents: tuple[Extent, ...]
+    windows: dict[str, tuple[Window, ...]]
+    weight_bytes: int
+    slot_bytes: int
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes that a read of this expert moves from the disk."""
+        return sum(extent.stop - extent.start for extent in self.extents)
+
+    def views(self, slot: torch.Tensor) -> dict[str, tuple[torch.Tensor, ...]]:
+        """The expert's parameters as tensors over `slot`, a uint8 tensor `[slot_bytes]`."""
+        return {
+            name: tuple(_view(slot, window) for window in windows)
+            for name, windows in self.windows.items()
+        }
+
+
+def _view(slot: torch.Tensor, window: Window) -> torch.Tensor:
+    count = window.dtype.itemsize
+    for size in window.shape:
+        count *= size
+    return slot[window.offset : window.offset + count].view(window.dtype).view(window.shape)
+
+
+def lay_out(pieces: list[Piece]) -> ExpertLayout:
+    """Plan reads and views of the expert made of `pieces` (in the order of each one's rows)."""
+    extents: list[Extent] = []
+    place: dict[int, int] = {}  # index of a piece -> its offset in the slot
+    offset = 0
+    for group in _groups(pieces):
+        extent = _extent(pieces, group, offset)
+        for index in group:
+            place[index] = extent.offset + pieces[index].start - extent.start
+        extents.append(extent)
+        offset = _up(extent.offset + extent.stop - extent.start)
+    windows: dict[str, list[Window]] = {}
+    for index, piece in enumerate(pieces):
+        window = Window(place[index], TORCH_DTYPES[piece.entry.dtype], piece.shape)
+        _append(windows.setdefault(piece.parameter, []), window)
+    weight_bytes = sum(piece.stop - piece.start for piece in pieces)
+    frozen = {name: tuple(blocks) for name, blocks in windows.items()}
+    return ExpertLayout(tuple(pieces), tuple(extents), frozen, weight_bytes, offset)
+
+
+def _groups(pieces: list[Piece]) -> list[list[int]]:
+    """Indices of pieces that one read serves, in file order."""
+    order = sorted(range(len(pieces)), key=lambda i: (str(pieces[i].entry.file), pieces[i].start))
+    groups: list[list[int]] = []
+    for index in order:
+        piece = pieces[index]
+        if groups and _joins(pieces[groups[-1][0]], pieces[groups[-1][-1]], piece):
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    return groups
+
+
+def _joins(first: Piece, last: Piece, piece: Piece) -> bool:
+    """Whether `piece` is read together with the group from `first` to `last`."""
+    near = 0 <= piece.start - last.stop <= MAX_GAP_BYTES
+    aligned = (piece.start - first.start) % piece.entry.item_bytes == 0
+    return last.entry.file == piece.entry.file and near and aligned
+
+
+def _extent(pieces: list[Piece], group: list[int], offset: int) -> Extent:
+    first, last = pieces[group[0]], pieces[group[-1]]
+    lead = first.start % ALIGNMENT
+    if all(lead % pieces[index].entry.item_bytes == 0 for index in group):
+        start, stop = first.start - lead, _up(last.stop)
+        return Extent(first.entry.file, start, stop, last.stop, offset, direct=True)
+    # An odd header length puts elements at odd addresses, where no tensor can lie. Such a file
+    # is read without O_DIRECT, to an offset that is right for the elements.
+    return Extent(first.entry.file, first.start, last.stop, last.stop, offset, direct=False)
+
+
+def _append(blocks: list[Window], window: Window) -> None:
+    """Add rows to a parameter; rows that touch the previous block in memory become part of it."""
+    if blocks:
+        last = blocks[-1]
+        end = last.offset + last.dtype.itemsize * torch.Size(last.shape).numel()
+        same = last.dtype == window.dtype and last.shape[1:] == window.shape[1:]
+        if same and end == window.offset:
+            rows = last.shape[0] + window.shape[0]
+            blocks[-1] = Window(last.offset, last.dtype, (rows, *last.shape[1:]))
+            return
+    blocks.append(window)
+
+
+def _up(count: int) -> int:
+    return -(-count // ALIGNMENT) * ALIGNMENT

@@ -1,0 +1,206 @@
+"""What this machine has left and how fast it is: memory, control groups, cores, disk, bandwidth.
+
+Speeds are measured, never assumed; the last ones are remembered per disk, so that `plan` can
+answer at once. Linux first: elsewhere the parts that cannot be known are left out.
+"""
+
+import json
+import os
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from mmap import mmap
+from pathlib import Path
+
+import numpy as np
+
+from retinue.memory.files import Reader
+
+PROBE_CHUNK_BYTES = 4 << 20
+_NO_LIMIT = 1 << 60
+
+
+def cores() -> int:
+    """Cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def available_bytes() -> int:
+    """Memory that this process could still take: what the system and its control groups leave."""
+    return max(0, min([_system_available(), *_group_headrooms()]))
+
+
+def resident_bytes(*, peak: bool = False) -> int:
+    """Resident memory of this process and its children; `peak`: the highest of this process,
+    plus what its children hold now."""
+    own = _status(os.getpid(), "VmHWM" if peak else "VmRSS")
+    if own is None:
+        own = _resident_elsewhere()
+    return own + sum(_status(child, "VmRSS") or 0 for child in _children(os.getpid()))
+
+
+def _system_available() -> int:
+    with suppress(OSError, ValueError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    with suppress(ValueError, OSError, AttributeError):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return 8 << 30
+
+
+def _group_headrooms() -> Iterator[int]:
+    """What each control group above this process still allows (v2 and v1)."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            root, limit, usage = Path("/sys/fs/cgroup"), "memory.max", "memory.current"
+        elif "memory" in controllers.split(","):
+            root = Path("/sys/fs/cgroup/memory")
+            limit, usage = "memory.limit_in_bytes", "memory.usage_in_bytes"
+        else:
+            continue
+        group = root / path.lstrip("/")
+        for folder in (group, *group.parents):
+            if not folder.is_relative_to(root):
+                break
+            if (headroom := _headroom(folder, limit, usage)) is not None:
+                yield headroom
+
+
+def _headroom(folder: Path, limit: str, usage: str) -> int | None:
+    try:
+        most = int((folder / limit).read_text())
+        used = int((folder / usage).read_text())
+        stat = (folder / "memory.stat").read_text().splitlines()
+    except (OSError, ValueError):  # no such file, or the word "max"
+        return None
+    if most >= _NO_LIMIT:
+        return None
+    cache = {key: int(value) for key, value in (line.split() for line in stat)}
+    files = cache.get("total_inactive_file", cache.get("inactive_file", 0))
+    files += cache.get("total_active_file", cache.get("active_file", 0))
+    return most - used + files
+
+
+def _status(pid: int, key: str) -> int | None:
+    with suppress(OSError):
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith(key + ":"):
+                return int(line.split()[1]) * 1024
+    return None
+
+
+def _children(pid: int) -> Iterator[int]:
+    with suppress(OSError):
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            with suppress(OSError):
+                for child in (task / "children").read_text().split():
+                    yield int(child)
+                    yield from _children(int(child))
+
+
+def _resident_elsewhere() -> int:
+    """The peak, where there is no /proc: in KiB on BSD, in bytes on macOS, unknown on Windows."""
+    try:
+        import resource
+        import sys
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+    except ImportError:
+        return 0
+
+
+def measure_disk(files: Sequence[Path], *, seconds: float = 0.5, readers: int = 2) -> float:
+    """Bytes a second that direct reads of `files`, largest first, reach here."""
+    file = max(files, key=lambda f: f.stat().st_size)
+    blocks = file.stat().st_size // PROBE_CHUNK_BYTES
+    if blocks < 2:
+        return _measure_small(file)
+    reader, lock = Reader(), threading.Lock()
+    start_block = time.monotonic_ns() % blocks
+    deadline, done, taken = time.perf_counter() + seconds, 0, 0
+
+    def work(buffer: mmap) -> None:
+        nonlocal done, taken
+        with memoryview(buffer) as view:
+            while time.perf_counter() < deadline:
+                with lock:
+                    block, taken = (start_block + taken) % blocks, taken + 1
+                got = reader.read(file, block * PROBE_CHUNK_BYTES, view, direct=True)
+                with lock:
+                    done += got
+
+    started = time.perf_counter()
+    threads = [
+        threading.Thread(target=work, args=(mmap(-1, PROBE_CHUNK_BYTES),)) for _ in range(readers)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    elapsed = time.perf_counter() - started
+    reader.close()
+    return done / elapsed
+
+
+def _measure_small(file: Path) -> float:
+    reader, size = Reader(), file.stat().st_size
+    with memoryview(mmap(-1, PROBE_CHUNK_BYTES * 2)) as view:
+        started = time.perf_counter()
+        got = reader.read(file, 0, view[: -(-size // 4096) * 4096], direct=True)
+        elapsed = time.perf_counter() - started
+    reader.close()
+    return got / max(elapsed, 1e-6)
+
+
+def measure_memory(*, threads: int, bytes_each: int = 64 << 20) -> float:
+    """Bytes a second that `threads` threads together read from memory."""
+    arrays = [np.ones(bytes_each // 8, dtype=np.int64) for _ in range(threads)]
+    best = 0.0
+    for _ in range(3):
+        workers = [threading.Thread(target=array.max) for array in arrays]
+        started = time.perf_counter()
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        best = max(best, threads * bytes_each / (time.perf_counter() - started))
+    return best
+
+
+@dataclass(frozen=True, slots=True)
+class Speeds:
+    """Measured ceilings of this machine, in bytes a second."""
+
+    disk_bytes_per_s: float
+    memory_bytes_per_s: float
+
+
+def cache_folder() -> Path:
+    """Where retinue keeps what it can always measure or compute again."""
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(base) / "retinue"
+
+
+def known_speeds(folder: Path, *, fresh: bool = False) -> Speeds:
+    """The speeds for checkpoints in `folder`: remembered per disk, measured if `fresh` or unknown."""
+    store = cache_folder() / f"speeds-{folder.stat().st_dev}-{cores()}.json"
+    if not fresh:
+        with suppress(OSError, ValueError, TypeError):
+            return Speeds(**json.loads(store.read_text()))
+    files = [file for file in folder.iterdir() if file.suffix == ".safetensors"]
+    speeds = Speeds(measure_disk(files), measure_memory(threads=cores()))
+    with suppress(OSError):
+        store.parent.mkdir(parents=True, exist_ok=True)
+        store.write_text(json.dumps(asdict(speeds)))
+    return speeds

@@ -1,0 +1,243 @@
+"""Reads experts into slots: prioritised, cancellable, a chunk at a time, on threads of its own.
+
+A ticket is one expert's read. Reader threads take the next chunk of the most urgent ticket, so
+a demand waits for at most one chunk of a prefetch a thread. The mover knows slots and files; it
+does not know why something is read, nor what else lies in memory.
+"""
+
+import heapq
+import itertools
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import Enum, IntEnum
+from pathlib import Path
+from typing import Protocol
+
+from retinue.errors import CheckpointError, RetinueError
+from retinue.memory.layout import Extent
+
+CHUNK_BYTES = 2 << 20
+READERS = 3
+
+
+class Urgency(IntEnum):
+    """Smaller goes first."""
+
+    DEMAND = 0
+    NEXT_LAYER = 1
+    LATER = 2
+
+
+class TicketState(Enum):
+    QUEUED = "queued"
+    DONE = "done"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+class Source(Protocol):
+    """What the mover reads from; `files.Reader`, or a test's faulty disk."""
+
+    def read(self, file: Path, offset: int, into: memoryview, *, direct: bool) -> int: ...
+
+
+@dataclass(slots=True)
+class _Chunk:
+    file: Path
+    offset: int
+    into: memoryview
+    needed: int  # fewer bytes than these mean that the file is truncated
+    direct: bool
+
+
+class Ticket:
+    """One expert's read. Fields are written under the mover's lock."""
+
+    __slots__ = ("chunks", "error", "next", "running", "sequence", "state", "urgency")
+
+    def __init__(self, chunks: list[_Chunk], urgency: Urgency, sequence: int) -> None:
+        self.chunks, self.urgency, self.sequence = chunks, urgency, sequence
+        self.next = 0  # the chunk to start next
+        self.running = 0  # chunks that a thread is reading
+        self.state = TicketState.QUEUED
+        self.error: RetinueError | None = None
+
+    @property
+    def started(self) -> bool:
+        return self.next > 0
+
+    @property
+    def settled(self) -> bool:
+        """Nothing more will be written to the slot."""
+        return self.state is not TicketState.QUEUED and self.running == 0
+
+
+class Mover:
+    """The reader threads and their queue.
+
+    `bytes_per_s` slows reads down to a slower disk's speed, for experiments and tests.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        readers: int = READERS,
+        chunk_bytes: int = CHUNK_BYTES,
+        bytes_per_s: float | None = None,
+    ) -> None:
+        self._source, self._chunk_bytes = source, chunk_bytes
+        self._throttle = _Throttle(bytes_per_s) if bytes_per_s else None
+        self._changed = threading.Condition()
+        self._queue: list[tuple[int, int, Ticket]] = []
+        self._sequence = itertools.count()
+        self._closing = False
+        self.bytes_read = 0
+        self.busy_s = 0.0  # time in which at least one read was running
+        self._running, self._busy_since = 0, 0.0
+        self._threads = [
+            threading.Thread(target=self._work, name=f"retinue-reader-{i}", daemon=True)
+            for i in range(readers)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, extents: Sequence[Extent], slot: memoryview, urgency: Urgency) -> Ticket:
+        """Queue the reads of `extents` into `slot`."""
+        chunks = [chunk for extent in extents for chunk in self._split(extent, slot)]
+        with self._changed:
+            assert not self._closing, "submit after close"
+            ticket = Ticket(chunks, urgency, next(self._sequence))
+            heapq.heappush(self._queue, (urgency, ticket.sequence, ticket))
+            self._changed.notify_all()
+        return ticket
+
+    def raise_urgency(self, ticket: Ticket, urgency: Urgency) -> None:
+        """Move a queued ticket forward; its old place in the queue is skipped."""
+        with self._changed:
+            if urgency < ticket.urgency and ticket.state is TicketState.QUEUED:
+                ticket.urgency = urgency
+                if ticket.next < len(ticket.chunks):
+                    heapq.heappush(self._queue, (urgency, ticket.sequence, ticket))
+
+    def cancel(self, ticket: Ticket) -> None:
+        """Read no further chunk. The slot is free once `ticket.settled`."""
+        with self._changed:
+            if ticket.state is TicketState.QUEUED:
+                ticket.state = TicketState.CANCELLED
+                self._changed.notify_all()
+
+    def wait(self, ready: Callable[[], bool], timeout_s: float) -> bool:
+        """Wait until `ready()`, which looks at tickets, is true; False after the timeout."""
+        with self._changed:
+            return self._changed.wait_for(ready, timeout_s)
+
+    def backlog(self) -> int:
+        """Tickets that are queued or running."""
+        with self._changed:
+            return len({id(t) for _, _, t in self._queue if t.state is TicketState.QUEUED})
+
+    def close(self) -> None:
+        """Cancel what is queued and end the threads. Idempotent."""
+        with self._changed:
+            self._closing = True
+            for _, _, ticket in self._queue:
+                if ticket.state is TicketState.QUEUED:
+                    ticket.state = TicketState.CANCELLED
+            self._queue.clear()
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join()
+
+    def _split(self, extent: Extent, slot: memoryview) -> list[_Chunk]:
+        chunks = []
+        for start in range(extent.start, extent.stop, self._chunk_bytes):
+            stop = min(start + self._chunk_bytes, extent.stop)
+            at = extent.offset + start - extent.start
+            needed = min(stop, extent.needed_stop) - start
+            into = slot[at : at + stop - start]
+            chunks.append(_Chunk(extent.file, start, into, needed, extent.direct))
+        return chunks
+
+    def _work(self) -> None:
+        while (job := self._next()) is not None:
+            ticket, chunk = job
+            error: RetinueError | None = None
+            got = 0
+            try:
+                got = self._source.read(chunk.file, chunk.offset, chunk.into, direct=chunk.direct)
+                if got < chunk.needed:
+                    error = _truncated(chunk, got)
+                elif self._throttle is not None:
+                    self._throttle.pay(got)
+            except RetinueError as caught:
+                error = caught
+            except Exception as caught:  # a reader thread must outlive whatever a source does
+                error = RetinueError(f"reading `{chunk.file}` failed: {caught!r}")
+            self._finish(ticket, got, error)
+
+    def _next(self) -> tuple[Ticket, _Chunk] | None:
+        with self._changed:
+            while True:
+                if self._closing:
+                    return None
+                if (ticket := self._most_urgent()) is not None:
+                    break
+                self._changed.wait()
+            chunk = ticket.chunks[ticket.next]
+            ticket.next += 1
+            ticket.running += 1
+            if self._running == 0:
+                self._busy_since = time.perf_counter()
+            self._running += 1
+            return ticket, chunk
+
+    def _most_urgent(self) -> Ticket | None:
+        """The first ticket of the queue with a chunk to start; drops those without."""
+        while self._queue:
+            urgency, _, ticket = self._queue[0]
+            live = ticket.state is TicketState.QUEUED and ticket.next < len(ticket.chunks)
+            if live and urgency == ticket.urgency:
+                return ticket
+            heapq.heappop(self._queue)
+        return None
+
+    def _finish(self, ticket: Ticket, got: int, error: RetinueError | None) -> None:
+        with self._changed:
+            self.bytes_read += got
+            ticket.running -= 1
+            self._running -= 1
+            if self._running == 0:
+                self.busy_s += time.perf_counter() - self._busy_since
+            if ticket.state is TicketState.QUEUED:
+                if error is not None:
+                    ticket.state, ticket.error = TicketState.FAILED, error
+                elif ticket.next == len(ticket.chunks) and ticket.running == 0:
+                    ticket.state = TicketState.DONE
+            if ticket.settled:
+                self._changed.notify_all()
+
+
+class _Throttle:
+    """Lets `bytes_per_s` bytes pass, all threads together."""
+
+    def __init__(self, bytes_per_s: float) -> None:
+        self._bytes_per_s, self._lock, self._free_at = bytes_per_s, threading.Lock(), 0.0
+
+    def pay(self, count: int) -> None:
+        with self._lock:
+            start = max(self._free_at, time.perf_counter())
+            self._free_at = start + count / self._bytes_per_s
+            pause = self._free_at - time.perf_counter()
+        if pause > 0:
+            time.sleep(pause)
+
+
+def _truncated(chunk: _Chunk, got: int) -> RetinueError:
+    return CheckpointError(
+        f"`{chunk.file.name}` is truncated: {got} bytes instead of {chunk.needed}"
+        f" at {chunk.offset}",
+        hint="the file changed since it was opened; restore it",
+    )

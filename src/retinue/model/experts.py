@@ -1,0 +1,253 @@
+"""The experts function that transformers calls: demand, plan, run residents, wait, run the rest.
+
+Each expert's output goes to rows of its own, and the rows are summed in router order, in fp32, at
+the end. So the result does not depend on what was resident, on the order in which reads finish,
+nor on how a layer was cut into waves.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from retinue.errors import Cancelled
+from retinue.memory.cache import LOADING, ExpertCache, Views
+from retinue.metrics import Metrics
+from retinue.model.expert_map import ExpertsModule
+from retinue.policy.base import Policies
+from retinue.types import Demand, IntArray
+
+IMPLEMENTATION = "retinue"
+WAIT_S = 0.1  # how often a stalled layer looks whether its request was cancelled
+SUM_BLOCK_TOKENS = 512
+
+
+class ExpertHost:
+    """Runs the experts of one model out of one cache. `stop` is asked once a layer and in waits."""
+
+    def __init__(
+        self,
+        modules: Sequence[ExpertsModule],
+        routers: Sequence[nn.Module | None],
+        cache: ExpertCache,
+        policies: Policies,
+        metrics: Metrics,
+    ) -> None:
+        self.cache, self.metrics = cache, metrics
+        self.stop: Callable[[], bool] = lambda: False
+        self._policies = policies
+        self._modules = {found.layer: found.module for found in modules}
+        order = [found.layer for found in modules]
+        self._following = dict(zip(order, order[1:], strict=False))
+        self._routers = dict(zip(order, routers, strict=True))
+        for found in modules:
+            found.module.retinue_run = _Layer(self, found)  # type: ignore[assignment]
+
+    def run(
+        self, layer: int, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        """The routed experts' output for one layer.
+
+        hidden: [tokens, hidden]; index, weights: [tokens, k], ids >= the number of experts are
+        skipped. Returns [tokens, hidden] in hidden's type. Raises Cancelled when `stop` says so,
+        and the error of a read that failed.
+        """
+        if self.stop():
+            raise Cancelled("the request was cancelled")
+        work = _Work(self._modules[layer], hidden, index, weights)
+        cache, demand = self.cache, work.demand(layer)
+        cache.begin_layer(layer)
+        slots = cache.lookup(layer, demand.experts)
+        self._count(slots)
+        with cache.lease(layer, demand.experts) as lease:
+            missing = self._start_reads(demand, slots, hidden)
+            cache.touch(demand, len(hidden))
+            todo = set(demand.experts.tolist())
+            while todo:
+                ready = [e for e in todo if cache.slot_of[layer, e] >= 0]
+                for expert in ready:
+                    work.compute(expert, cache.use(layer, expert))
+                    todo.remove(expert)
+                    lease.release(expert)
+                    if len(missing):
+                        cache.poll()
+                        missing = cache.fetch(layer, missing)
+                if not ready:
+                    missing = self._stall(layer, missing)
+        return work.result()
+
+    def _start_reads(self, demand: Demand, slots: IntArray, hidden: torch.Tensor) -> IntArray:
+        """Submit demand reads, then look ahead. Returns the experts that found no room yet."""
+        cache, policies = self.cache, self._policies
+        if cache.holds_everything and (slots >= 0).all():
+            return demand.experts[:0]
+        view = cache.view()
+        policies.predictor.observe(demand, view)
+        if policies.predictor.speculative:
+            cache.drop_wants(demand.layer, demand.experts)
+        missing = policies.miss.fetch(demand, slots >= 0, view)
+        left = missing
+        if len(missing):
+            keep = None
+            if cache.phase == "prefill":
+                keep = demand.experts[np.argsort(-demand.weight, kind="stable")][: cache.quota]
+            left = cache.fetch(demand.layer, missing, keep)
+        if not len(left):
+            self._look_ahead(demand.layer, hidden)
+        return left
+
+    def _look_ahead(self, layer: int, hidden: torch.Tensor) -> None:
+        cache, predictor = self.cache, self._policies.predictor
+        following = self._following.get(layer)
+        if following is None:
+            return
+        scores = None
+        if "next_scores" in predictor.needs and not cache.has_all(following):
+            scores = self._next_scores(following, hidden)
+        limit = cache.ring if cache.phase == "prefill" else 2 * cache.view().top_k
+        for want in predictor.forecast(cache.view(next_layer=following, next_scores=scores)):
+            cache.want(want, limit)
+
+    def _next_scores(self, layer: int, hidden: torch.Tensor) -> np.ndarray | None:
+        router = self._routers[layer]
+        if router is None:
+            return None
+        logits = router(hidden)[0]
+        return torch.softmax(logits.float(), dim=-1).numpy()
+
+    def _stall(self, layer: int, missing: IntArray) -> IntArray:
+        cache = self.cache
+        if len(missing):
+            missing = cache.fetch(layer, missing)
+        cache.raise_failure(layer)
+        if self.stop():
+            raise Cancelled("the request was cancelled")
+        self.metrics.now.stall_s += cache.wait(WAIT_S)
+        cache.raise_failure(layer)
+        return missing
+
+    def _count(self, slots: IntArray) -> None:
+        counters = self.metrics.now
+        hits, pending = int((slots >= 0).sum()), int((slots == LOADING).sum())
+        counters.hits += hits
+        counters.pending += pending
+        counters.misses += len(slots) - hits - pending
+
+
+class _Layer:
+    """What an experts module carries: its host and its number."""
+
+    def __init__(self, host: ExpertHost, found: ExpertsModule) -> None:
+        self._host, self._layer = host, found.layer
+
+    def __call__(
+        self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        return self._host.run(self._layer, hidden, index, weights)
+
+
+class _Work:
+    """One layer's work in one step: which rows belong to which expert, and their outputs."""
+
+    def __init__(
+        self, module: nn.Module, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
+    ) -> None:
+        self._module, self._hidden, self._weights = module, hidden, weights
+        self._tokens, self._k = index.shape
+        self._ids = index.reshape(-1).numpy()
+        self._experts: int = module.num_experts  # type: ignore[assignment]
+        order = np.argsort(self._ids, kind="stable")
+        self._order = order
+        sorted_ids = self._ids[order]
+        valid = int(np.searchsorted(sorted_ids, self._experts))
+        self._distinct, starts = np.unique(sorted_ids[:valid], return_index=True)
+        self._spans = dict(
+            zip(
+                self._distinct.tolist(),
+                zip(starts.tolist(), [*starts[1:].tolist(), valid], strict=True),
+                strict=True,
+            )
+        )
+        shape = (self._tokens * self._k, hidden.shape[-1])
+        full = valid == len(order)
+        self._rows = hidden.new_empty(shape) if full else hidden.new_zeros(shape)
+
+    def demand(self, layer: int) -> Demand:
+        """The distinct experts, with their tokens and summed weights."""
+        flat = self._weights.reshape(-1).float().numpy()
+        weight = np.bincount(
+            np.minimum(self._ids, self._experts), weights=flat, minlength=self._experts + 1
+        )
+        tokens = np.array([stop - start for start, stop in self._spans.values()], dtype=np.int64)
+        return Demand(layer, self._distinct, tokens, weight[self._distinct].astype(np.float32))
+
+    def compute(self, expert: int, views: Views) -> None:
+        """Run one expert on its tokens, into its rows."""
+        start, stop = self._spans[expert]
+        rows = self._order[start:stop]
+        if self._tokens == 1:
+            self._rows[rows[0]] = apply_expert(self._module, self._hidden, views)[0]
+            return
+        at = torch.from_numpy(rows)
+        inputs = self._hidden.index_select(0, at // self._k)
+        self._rows.index_copy_(0, at, apply_expert(self._module, inputs, views))
+
+    def result(self) -> torch.Tensor:
+        """Weight the rows and sum them in router order: [tokens, hidden]."""
+        rows = self._rows.view(self._tokens, self._k, -1)
+        out = torch.empty_like(self._hidden)
+        for start in range(0, self._tokens, SUM_BLOCK_TOKENS):
+            block = slice(start, start + SUM_BLOCK_TOKENS)
+            out[block] = weighted_sum(rows[block], self._weights[block])
+        return out
+
+
+def weighted_sum(rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Sum over k of `weights [n, k] * rows [n, k, hidden]`, one after the other, in fp32."""
+    scales = weights.float().unsqueeze(-1)
+    total = rows[:, 0].float() * scales[:, 0]
+    for k in range(1, rows.shape[1]):
+        total.addcmul_(rows[:, k].float(), scales[:, k])
+    return total
+
+
+def apply_expert(module: nn.Module, inputs: torch.Tensor, views: Views) -> torch.Tensor:
+    """One expert's feed-forward network: inputs [n, hidden] -> [n, hidden], in inputs' type.
+
+    `views` holds its parameters in the checkpoint's own type and layout; the module's flags say
+    how they are to be read.
+    """
+    up_name = "gate_up_proj" if module.has_gate else "up_proj"
+    up = _linear(module, inputs, views, up_name)
+    if module.has_gate:
+        hidden = module._apply_gate(up)  # type: ignore[operator]
+    else:
+        hidden = module.act_fn(up)  # type: ignore[operator]
+    return _linear(module, hidden, views, "down_proj")
+
+
+def _linear(module: nn.Module, inputs: torch.Tensor, views: Views, name: str) -> torch.Tensor:
+    biases = views.get(f"{name}_bias")
+    bias = _whole(biases).to(inputs.dtype) if biases is not None else None
+    blocks = [
+        functional.linear(inputs, weight.T if module.is_transposed else weight)
+        for weight in (block.to(inputs.dtype) for block in views[name])
+    ]
+    out = blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=-1)
+    return out if bias is None else out + bias
+
+
+def _whole(blocks: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+
+
+def _forward(
+    module: nn.Module, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    return module.retinue_run(hidden, index, weights)  # type: ignore[operator, no-any-return]
+
+
+ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _forward)

@@ -1,0 +1,223 @@
+"""Builds the network without its experts: skeleton on meta, everything else through transformers.
+
+The loader functions of transformers that are used here are internal to it; they stay in this
+file and in `expert_map.py`, and pyproject.toml pins the minor range that was tested.
+"""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.core_model_loading import convert_and_load_state_dict_in_model
+from transformers.initialization import no_init_weights
+from transformers.modeling_utils import LoadStateDictConfig
+from transformers.utils import logging as transformers_logging
+
+from retinue.errors import CheckpointError, ReadError, Unsupported
+from retinue.memory.checkpoint import Checkpoint, TensorEntry
+from retinue.memory.files import Reader
+from retinue.memory.layout import ALIGNMENT, TORCH_DTYPES
+from retinue.model.expert_map import ExpertMap, map_experts
+
+TEXT_FAMILIES = ("olmoe", "qwen3_moe", "mixtral")  # whose tokens are tested against transformers
+
+
+@dataclass(frozen=True, slots=True)
+class Network:
+    """A model whose experts are on meta and whose other weights are where `load_dense` put them."""
+
+    model: PreTrainedModel
+    checkpoint: Checkpoint
+    experts: ExpertMap
+
+    @property
+    def text_config(self) -> PreTrainedConfig:
+        """The configuration of the language model itself."""
+        return self.model.config.get_text_config()
+
+    @property
+    def top_k(self) -> int:
+        """Experts that a token is routed to."""
+        return int(self.text_config.num_experts_per_tok)
+
+
+def build(checkpoint: Checkpoint) -> Network:
+    """The skeleton of `checkpoint`'s model: parameters on meta, buffers real, nothing read."""
+    try:
+        config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
+    except (ValueError, KeyError, OSError, TypeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else repr(error)
+        raise Unsupported(f"transformers cannot read `{checkpoint.folder}`: {reason}") from error
+    if config.model_type not in TEXT_FAMILIES:
+        raise Unsupported(
+            f"the family `{config.model_type}` is not served yet",
+            hint=f"served are {', '.join(TEXT_FAMILIES)}",
+        )
+    dtype = _dtype(config, checkpoint)
+    with _parameters_on_meta(), no_init_weights():
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    model.eval()
+    return Network(model, checkpoint, map_experts(model, checkpoint))
+
+
+def load_dense(network: Network, reader: Reader) -> None:
+    """Load every weight that is not a routed expert.
+
+    Raises CheckpointError when one is missing or has another shape.
+    """
+    model = network.model
+    wanted = {key: network.checkpoint.tensors[key] for key in network.experts.dense_keys}
+    state = {key: _LazyTensor(entry, reader) for key, entry in wanted.items()}
+    config = LoadStateDictConfig(dtype=model.dtype, weight_mapping=network.experts.transforms)
+    with _quiet():
+        info, _ = convert_and_load_state_dict_in_model(model, state, config)
+    model.tie_weights()
+    _check_loaded(model, network.experts, info)
+
+
+def _check_loaded(model: PreTrainedModel, experts: ExpertMap, info: Any) -> None:
+    if info.mismatched_keys:
+        name, found, wanted = next(iter(info.mismatched_keys))
+        raise CheckpointError(
+            f"tensor `{name}` has the shape {list(found)}, not {list(wanted)}",
+            hint="config.json and the weights do not belong together",
+        )
+    if info.conversion_errors:
+        name, reason = next(iter(info.conversion_errors.items()))
+        raise CheckpointError(f"tensor `{name}` cannot be converted: {reason}")
+    routed = tuple(found.name + "." for found in experts.modules)
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta and not name.startswith(routed):
+            raise CheckpointError(
+                f"the weight `{name}` is missing",
+                hint="a shard is missing or the checkpoint is another model's",
+            )
+
+
+class _LazyTensor:
+    """What transformers' loader sees of a tensor: its bytes are read when it is indexed."""
+
+    def __init__(self, entry: TensorEntry, reader: Reader) -> None:
+        self._entry, self._reader = entry, reader
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        return read_tensor(self._entry, self._reader)[index]
+
+    def get_shape(self) -> list[int]:
+        return list(self._entry.shape)
+
+    def get_dtype(self) -> str:
+        return self._entry.dtype
+
+
+def read_tensor(entry: TensorEntry, reader: Reader) -> torch.Tensor:
+    """Read one tensor straight into its own memory.
+
+    Raises ReadError when the disk fails, CheckpointError when the file is too short, Unsupported
+    for types that are no weights.
+    """
+    if entry.dtype not in TORCH_DTYPES:
+        raise Unsupported(f"tensor `{entry.name}` has the type `{entry.dtype}`")
+    lead = entry.start % ALIGNMENT
+    direct = lead % entry.item_bytes == 0
+    begin = entry.start - lead if direct else entry.start
+    skip = entry.start - begin
+    room = -(-(entry.stop - begin) // ALIGNMENT) * ALIGNMENT
+    # Over-allocate by a page, and start at its first aligned byte, where direct reads may go.
+    raw = torch.empty(room + ALIGNMENT, dtype=torch.uint8)
+    base = -raw.data_ptr() % ALIGNMENT
+    into = memoryview(raw.numpy())[base : base + room]  # type: ignore[arg-type]
+    needed = entry.stop - begin
+    got = reader.read(entry.file, begin, into if direct else into[:needed], direct=direct)
+    if got < needed:
+        raise CheckpointError(f"`{entry.file.name}` is truncated: it ends within `{entry.name}`")
+    data = raw[base + skip : base + skip + (entry.stop - entry.start)]
+    return data.view(TORCH_DTYPES[entry.dtype]).view(entry.shape)
+
+
+def tensor_bytes(entry: TensorEntry) -> int:
+    """Bytes of `entry`'s data."""
+    return prod(entry.shape) * entry.item_bytes
+
+
+def load_tokenizer(folder: Path) -> Any | None:
+    """The checkpoint's tokenizer, or None where it has none."""
+    from transformers import AutoTokenizer
+
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        return None
+    try:
+        with _quiet():
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (ValueError, OSError, KeyError) as error:
+        raise CheckpointError(f"cannot load the tokenizer of `{folder}`: {error}") from error
+
+
+def end_tokens(network: Network) -> frozenset[int]:
+    """The token ids that end an answer, from the generation and the model configuration."""
+    sources = (network.model.generation_config, network.text_config)
+    for source in sources:
+        ids = getattr(source, "eos_token_id", None)
+        if ids is not None:
+            return frozenset([ids] if isinstance(ids, int) else ids)
+    return frozenset()
+
+
+def _dtype(config: PreTrainedConfig, checkpoint: Checkpoint) -> torch.dtype:
+    """The type that transformers would compute in: the configuration's, else the weights'."""
+    if isinstance(config.dtype, torch.dtype):
+        return config.dtype
+    kinds = {e.dtype for e in checkpoint.tensors.values() if e.dtype in TORCH_DTYPES}
+    return TORCH_DTYPES[sorted(kinds)[0]] if len(kinds) == 1 else torch.float32
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Turn each parameter to meta as its module registers it; buffers stay real."""
+
+    def to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> Any:
+        if parameter is None or parameter.is_meta:
+            return parameter
+        return nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+    handle = register_module_parameter_registration_hook(to_meta)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' own progress bars and load reports: ours are on stderr already."""
+    had_bars = transformers_logging.is_progress_bar_enabled()
+    level = transformers_logging.get_verbosity()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if had_bars:
+            transformers_logging.enable_progress_bar()
+
+
+__all__ = [
+    "Network",
+    "ReadError",
+    "build",
+    "end_tokens",
+    "load_dense",
+    "load_tokenizer",
+    "read_tensor",
+]

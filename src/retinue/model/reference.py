@@ -1,0 +1,84 @@
+"""The slow, obvious path that the fast one is compared with, in tests and once at load.
+
+It reads through the safetensors library instead of our reader, keeps nothing, and computes one
+token and one expert after the other, in the order of the paper formula.
+"""
+
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from retinue.errors import SelfCheckFailed
+from retinue.memory.checkpoint import TensorEntry
+from retinue.memory.layout import ExpertLayout
+from retinue.model.expert_map import ExpertsModule
+from retinue.model.experts import ExpertHost, apply_expert
+
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
+
+
+def read_expert(layout: ExpertLayout) -> dict[str, tuple[torch.Tensor, ...]]:
+    """One expert's parameters, read by the safetensors library."""
+    result: dict[str, list[torch.Tensor]] = {}
+    for piece in layout.pieces:
+        result.setdefault(piece.parameter, []).append(_read(piece.entry, piece.start, piece.shape))
+    return {name: tuple(blocks) for name, blocks in result.items()}
+
+
+def _read(entry: TensorEntry, start: int, shape: tuple[int, ...]) -> torch.Tensor:
+    with safe_open(entry.file, framework="pt") as file:
+        if entry.shape == shape:
+            return file.get_tensor(entry.name)  # type: ignore[no-any-return]
+        stride = (entry.stop - entry.start) // entry.shape[0]
+        index = (start - entry.start) // stride
+        return file.get_slice(entry.name)[index : index + 1][0]  # type: ignore[no-any-return]
+
+
+def reference_experts(
+    module: nn.Module,
+    layouts: list[ExpertLayout],
+    hidden: torch.Tensor,
+    index: torch.Tensor,
+    weights: torch.Tensor,
+) -> torch.Tensor:
+    """What `ExpertHost.run` must return: hidden [tokens, hidden], index and weights [tokens, k]."""
+    out = torch.zeros(hidden.shape, dtype=torch.float32)
+    for token in range(hidden.shape[0]):
+        for k in range(index.shape[1]):
+            expert = int(index[token, k])
+            if expert >= len(layouts):
+                continue
+            row = apply_expert(module, hidden[token : token + 1], read_expert(layouts[expert]))[0]
+            out[token] += row.float() * weights[token, k].float()
+    return out.to(hidden.dtype)
+
+
+@torch.inference_mode()
+def self_check(
+    host: ExpertHost,
+    modules: list[ExpertsModule],
+    layouts: list[list[ExpertLayout]],
+    hidden_size: int,
+    dtype: torch.dtype,
+) -> None:
+    """Run two tokens through two experts of the first and the last layer, both ways.
+
+    Raises SelfCheckFailed when the results differ by more than rounding.
+    """
+    random = torch.Generator().manual_seed(0)
+    host.cache.begin_step("decode")
+    for found in {modules[0].layer: modules[0], modules[-1].layer: modules[-1]}.values():
+        width = min(2, found.experts)
+        hidden = torch.randn(1, hidden_size, generator=random).to(dtype)
+        index = torch.randperm(found.experts, generator=random)[:width].view(1, width)
+        weights = torch.rand(1, width, generator=random).to(dtype)
+        fast = host.run(found.layer, hidden, index, weights).float()
+        slow = reference_experts(
+            found.module, layouts[found.layer], hidden, index, weights
+        ).float()
+        error = float((fast - slow).norm() / slow.norm().clamp_min(1e-20))
+        if not error <= TOLERANCE[dtype]:
+            raise SelfCheckFailed(
+                f"layer {found.layer}: the experts differ from the reference by {error:.2e}",
+                hint="please report this with the model's name; `--no-self-check` skips it",
+            )

@@ -1,0 +1,65 @@
+"""Chooses a token from logits. One sampler a request: it owns the request's random numbers."""
+
+import torch
+
+from retinue.types import SamplingParams, TokenLogprob
+
+
+class Sampler:
+    """Greedy at temperature 0, otherwise seeded sampling; filters apply in the usual order."""
+
+    def __init__(self, params: SamplingParams) -> None:
+        self._params = params
+        self._random = torch.Generator()
+        if params.seed is not None:
+            self._random.manual_seed(params.seed)
+        else:
+            self._random.seed()
+
+    def choose(self, logits: torch.Tensor, *seen: list[int]) -> int:
+        """The next token. logits: [vocabulary]; `seen` hold the ids that a penalty applies to."""
+        params, logits = self._params, logits.float()
+        if params.repetition_penalty != 1.0:
+            logits = _penalise(logits, set().union(*seen), params.repetition_penalty)
+        if params.temperature == 0:
+            return int(logits.argmax())
+        probabilities = torch.softmax(logits / params.temperature, dim=-1)
+        probabilities = _filter(probabilities, params)
+        return int(torch.multinomial(probabilities, 1, generator=self._random))
+
+    def logprob(self, logits: torch.Tensor, token_id: int) -> TokenLogprob | None:
+        """The model's own log-probability of `token_id` and of the likeliest alternatives."""
+        count = self._params.logprobs
+        if count is None:
+            return None
+        logprobs = torch.log_softmax(logits.float(), dim=-1)
+        values, ids = logprobs.topk(min(count, len(logprobs)))
+        top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
+        return TokenLogprob(token_id, float(logprobs[token_id]), top)
+
+
+def _penalise(logits: torch.Tensor, seen: set[int], penalty: float) -> torch.Tensor:
+    """Make tokens that were seen less likely (CTRL, arXiv 1909.05858)."""
+    logits, ids = logits.clone(), torch.tensor(sorted(seen), dtype=torch.int64)
+    values = logits[ids]
+    logits[ids] = torch.where(values > 0, values / penalty, values * penalty)
+    return logits
+
+
+def _filter(probabilities: torch.Tensor, params: SamplingParams) -> torch.Tensor:
+    """Zero what top-k, top-p and min-p leave out. The likeliest token always stays."""
+    if params.top_k == 0 and params.top_p == 1.0 and params.min_p == 0.0:
+        return probabilities
+    ordered, ids = probabilities.sort(descending=True, stable=True)
+    keep = torch.ones_like(ordered, dtype=torch.bool)
+    if params.top_k:
+        keep[params.top_k :] = False
+    if params.top_p < 1.0:
+        # A token stays if those before it have not reached the share yet.
+        shares = torch.where(keep, ordered, 0.0)
+        shares = shares / shares.sum()
+        keep &= shares.cumsum(0) - shares < params.top_p
+    if params.min_p:
+        keep &= ordered >= params.min_p * ordered[0]
+    keep[0] = True
+    return torch.zeros_like(probabilities).scatter_(0, ids, torch.where(keep, ordered, 0.0))

@@ -1,0 +1,20 @@
+"""Least recently used, counted in forward passes.
+
+Within one pass all uses are equally recent; the layer that was just run leaves before the ones
+that are about to run again, since its next turn is the farthest away.
+"""
+
+import numpy as np
+
+from retinue.policy.base import View
+from retinue.types import FloatArray, IntArray
+
+
+class Recency:
+    """The classic baseline (LRU); `on-demand` uses it."""
+
+    def priorities(self, layers: IntArray, experts: IntArray, view: View) -> FloatArray:
+        """The step of the last use; ties go by the distance to the layer's next turn."""
+        distance = (layers - view.layer - 1) % view.layers
+        ties = distance / view.layers
+        return np.asarray(view.last_used[layers, experts] - ties, dtype=np.float32)

@@ -1,0 +1,19 @@
+"""Exact: every missing expert is read, the heaviest first."""
+
+import numpy as np
+import numpy.typing as npt
+
+from retinue.policy.base import View
+from retinue.types import Demand, IntArray
+
+
+class FetchAll:
+    """Reads what is needed, in the order of summed routing weight."""
+
+    exact = True
+
+    def fetch(self, demand: Demand, resident: npt.NDArray[np.bool_], view: View) -> IntArray:
+        """All experts of the demand that are not resident."""
+        missing = ~resident
+        order = np.argsort(-demand.weight[missing], kind="stable")
+        return demand.experts[missing][order]
