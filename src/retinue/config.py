@@ -138,7 +138,7 @@ def _coerce(key: str, kind: object, value: Any) -> Any:
     if value is None:
         return None
     try:
-        if kind is bool or kind == bool:
+        if kind is bool:
             return _boolean(value)
         if kind in (int, int | None):
             return int(value)

@@ -22,7 +22,7 @@ class Expert(NamedTuple):
     """The identity of one feed-forward network behind a router: decoder layer and index."""
 
     layer: int
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody needs here
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Puts the parts together: checkpoint, network, memory, policies. Everything is built once, here."""
+"""Puts the parts together, once: checkpoint, network, memory, policies."""
 
 import os
 import time
@@ -67,9 +67,7 @@ def assemble(model: str | Path, config: Config) -> Assembly:
     chosen = preset(config.preset)
     threads = config.threads or cores()
     facts = survey(folder)
-    limits = split(
-        facts, memory=config.memory, context=config.context, experts=config.experts
-    )
+    limits = split(facts, memory=config.memory, context=config.context, experts=config.experts)
     torch.set_num_threads(threads)
     network = build(open_checkpoint(folder))
     network.model.set_experts_implementation(IMPLEMENTATION)
@@ -104,8 +102,20 @@ def assemble(model: str | Path, config: Config) -> Assembly:
         notes.append("no look-ahead: some routers of this model cannot be asked")
     load_s = time.perf_counter() - started
     return Assembly(
-        facts, limits, chosen, threads, network, tokenizer, reader, tier, mover, cache, engine,
-        metrics, load_s, notes,
+        facts,
+        limits,
+        chosen,
+        threads,
+        network,
+        tokenizer,
+        reader,
+        tier,
+        mover,
+        cache,
+        engine,
+        metrics,
+        load_s,
+        notes,
     )
 
 

@@ -95,10 +95,7 @@ class LLM:
         outputs = []
         with _bar(len(ids), progress) as bar:
             for prompt in ids:
-                last = None
-                for last in self._stream(prompt, params or SamplingParams(), reuse=False):
-                    pass
-                assert last is not None
+                *_, last = self._stream(prompt, params or SamplingParams(), reuse=False)
                 outputs.append(last)
                 bar.update()
         return outputs

@@ -13,6 +13,8 @@ from retinue.types import FinishReason, SamplingParams, TokenLogprob
 
 
 class State(Enum):
+    """Where a request is; the last three are final."""
+
     WAITING = "waiting"
     PREFILL = "prefill"
     DECODE = "decode"
@@ -51,7 +53,8 @@ class Request:
 
     def end(self, state: State, reason: FinishReason, error: RetinueError | None = None) -> None:
         """Enter a final state, once."""
-        assert state.final and not self.state.final, (self.state, state)
+        assert state.final, state
+        assert not self.state.final, self.state
         self.state, self.finish_reason, self.error = state, reason, error
 
 

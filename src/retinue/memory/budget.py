@@ -102,9 +102,7 @@ def split(
     slots = min((budget - needed) // facts.slot_bytes, facts.total_experts)
     if experts is not None:
         slots = min(slots, _slot_limit(facts, experts))
-    return Split(
-        budget, fixed, kv, workspace, slots, facts.slot_bytes, tokens, chunk, smallest
-    )
+    return Split(budget, fixed, kv, workspace, slots, facts.slot_bytes, tokens, chunk, smallest)
 
 
 def _slot_limit(facts: Facts, experts: str | int) -> int:
@@ -120,4 +118,3 @@ def _slot_limit(facts: Facts, experts: str | int) -> int:
             hint=f"use `--experts {least}` or more",
         )
     return int(slots)
-

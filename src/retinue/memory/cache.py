@@ -84,7 +84,7 @@ class ExpertCache:
 
     def lookup(self, layer: int, experts: IntArray) -> IntArray:
         """Per expert its slot, LOADING or ABSENT: `[n]`."""
-        return self.slot_of[layer, experts].astype(np.int64)
+        return np.asarray(self.slot_of[layer, experts], dtype=np.int64)
 
     def views(self, slot: int) -> Views:
         """The parameters of the READY expert in `slot`."""
@@ -149,7 +149,7 @@ class ExpertCache:
         if self._fresh[layer, expert]:
             self._fresh[layer, expert] = False
             self.used_bytes_read += self._layouts[layer][expert].weight_bytes
-        return self._views[self.slot_of[layer, expert]]
+        return self._views[int(self.slot_of[layer, expert])]
 
     # --- reading
 
@@ -309,7 +309,7 @@ class ExpertCache:
 
     def _settle(self, key: Expert, slot: int) -> None:
         self.slot_of[key] = slot
-        self._owner[slot] = key
+        self._owner[slot] = (key.layer, key.index)
         self._fresh[key] = True
         layout = self._layouts[key.layer][key.index]
         self._views[slot] = layout.views(self._tier.tensor(slot))

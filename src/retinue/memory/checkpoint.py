@@ -7,6 +7,7 @@ against its file before anyone reads a weight. This module knows no model famili
 import json
 import struct
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -137,7 +138,7 @@ def _entry(file: Path, name: str, fields: Any, base: int, size: int) -> TensorEn
 
 def _check_overlap(file: Path, entries: list[TensorEntry]) -> None:
     ordered = sorted((e for e in entries if e.stop > e.start), key=lambda e: e.start)
-    for before, after in zip(ordered, ordered[1:], strict=False):
+    for before, after in pairwise(ordered):
         if after.start < before.stop:
             raise _damaged(file, f"`{before.name}` and `{after.name}` overlap")
 

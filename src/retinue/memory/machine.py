@@ -193,7 +193,7 @@ def cache_folder() -> Path:
 
 
 def known_speeds(folder: Path, *, fresh: bool = False) -> Speeds:
-    """The speeds for checkpoints in `folder`: remembered per disk, measured if `fresh` or unknown."""
+    """The speeds for checkpoints in `folder`: remembered per disk, or measured now."""
     store = cache_folder() / f"speeds-{folder.stat().st_dev}-{cores()}.json"
     if not fresh:
         with suppress(OSError, ValueError, TypeError):

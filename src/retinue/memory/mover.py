@@ -31,6 +31,8 @@ class Urgency(IntEnum):
 
 
 class TicketState(Enum):
+    """QUEUED until the last chunk is read, or one of the ends."""
+
     QUEUED = "queued"
     DONE = "done"
     FAILED = "failed"

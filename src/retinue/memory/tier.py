@@ -16,7 +16,8 @@ class Tier:
     """`slots` equal slots of `slot_bytes` each. Not thread-safe: the engine thread owns it."""
 
     def __init__(self, slots: int, slot_bytes: int) -> None:
-        assert slots > 0 and slot_bytes % mmap.PAGESIZE == 0, (slots, slot_bytes)
+        assert slots > 0, slots
+        assert slot_bytes % mmap.PAGESIZE == 0, slot_bytes
         self.slots, self.slot_bytes = slots, slot_bytes
         self._map = mmap.mmap(-1, slots * slot_bytes)
         if hasattr(mmap, "MADV_HUGEPAGE") and slots * slot_bytes >= 8 * HUGE_PAGE_BYTES:

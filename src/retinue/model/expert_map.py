@@ -55,7 +55,7 @@ def find_experts(model: PreTrainedModel) -> list[ExpertsModule]:
 
     Raises Unsupported for a model without any.
     """
-    found = []
+    found: list[ExpertsModule] = []
     for name, module in model.named_modules():
         # The five flags are what the decorator leaves on an experts module.
         if "is_concatenated" not in vars(module):
@@ -127,8 +127,10 @@ def _assign(
         if target not in owners:
             dense.append(key)
             continue
-        converter = by_pattern[pattern] if pattern is not None else None
-        position = converter.source_patterns.index(pattern) if converter is not None else 0
+        converter, position = None, 0
+        if pattern is not None:
+            converter = by_pattern[pattern]
+            position = converter.source_patterns.index(pattern)
         block = blocks.setdefault((target, pattern), _Block(converter, position, []))
         block.entries.append(checkpoint.tensors[key])
     groups: dict[str, list[_Block]] = defaultdict(list)

@@ -6,6 +6,7 @@ nor on how a layer was cut into waves.
 """
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -41,7 +42,7 @@ class ExpertHost:
         self._policies = policies
         self._modules = {found.layer: found.module for found in modules}
         order = [found.layer for found in modules]
-        self._following = dict(zip(order, order[1:], strict=False))
+        self._following = dict(pairwise(order))
         self._routers = dict(zip(order, routers, strict=True))
         for found in modules:
             found.module.retinue_run = _Layer(self, found)  # type: ignore[assignment]
@@ -222,10 +223,8 @@ def apply_expert(module: nn.Module, inputs: torch.Tensor, views: Views) -> torch
     """
     up_name = "gate_up_proj" if module.has_gate else "up_proj"
     up = _linear(module, inputs, views, up_name)
-    if module.has_gate:
-        hidden = module._apply_gate(up)  # type: ignore[operator]
-    else:
-        hidden = module.act_fn(up)  # type: ignore[operator]
+    activate = module._apply_gate if module.has_gate else module.act_fn
+    hidden = activate(up)  # type: ignore[operator]
     return _linear(module, hidden, views, "down_proj")
 
 

@@ -15,25 +15,26 @@ class SequenceCache(Cache):
     """One sequence's keys and values over all layers."""
 
     def __init__(self, layers: int, context: int) -> None:
-        super().__init__(layers=[_Layer(context) for _ in range(layers)])
+        self._rooms = [_Layer(context) for _ in range(layers)]
+        super().__init__(layers=list(self._rooms))
         self.context = context
 
     @property
     def length(self) -> int:
         """Tokens that are stored."""
-        return int(self.layers[0].get_seq_length())
+        return self._rooms[0].get_seq_length()
 
     def truncate(self, length: int) -> None:
         """Forget every token from position `length` on."""
-        for layer in self.layers:
+        for layer in self._rooms:
             layer.truncate(length)
 
 
-class _Layer(CacheLayerMixin):
+class _Layer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     is_sliding = False
 
     def __init__(self, context: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._context, self._length = context, 0
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -49,7 +50,8 @@ class _Layer(CacheLayerMixin):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        assert self.keys is not None and self.values is not None
+        assert self.keys is not None
+        assert self.values is not None
         stop = self._length + key_states.shape[-2]
         if stop > self._context:
             raise UsageError(f"the sequence exceeds the context of {self._context} tokens")

@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from transformers.initialization import no_init_weights
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
-from retinue.errors import CheckpointError, ReadError, Unsupported
+from retinue.errors import CheckpointError, Unsupported
 from retinue.memory.checkpoint import Checkpoint, TensorEntry
 from retinue.memory.files import Reader
 from retinue.memory.layout import ALIGNMENT, TORCH_DTYPES
@@ -63,7 +62,10 @@ def build(checkpoint: Checkpoint) -> Network:
         )
     dtype = _dtype(config, checkpoint)
     with _parameters_on_meta(), no_init_weights():
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            config, dtype=dtype, trust_remote_code=False
+        )
+    model.tie_weights()
     model.eval()
     return Network(model, checkpoint, map_experts(model, checkpoint))
 
@@ -143,11 +145,6 @@ def read_tensor(entry: TensorEntry, reader: Reader) -> torch.Tensor:
     return data.view(TORCH_DTYPES[entry.dtype]).view(entry.shape)
 
 
-def tensor_bytes(entry: TensorEntry) -> int:
-    """Bytes of `entry`'s data."""
-    return prod(entry.shape) * entry.item_bytes
-
-
 def load_tokenizer(folder: Path) -> Any | None:
     """The checkpoint's tokenizer, or None where it has none."""
     from transformers import AutoTokenizer
@@ -176,7 +173,7 @@ def _dtype(config: PreTrainedConfig, checkpoint: Checkpoint) -> torch.dtype:
     if isinstance(config.dtype, torch.dtype):
         return config.dtype
     kinds = {e.dtype for e in checkpoint.tensors.values() if e.dtype in TORCH_DTYPES}
-    return TORCH_DTYPES[sorted(kinds)[0]] if len(kinds) == 1 else torch.float32
+    return TORCH_DTYPES[min(kinds)] if len(kinds) == 1 else torch.float32
 
 
 @contextmanager
@@ -200,8 +197,8 @@ def _quiet() -> Iterator[None]:
     """Without transformers' own progress bars and load reports: ours are on stderr already."""
     had_bars = transformers_logging.is_progress_bar_enabled()
     level = transformers_logging.get_verbosity()
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -209,15 +206,4 @@ def _quiet() -> Iterator[None]:
     finally:
         transformers_logging.set_verbosity(level)
         if had_bars:
-            transformers_logging.enable_progress_bar()
-
-
-__all__ = [
-    "Network",
-    "ReadError",
-    "build",
-    "end_tokens",
-    "load_dense",
-    "load_tokenizer",
-    "read_tensor",
-]
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]

@@ -73,9 +73,7 @@ def self_check(
         index = torch.randperm(found.experts, generator=random)[:width].view(1, width)
         weights = torch.rand(1, width, generator=random).to(dtype)
         fast = host.run(found.layer, hidden, index, weights).float()
-        slow = reference_experts(
-            found.module, layouts[found.layer], hidden, index, weights
-        ).float()
+        slow = reference_experts(found.module, layouts[found.layer], hidden, index, weights).float()
         error = float((fast - slow).norm() / slow.norm().clamp_min(1e-20))
         if not error <= TOLERANCE[dtype]:
             raise SelfCheckFailed(

@@ -17,9 +17,7 @@ from retinue.types import Phase
 class Runner:
     """`run` is one forward pass; it fills the sequence's cache and returns the last logits."""
 
-    def __init__(
-        self, network: Network, host: ExpertHost, mover: Mover, metrics: Metrics
-    ) -> None:
+    def __init__(self, network: Network, host: ExpertHost, mover: Mover, metrics: Metrics) -> None:
         self._network, self._host, self._mover, self._metrics = network, host, mover, metrics
         self._model = network.model
 
@@ -63,7 +61,7 @@ class Runner:
         counters.steps_s.append(elapsed)
         counters.bytes_read += self._mover.bytes_read - read
         counters.used_bytes_read += self._host.cache.used_bytes_read - used
-        return logits
+        return torch.as_tensor(logits)
 
     def _not_finite(self) -> NotFinite:
         """Find out which weight made the logits NaN or infinite."""

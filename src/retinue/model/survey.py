@@ -46,15 +46,13 @@ def facts_of(network: "Network") -> Facts:
         for name, parameter in model.named_parameters()
         if not name.startswith(routed)
     )
-    embedding = model.get_input_embeddings().weight
-    tied = model.get_output_embeddings().weight is embedding
-    tied = tied or bool(getattr(config, "tie_word_embeddings", False))
-    embedding_bytes = embedding.numel() * item
+    tied = bool(getattr(config, "tie_word_embeddings", False))
+    embedding_bytes = config.vocab_size * config.hidden_size * item
+    dense_per_token = dense if tied else dense - embedding_bytes
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     kv_width = 2 * config.num_key_value_heads * head_dim
     modules = network.experts.modules
     expert_bytes = max(layout.weight_bytes for layout in layouts)
-    dense_per_token = dense if tied else dense - embedding_bytes
     per_token = dense_per_token + network.top_k * len(modules) * expert_bytes
     return Facts(
         name=network.checkpoint.folder.name,
@@ -67,7 +65,7 @@ def facts_of(network: "Network") -> Facts:
         top_k=network.top_k,
         expert_bytes=expert_bytes,
         slot_bytes=max(layout.slot_bytes for layout in layouts),
-        dense_bytes=dense - (embedding_bytes if tied and _counted_twice(model) else 0),
+        dense_bytes=dense,
         dense_bytes_per_token=dense_per_token,
         kv_bytes_per_token=kv_width * config.num_hidden_layers * item,
         max_context=int(config.max_position_embeddings),
@@ -80,12 +78,6 @@ def facts_of(network: "Network") -> Facts:
     )
 
 
-def _counted_twice(model: object) -> bool:
-    """named_parameters lists a shared parameter once; before tying, the head is one of its own."""
-    embeddings = model.get_input_embeddings().weight  # type: ignore[attr-defined]
-    return model.get_output_embeddings().weight is not embeddings  # type: ignore[attr-defined]
-
-
 def _workspace_per_token(network: "Network", head_dim: int) -> int:
     """Bytes of activations a token of a prefill chunk: attention or experts, whichever is more."""
     config, item = network.text_config, network.model.dtype.itemsize
@@ -93,9 +85,7 @@ def _workspace_per_token(network: "Network", head_dim: int) -> int:
     query = config.num_attention_heads * head_dim
     key_value = 2 * config.num_key_value_heads * head_dim
     inner = max(
-        tensor.shape[1]
-        for found in network.experts.modules
-        for tensor in found.module.parameters()
+        tensor.shape[1] for found in network.experts.modules for tensor in found.module.parameters()
     )
     stream = 3 * hidden * item
     norms = 3 * 4 * max(hidden, query)

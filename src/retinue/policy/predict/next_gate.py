@@ -26,7 +26,7 @@ class NextGate:
         scores = view.next_scores
         if scores is None:
             return []
-        tokens, experts = scores.shape
+        experts = scores.shape[1]
         chosen = np.argpartition(scores, experts - view.top_k, axis=1)[:, -view.top_k :]
         weight = np.zeros(experts, dtype=np.float32)
         np.add.at(weight, chosen, np.take_along_axis(scores, chosen, axis=1))
