@@ -15,6 +15,7 @@ from mmap import mmap
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from retinue.memory.files import Reader
 
@@ -163,19 +164,28 @@ def _measure_small(file: Path) -> float:
     return got / max(elapsed, 1e-6)
 
 
-def measure_memory(*, threads: int, bytes_each: int = 64 << 20) -> float:
-    """Bytes a second that `threads` threads together read from memory."""
-    arrays = [np.ones(bytes_each // 8, dtype=np.int64) for _ in range(threads)]
+def measure_memory(*, threads: int, arrays: Sequence[npt.NDArray[np.int64]] | None = None) -> float:
+    """Bytes a second that `threads` threads together read from memory: from `arrays`, or from
+    192 MiB a thread that are allocated for it."""
+    if arrays is None:
+        arrays = [np.ones(24 << 20, dtype=np.int64) for _ in range(threads)]
+    parts = [arrays[start::threads] for start in range(threads)]
+    total = sum(array.nbytes for array in arrays)
     best = 0.0
     for _ in range(3):
-        workers = [threading.Thread(target=array.max) for array in arrays]
+        workers = [threading.Thread(target=_read_all, args=(part,)) for part in parts]
         started = time.perf_counter()
         for worker in workers:
             worker.start()
         for worker in workers:
             worker.join()
-        best = max(best, threads * bytes_each / (time.perf_counter() - started))
+        best = max(best, total / (time.perf_counter() - started))
     return best
+
+
+def _read_all(arrays: Sequence[npt.NDArray[np.int64]]) -> None:
+    for array in arrays:
+        array.max()
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,7 @@
+"""`python -m retinue` is the command line."""
+
+import sys
+
+from retinue.cli.main import main
+
+sys.exit(main())

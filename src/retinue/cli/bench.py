@@ -1,0 +1,134 @@
+"""`retinue bench`: the same work for every engine, against the machine's own limits."""
+
+import random
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from retinue.cli.options import config_from
+from retinue.cli.terminal import emit_json, note, table
+from retinue.config import Config, format_size
+from retinue.engine.bound import with_bound
+from retinue.engine.llm import LLM
+from retinue.engine.request import new_request
+from retinue.errors import UsageError
+from retinue.memory.budget import split
+from retinue.memory.home import locate
+from retinue.memory.machine import Speeds, cores, measure_disk, measure_memory
+from retinue.model.survey import survey
+from retinue.types import Facts, SamplingParams, Stats
+
+
+def execute(options: Namespace) -> int:
+    """Measure one prefill and N decode steps; returns the exit code."""
+    prompt_tokens, new_tokens = options.prompt_tokens, options.new_tokens
+    if prompt_tokens < 1 or new_tokens < 0:
+        raise UsageError("--prompt-tokens must be 1 or more, --new-tokens 0 or more")
+    needed = prompt_tokens + new_tokens + 1
+    config = config_from(options, context=None if options.prompts else needed)
+    folder = locate(options.model)
+    facts = survey(folder)
+    split(facts, memory=config.memory, context=config.context, experts=config.experts)
+    files = sorted(folder.glob("*.safetensors"))
+    threads = config.threads or cores()
+    before = Speeds(measure_disk(files), measure_memory(threads=threads))
+    with LLM.from_config(folder, config) as llm:
+        stats, prompt_tokens = _measure(llm, options, facts, config)
+        after = Speeds(measure_disk(files), _memory_again(llm, threads, before))
+    speeds = Speeds(
+        (before.disk_bytes_per_s + after.disk_bytes_per_s) / 2,
+        (before.memory_bytes_per_s + after.memory_bytes_per_s) / 2,
+    )
+    stats = with_bound(stats, facts, speeds)
+    document = _document(options, config, stats, threads, prompt_tokens)
+    print(_text(document, stats, before, after))
+    if stats.peak_rss_bytes > stats.budget_bytes:
+        note("the peak is over the budget: please report this with the model's name", "red")
+    if options.json:
+        emit_json(document)
+    return 0
+
+
+def _measure(llm: LLM, options: Namespace, facts: Facts, config: Config) -> tuple[Stats, int]:
+    """Prefill and decode with forced ids; returns the stats and the prompt's length."""
+    ids = random.Random(config.seed or 0)
+    count = options.new_tokens
+    if options.prompts:
+        prompts = [llm.encode(text) for text in _texts(Path(options.prompts))]
+    else:
+        prompts = [[ids.randrange(facts.vocab_size) for _ in range(options.prompt_tokens)]]
+    for prompt in prompts:
+        forced = [ids.randrange(facts.vocab_size) for _ in range(count + 1)]
+        params = SamplingParams(max_new_tokens=count + 1, ignore_eos=True)
+        request = new_request(prompt, params, None, forced=forced)
+        for _ in llm.run(request):
+            pass
+    return llm.stats(request), len(request.prompt)
+
+
+def _texts(path: Path) -> list[str]:
+    try:
+        texts = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read `{path}`: {error}") from error
+    if not texts:
+        raise UsageError(f"no prompts in `{path}`", hint="write one text a line")
+    return texts
+
+
+def _memory_again(llm: LLM, threads: int, before: Speeds) -> float:
+    """Memory bandwidth once more, over experts that are resident: nothing new is allocated."""
+    cache, tier = llm.assembly.cache, llm.assembly.tier
+    slots = np.unique(cache.slot_of[cache.slot_of >= 0])
+    usable = len(slots) // threads * threads
+    if usable * tier.slot_bytes < threads * (64 << 20):
+        return before.memory_bytes_per_s
+    arrays = [tier.tensor(int(slot)).numpy().view(np.int64) for slot in slots[:usable]]
+    return measure_memory(threads=threads, arrays=arrays)
+
+
+def _document(
+    options: Namespace, config: Config, stats: Stats, threads: int, prompt_tokens: int
+) -> dict[str, Any]:
+    return {
+        "model": options.model,
+        "preset": config.preset,
+        "precision": config.precision,
+        "threads": threads,
+        "prompt_tokens": prompt_tokens,
+        "new_tokens": options.new_tokens,
+        **stats.as_dict(),
+    }
+
+
+def _text(document: dict[str, Any], stats: Stats, before: Speeds, after: Speeds) -> str:
+    rows = [
+        ("load", f"{stats.load_s:.2f} s", ""),
+        ("first token", f"{stats.ttft_s:.2f} s", f"{document['prompt_tokens']} tokens of prompt"),
+        ("prefill", f"{stats.prefill_tokens_per_s:.1f} tokens/s", f"{stats.prefill_s:.2f} s"),
+        ("decode", f"{stats.decode_tokens_per_s:.2f} tokens/s", f"{stats.decode_s:.2f} s"),
+    ]
+    if stats.bound_tokens_per_s and stats.share_of_bound:
+        share = f"{stats.share_of_bound:.0%} of it reached"
+        rows.append(("bound", f"{stats.bound_tokens_per_s:.2f} tokens/s", share))
+    looked_up = f"{stats.hits} hits, {stats.pending} pending, {stats.misses} misses"
+    experts = f"{stats.resident_experts} of {stats.total_experts} experts resident"
+    peak = f"{format_size(stats.peak_rss_bytes)} of {format_size(stats.budget_bytes)}"
+    rows += [
+        ("hit rate", f"{stats.hit_rate:.1%}", looked_up),
+        (
+            "read",
+            f"{format_size(stats.bytes_read_per_token)} a token",
+            f"{stats.stall_s:.2f} s stalled",
+        ),
+        ("peak memory", peak, experts),
+        ("disk", _two(before.disk_bytes_per_s, after.disk_bytes_per_s), "before and after"),
+        ("memory", _two(before.memory_bytes_per_s, after.memory_bytes_per_s), "before and after"),
+    ]
+    return table(("measured", "", ""), rows)
+
+
+def _two(first: float, second: float) -> str:
+    return f"{first / 1e9:.2f} and {second / 1e9:.2f} GB/s"

@@ -1,0 +1,105 @@
+"""The command line: `retinue VERB MODEL ...`. Each verb's module is imported when it is called."""
+
+import importlib
+import sys
+from argparse import ArgumentParser
+from collections.abc import Sequence
+
+from retinue import __version__
+from retinue.cli.options import ENGINE, MODEL_HELP, SAMPLING, add_config_options, new_verb
+from retinue.cli.terminal import fail
+from retinue.errors import RetinueError
+
+
+def build_parser() -> ArgumentParser:
+    """All verbs with their options. Imports no model code: `--help` answers at once."""
+    parser = ArgumentParser(
+        prog="retinue",
+        description="Runs Mixture-of-Experts language models in a fraction of their memory.",
+    )
+    parser.add_argument("--version", action="version", version=f"retinue {__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    _add_run(verbs)
+    _add_plan(verbs)
+    _add_doctor(verbs)
+    _add_bench(verbs)
+    new_verb(verbs, "presets", "every preset with its source and parts", "retinue presets --json")
+    return parser
+
+
+def _add_run(verbs: object) -> None:
+    run = new_verb(
+        verbs,
+        "run",
+        "one answer; without PROMPT a chat, or the prompt from a pipe",
+        'retinue run sample "A: Hello there!" --memory 1GiB --max-new-tokens 40',
+    )
+    run.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    run.add_argument("prompt", metavar="PROMPT", nargs="?", help="the text to continue")
+    run.add_argument(
+        "--token-ids", action="store_true", help="PROMPT is token ids, separated by spaces"
+    )
+    run.add_argument("--logprobs", type=int, metavar="N", help="with --json: N alternatives each")
+    run.add_argument("--ignore-eos", action="store_true", help="go on after an end token")
+    add_config_options(run, ENGINE + SAMPLING)
+
+
+def _add_plan(verbs: object) -> None:
+    plan = new_verb(
+        verbs,
+        "plan",
+        "from the headers alone: what fits where, expected speed, smallest budget",
+        "retinue plan ./OLMoE-1B-7B --memory 4GiB",
+    )
+    plan.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    add_config_options(plan, ("memory", "experts", "context", "preset", "precision", "threads"))
+
+
+def _add_doctor(verbs: object) -> None:
+    doctor = new_verb(
+        verbs,
+        "doctor",
+        "the machine, what is fast on it and what is not, and why",
+        "retinue doctor ./OLMoE-1B-7B",
+    )
+    doctor.add_argument("model", metavar="MODEL", nargs="?", help=MODEL_HELP)
+    add_config_options(doctor, ENGINE)
+
+
+def _add_bench(verbs: object) -> None:
+    bench = new_verb(
+        verbs,
+        "bench",
+        "speed and memory against the machine's own limits",
+        "retinue bench ./OLMoE-1B-7B --memory 6GiB --prompt-tokens 512 --new-tokens 32",
+    )
+    bench.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    bench.add_argument("--prompt-tokens", type=int, default=64, metavar="N", help="(default: 64)")
+    bench.add_argument("--new-tokens", type=int, default=32, metavar="N", help="(default: 32)")
+    bench.add_argument("--prompts", metavar="FILE", help="texts, one a line, instead of random ids")
+    add_config_options(bench, (*ENGINE, "seed"))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command line; returns the exit code."""
+    options = build_parser().parse_args(arguments)
+    try:
+        verb = importlib.import_module(f"retinue.cli.{options.verb}")
+        return int(verb.execute(options))
+    except RetinueError as error:
+        fail(str(error), error.hint)
+        return error.exit_code
+    except KeyboardInterrupt:
+        fail("interrupted")
+        return 1
+    except BrokenPipeError:
+        # Whoever read our output has left; nobody is there to be told.
+        sys.stderr.close()
+        return 1
+    except MemoryError:
+        fail("out of memory", "use a smaller `--memory`, or close other programs")
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

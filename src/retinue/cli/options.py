@@ -1,0 +1,67 @@
+"""The options that mean the same in every verb, made from the fields of Config."""
+
+from argparse import ArgumentParser, BooleanOptionalAction, Namespace, RawDescriptionHelpFormatter
+from dataclasses import fields
+from typing import Any
+
+from retinue.config import Config, load_config
+
+MODEL_HELP = "a checkpoint folder, or `sample`, the small trained model that ships along"
+ENGINE = ("memory", "experts", "context", "preset", "precision", "threads", "self_check")
+SAMPLING = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop")
+
+
+def new_verb(verbs: Any, name: str, summary: str, example: str) -> ArgumentParser:
+    """A parser for one verb, with an example in its help."""
+    parser: ArgumentParser = verbs.add_parser(
+        name,
+        help=summary,
+        description=summary,
+        epilog=f"example:\n  {example}",
+        formatter_class=RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON document as the last line")
+    return parser
+
+
+def add_config_options(parser: ArgumentParser, names: tuple[str, ...]) -> None:
+    """Add `--config` and the options for the fields called `names`; none has a default here."""
+    parser.add_argument("--config", metavar="FILE", help="YAML with the same keys")
+    for item in fields(Config):
+        if item.name not in names:
+            continue
+        flag = "--" + item.name.replace("_", "-")
+        text = item.metadata["help"]
+        if item.name == "self_check":
+            parser.add_argument(flag, action=BooleanOptionalAction, default=None, help=text)
+        elif item.name == "stop":
+            parser.add_argument(flag, action="append", metavar=item.metadata["metavar"], help=text)
+        else:
+            if item.default not in (None, ()):
+                text += f" (default: {item.default})"
+            text = text.replace("%", "%%")
+            kind = _kind(item.name)
+            parser.add_argument(flag, type=kind, metavar=item.metadata["metavar"], help=text)
+
+
+def _kind(name: str) -> Any:
+    if name in ("context", "threads", "max_new_tokens", "top_k", "seed"):
+        return int
+    if name in ("temperature", "top_p", "min_p"):
+        return float
+    return str
+
+
+def config_from(arguments: Namespace, **defaults: Any) -> Config:
+    """The configuration that a command line asks for. `defaults` fill what nobody has set."""
+    names = {item.name for item in fields(Config)}
+    flags = {name: value for name, value in vars(arguments).items() if name in names}
+    if flags.get("stop") is not None:
+        flags["stop"] = tuple(flags["stop"])
+    config = load_config(flags, arguments.config)
+    unset = {key: value for key, value in defaults.items() if getattr(config, key) is None}
+    return load_config({**_values(config), **unset}, environ={}) if unset else config
+
+
+def _values(config: Config) -> dict[str, Any]:
+    return {item.name: getattr(config, item.name) for item in fields(Config)}

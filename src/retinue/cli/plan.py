@@ -1,0 +1,81 @@
+"""`retinue plan`: what would happen, without loading anything."""
+
+from argparse import Namespace
+from dataclasses import asdict
+
+from retinue.cli.options import config_from
+from retinue.cli.terminal import emit_json, styled
+from retinue.config import format_size
+from retinue.engine.plan import PROMPT_TOKENS, Plan, make_plan
+from retinue.memory.home import locate
+from retinue.memory.machine import cores, known_speeds
+from retinue.policy.presets import preset
+
+
+def execute(options: Namespace) -> int:
+    """Print the plan; returns 0, or 3 when the model does not fit."""
+    from retinue.model.survey import survey
+
+    config = config_from(options)
+    preset(config.preset)
+    folder = locate(options.model)
+    facts = survey(folder)
+    plan = make_plan(facts, config, known_speeds(folder), config.threads or cores())
+    print(_text(plan))
+    if options.json:
+        emit_json(_document(plan))
+    return 0 if plan.split else 3
+
+
+def _document(plan: Plan) -> dict[str, object]:
+    split = plan.split
+    placement = (
+        {
+            "fixed": split.fixed,
+            "kv": split.kv,
+            "workspace": split.workspace,
+            "experts": split.experts,
+        }
+        if split
+        else {}
+    )
+    return {
+        "fits": split is not None,
+        "budget_bytes": plan.budget,
+        "smallest_budget_bytes": plan.smallest,
+        "placement": placement,
+        "resident_experts": split.slots if split else 0,
+        "total_experts": plan.facts.total_experts,
+        "context": split.context if split else None,
+        "decode_tokens_per_s": asdict(plan.decode),
+        "prefill_tokens_per_s": asdict(plan.prefill),
+        "reasons": plan.reasons,
+    }
+
+
+def _text(plan: Plan) -> str:
+    facts, split = plan.facts, plan.split
+    lines = [
+        f"{facts.name}: {facts.family}, {facts.dtype}, {facts.total_experts} experts of"
+        f" {format_size(facts.expert_bytes)} in {facts.moe_layers} layers, {facts.top_k} a token",
+        "",
+    ]
+    if split is None:
+        lines.append(styled("does not fit", "red"))
+    else:
+        lines += [
+            f"budget      {format_size(split.budget):>10}",
+            f"  fixed     {format_size(split.fixed):>10}  runtime and weights that every token uses",
+            f"  kv        {format_size(split.kv):>10}  for {split.context} tokens",
+            f"  workspace {format_size(split.workspace):>10}"
+            f"  for prompts, {split.chunk} tokens at once",
+            f"  experts   {format_size(split.experts):>10}"
+            f"  {split.slots} of {facts.total_experts} resident",
+            "",
+            f"decode      {plan.decode.low:.2f} to {plan.decode.high:.2f} tokens/s",
+            f"prefill     {plan.prefill.low:.0f} to {plan.prefill.high:.0f} tokens/s"
+            f" (a prompt of {PROMPT_TOKENS})",
+        ]
+    lines += [f"- {reason}" for reason in plan.reasons]
+    lines.append(f"smallest budget: {format_size(plan.smallest)} (`--memory {plan.smallest}`)")
+    return "\n".join(lines)

@@ -1,0 +1,104 @@
+"""`retinue run`: one answer, streamed; or a chat."""
+
+import signal
+import sys
+from argparse import Namespace
+from dataclasses import asdict, replace
+from typing import Any
+
+from retinue.cli.interrupts import cancel_on
+from retinue.cli.options import config_from
+from retinue.cli.terminal import emit_json, fail, note
+from retinue.config import Config, format_size
+from retinue.engine.llm import LLM, Prompt
+from retinue.errors import UsageError
+from retinue.types import Output, SamplingParams
+
+
+def execute(options: Namespace) -> int:
+    """Answer the prompt, or chat; returns the exit code."""
+    config = config_from(options)
+    prompt = _prompt(options)
+    params = replace(config.sampling(), logprobs=options.logprobs, ignore_eos=options.ignore_eos)
+    with _open(options.model, config) as llm:
+        if prompt is None:
+            from retinue.cli.chat import chat
+
+            return chat(llm, params)
+        return _answer(llm, prompt, params, json=options.json)
+
+
+def _open(model: str, config: Config) -> LLM:
+    llm = LLM.from_config(model, config)
+    assembly = llm.assembly
+    for text in assembly.notes:
+        note(f"note: {text}", "yellow")
+    split = assembly.split
+    note(
+        f"{assembly.facts.name}: room for {split.slots} of {assembly.facts.total_experts} experts"
+        f" in {format_size(split.budget)}, loaded in {assembly.load_s:.1f} s"
+    )
+    return llm
+
+
+def _prompt(options: Namespace) -> Prompt | None:
+    """The prompt from the command line or a pipe; None asks for a chat."""
+    text: str | None = options.prompt
+    if text is None:
+        if sys.stdin.isatty():
+            if options.json or options.token_ids:
+                raise UsageError("a chat has no --json and no --token-ids", hint="give a PROMPT")
+            return None
+        text = sys.stdin.read()
+    if not text:
+        raise UsageError("the prompt is empty", hint="give a PROMPT, or write it to stdin")
+    if not options.token_ids:
+        return text
+    try:
+        return [int(token) for token in text.replace(",", " ").split()]
+    except ValueError as error:
+        raise UsageError(f"not token ids: `{text[:40]}`", hint="such as `5 17 200`") from error
+
+
+def _answer(llm: LLM, prompt: Prompt, params: SamplingParams, *, json: bool) -> int:
+    output: Output | None = None
+    with cancel_on(llm.cancel, signal.SIGINT, signal.SIGTERM) as came:
+        for output in llm.stream(prompt, params):
+            if not json:
+                print(output.delta, end="", flush=True)
+    assert output is not None
+    if not json:
+        print(flush=True)
+    note(summary(output))
+    if json:
+        emit_json(document(output))
+    if came:
+        fail(f"stopped by {signal.Signals(came[0]).name} after {len(output.token_ids)} tokens")
+        return 1
+    return 0
+
+
+def document(output: Output) -> dict[str, Any]:
+    """An answer as `--json` gives it."""
+    result: dict[str, Any] = {
+        "text": output.text,
+        "token_ids": output.token_ids,
+        "prompt_tokens": output.prompt_tokens,
+        "new_tokens": len(output.token_ids),
+        "finish_reason": output.finish_reason,
+        "stats": output.stats.as_dict(),
+    }
+    if output.logprobs is not None:
+        result["logprobs"] = [asdict(item) for item in output.logprobs]
+    return result
+
+
+def summary(output: Output) -> str:
+    """What an answer cost, in one line."""
+    stats = output.stats
+    return (
+        f"{len(output.token_ids)} tokens, {stats.decode_tokens_per_s:.1f} tokens/s, first after"
+        f" {stats.ttft_s:.2f} s, hit rate {stats.hit_rate:.0%},"
+        f" {format_size(stats.bytes_read_per_token)} read a token,"
+        f" peak {format_size(stats.peak_rss_bytes)} of {format_size(stats.budget_bytes)}"
+    )

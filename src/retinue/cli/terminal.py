@@ -1,0 +1,53 @@
+"""What a person sees: notes on stderr, tables, colours on a terminal only. stdout is data."""
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any, TextIO
+
+_CODES = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33", "cyan": "36"}
+
+
+def styled(text: str, style: str, stream: TextIO | None = None) -> str:
+    """`text` in a colour, where `stream` (stderr) is a terminal that wants colours."""
+    stream = stream or sys.stderr
+    if not stream.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
+        return text
+    return f"\x1b[{_CODES[style]}m{text}\x1b[0m"
+
+
+def note(text: str, style: str = "dim") -> None:
+    """One line for a person, on stderr."""
+    print(styled(text, style), file=sys.stderr, flush=True)
+
+
+def fail(message: str, hint: str = "") -> None:
+    """An error and what to do about it, on stderr."""
+    print(f"{styled('error:', 'red')} {message}", file=sys.stderr)
+    if hint:
+        print(f"\n{styled('hint:', 'cyan')} {hint}", file=sys.stderr)
+
+
+def emit_json(document: dict[str, Any]) -> None:
+    """The one JSON document of `--json`: the last line of stdout."""
+    print(json.dumps(document, ensure_ascii=False), flush=True)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Columns as wide as their contents; numbers to the right."""
+    cells = [list(header), *[[str(cell) for cell in row] for row in rows]]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(header))]
+    numeric = [all(_is_number(line[i]) for line in cells[1:]) for i in range(len(header))]
+    lines = []
+    for line in cells:
+        parts = [
+            cell.rjust(width) if right else cell.ljust(width)
+            for cell, width, right in zip(line, widths, numeric, strict=True)
+        ]
+        lines.append("  ".join(parts).rstrip())
+    return "\n".join(lines)
+
+
+def _is_number(text: str) -> bool:
+    return text[:1].isdigit() or text[:1] in "-+."

@@ -1,0 +1,96 @@
+"""What fits where and how fast it will be, from facts and measured speeds alone. No torch."""
+
+from dataclasses import dataclass
+
+from retinue.config import Config, format_size
+from retinue.engine.bound import TokenCost
+from retinue.errors import DoesNotFit
+from retinue.memory.budget import Split, budget_bytes, split
+from retinue.memory.machine import Speeds
+from retinue.types import Facts
+
+# A decode step reaches this share of its bound, at worst and at best; a core does this many
+# floating-point operations a second in the matrix products of prefill. See docs/LOG.md.
+EFFICIENCY = (0.55, 1.05)
+CORE_FLOPS = (0.05e12, 0.7e12)
+PROMPT_TOKENS = 512  # for which the prefill speed is given
+
+
+@dataclass(frozen=True, slots=True)
+class Band:
+    """A speed that is expected to lie between two bounds, in tokens a second."""
+
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The answer of `retinue plan`; `split` is None where the model does not fit."""
+
+    facts: Facts
+    budget: int
+    smallest: int
+    split: Split | None
+    decode: Band
+    prefill: Band
+    reasons: list[str]
+
+
+def make_plan(facts: Facts, config: Config, speeds: Speeds, threads: int) -> Plan:
+    """Divide the budget and estimate speeds."""
+    none = Band(0.0, 0.0)
+    try:
+        limits = split(facts, memory=config.memory, context=config.context, experts=config.experts)
+    except DoesNotFit as error:
+        budget = budget_bytes(config.memory)
+        reasons = [str(error)]
+        return Plan(facts, budget, error.smallest_bytes, None, none, none, reasons)
+    return Plan(
+        facts,
+        limits.budget,
+        limits.smallest,
+        limits,
+        _decode(facts, limits, speeds),
+        _prefill(facts, limits, speeds, threads),
+        _reasons(facts, limits),
+    )
+
+
+def _decode(facts: Facts, limits: Split, speeds: Speeds) -> Band:
+    """Between routing that is uniform, the worst for a cache, and routing that repeats itself."""
+    share = limits.slots / facts.total_experts
+    used = facts.top_k * facts.moe_layers
+    rates = []
+    for miss_rate, efficiency in zip((1 - share, (1 - share) ** 2), EFFICIENCY, strict=True):
+        cost = TokenCost(
+            read_bytes=used * miss_rate * facts.expert_bytes,
+            weight_bytes=facts.dense_bytes_per_token + used * facts.expert_bytes,
+        )
+        rates.append(cost.tokens_per_s(speeds) * efficiency)
+    return Band(*rates)
+
+
+def _prefill(facts: Facts, limits: Split, speeds: Speeds, threads: int) -> Band:
+    """A prompt of PROMPT_TOKENS: reading the experts it touches against computing it."""
+    tokens = min(PROMPT_TOKENS, limits.context)
+    touched = 1 - (1 - facts.top_k / facts.experts_per_layer) ** tokens
+    cold = touched * facts.total_experts
+    warm = max(0.0, cold - limits.slots)
+    read_s = [count * facts.expert_bytes / speeds.disk_bytes_per_s for count in (cold, warm)]
+    compute_s = [facts.flops_per_token * tokens / (flops * threads) for flops in CORE_FLOPS]
+    return Band(tokens / (read_s[0] + compute_s[0]), tokens / max(read_s[1], compute_s[1]))
+
+
+def _reasons(facts: Facts, limits: Split) -> list[str]:
+    share = limits.slots / facts.total_experts
+    if limits.slots == facts.total_experts:
+        return ["every expert stays in memory"]
+    reasons = [
+        f"{share:.0%} of the experts stay in memory; the others are read when they are needed"
+    ]
+    missing = (facts.total_experts - limits.slots) * facts.slot_bytes
+    reasons.append(f"{format_size(missing)} more would hold every expert")
+    if limits.slots < 2 * facts.top_k * facts.moe_layers:
+        reasons.append("fewer slots than two tokens use: decoding reads almost every expert")
+    return reasons
