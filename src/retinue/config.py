@@ -106,7 +106,8 @@ def load_config(
 ) -> Config:
     """Merge defaults < `file` (YAML) < `RETINUE_*` < `flags` (None: not given) into a Config.
 
-    Raises UsageError for unknown keys and for values of the wrong type or range.
+    An empty value in a file is not given either. Raises UsageError for unknown keys and for
+    values of the wrong type or range.
     """
     environ = os.environ if environ is None else environ
     values: dict[str, Any] = _read_file(Path(file)) if file is not None else {}
@@ -118,7 +119,8 @@ def load_config(
     for key in values:
         if key not in known:
             raise UsageError(f"unknown setting: `{key}`", hint=f"known: {', '.join(known)}")
-    return Config(**{key: _coerce(key, known[key], value) for key, value in values.items()})
+    given = {key: value for key, value in values.items() if value is not None}
+    return Config(**{key: _coerce(key, known[key], value) for key, value in given.items()})
 
 
 def _read_file(path: Path) -> dict[str, Any]:
@@ -135,13 +137,13 @@ def _read_file(path: Path) -> dict[str, Any]:
 
 def _coerce(key: str, kind: object, value: Any) -> Any:
     """Turn a text from a file or the environment into the field's own type."""
-    if value is None:
-        return None
     try:
         if kind is bool:
             return _boolean(value)
+        if isinstance(value, bool):
+            raise ValueError(value)
         if kind in (int, int | None):
-            return int(value)
+            return _integer(value)
         if kind is float:
             return float(value)
         if key == "stop":
@@ -149,6 +151,12 @@ def _coerce(key: str, kind: object, value: Any) -> Any:
         return value if isinstance(value, (str, int)) else str(value)
     except (TypeError, ValueError) as error:
         raise UsageError(f"{key} has the wrong type: `{value}`") from error
+
+
+def _integer(value: Any) -> int:
+    if isinstance(value, float) and not value.is_integer():
+        raise ValueError(value)  # int() would cut it off
+    return int(value)
 
 
 def _boolean(value: Any) -> bool:

@@ -30,10 +30,12 @@ def execute(options: Namespace) -> int:
     config = config_from(options, context=None if options.prompts else needed)
     folder = locate(options.model)
     facts = survey(folder)
-    split(facts, memory=config.memory, context=config.context, experts=config.experts)
+    limits = split(facts, memory=config.memory, context=config.context, experts=config.experts)
+    # Nothing is loaded yet, so the probe may take what the model will.
+    room = min(384 << 20, limits.budget - limits.fixed)
     files = sorted(folder.glob("*.safetensors"))
     threads = config.threads or cores()
-    before = Speeds(measure_disk(files), measure_memory(threads=threads))
+    before = Speeds(measure_disk(files), measure_memory(threads=threads, at_most_bytes=room))
     with LLM.from_config(folder, config) as llm:
         stats, prompt_tokens = _measure(llm, options, facts, config)
         after = Speeds(measure_disk(files), _memory_again(llm, threads, before))

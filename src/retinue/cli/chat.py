@@ -5,8 +5,7 @@ import signal
 from typing import Any
 
 from retinue.cli.interrupts import cancel_on
-from retinue.cli.run import summary
-from retinue.cli.terminal import fail, note, styled
+from retinue.cli.terminal import fail, note, styled, summary
 from retinue.engine.llm import LLM
 from retinue.errors import RetinueError, UsageError
 from retinue.types import Output, SamplingParams

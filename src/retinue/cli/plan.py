@@ -65,7 +65,7 @@ def _text(plan: Plan) -> str:
     else:
         lines += [
             f"budget      {format_size(split.budget):>10}",
-            f"  fixed     {format_size(split.fixed):>10}  runtime and weights that every token uses",
+            f"  fixed     {format_size(split.fixed):>10}  runtime, and weights of every token",
             f"  kv        {format_size(split.kv):>10}  for {split.context} tokens",
             f"  workspace {format_size(split.workspace):>10}"
             f"  for prompts, {split.chunk} tokens at once",

@@ -8,7 +8,7 @@ from typing import Any
 
 from retinue.cli.interrupts import cancel_on
 from retinue.cli.options import config_from
-from retinue.cli.terminal import emit_json, fail, note
+from retinue.cli.terminal import emit_json, fail, note, summary
 from retinue.config import Config, format_size
 from retinue.engine.llm import LLM, Prompt
 from retinue.errors import UsageError
@@ -91,14 +91,3 @@ def document(output: Output) -> dict[str, Any]:
     if output.logprobs is not None:
         result["logprobs"] = [asdict(item) for item in output.logprobs]
     return result
-
-
-def summary(output: Output) -> str:
-    """What an answer cost, in one line."""
-    stats = output.stats
-    return (
-        f"{len(output.token_ids)} tokens, {stats.decode_tokens_per_s:.1f} tokens/s, first after"
-        f" {stats.ttft_s:.2f} s, hit rate {stats.hit_rate:.0%},"
-        f" {format_size(stats.bytes_read_per_token)} read a token,"
-        f" peak {format_size(stats.peak_rss_bytes)} of {format_size(stats.budget_bytes)}"
-    )

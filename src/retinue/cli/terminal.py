@@ -6,6 +6,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any, TextIO
 
+from retinue.config import format_size
+from retinue.types import Output
+
 _CODES = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33", "cyan": "36"}
 
 
@@ -47,6 +50,17 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
         ]
         lines.append("  ".join(parts).rstrip())
     return "\n".join(lines)
+
+
+def summary(output: Output) -> str:
+    """What an answer cost, in one line."""
+    stats = output.stats
+    return (
+        f"{len(output.token_ids)} tokens, {stats.decode_tokens_per_s:.1f} tokens/s, first after"
+        f" {stats.ttft_s:.2f} s, hit rate {stats.hit_rate:.0%},"
+        f" {format_size(stats.bytes_read_per_token)} read a token,"
+        f" peak {format_size(stats.peak_rss_bytes)} of {format_size(stats.budget_bytes)}"
+    )
 
 
 def _is_number(text: str) -> bool:

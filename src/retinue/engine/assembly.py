@@ -2,6 +2,7 @@
 
 import os
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 
 from retinue.config import Config
 from retinue.engine.engine import Engine
+from retinue.memory.allocator import return_freed_memory
 from retinue.memory.budget import Split, split
 from retinue.memory.cache import ExpertCache
 from retinue.memory.checkpoint import open_checkpoint
@@ -57,12 +59,14 @@ class Assembly:
         """Stop the readers, close the files, give the slots' memory back."""
         self.mover.close()
         self.reader.close()
+        self.engine.close()
         self.tier.release()
 
 
 def assemble(model: str | Path, config: Config) -> Assembly:
     """Load `model` under `config`. Refuses before loading what cannot fit."""
     started = time.perf_counter()
+    return_freed_memory()
     folder = locate(model)
     chosen = preset(config.preset)
     threads = config.threads or cores()
@@ -73,14 +77,16 @@ def assemble(model: str | Path, config: Config) -> Assembly:
     network.model.set_experts_implementation(IMPLEMENTATION)
     facts = facts_of(network)
     reader, metrics, policies = Reader(), Metrics(), chosen.build()
-    load_dense(network, reader)
-    tier = Tier(limits.slots, limits.slot_bytes)
-    mover = Mover(reader)
-    layouts = network.experts.layouts
-    cache = ExpertCache(layouts, tier, mover, policies.evictor, network.top_k)
-    routers = find_routers(network.model, network.experts.modules)
-    host = ExpertHost(network.experts.modules, routers, cache, policies, metrics)
-    try:
+    with ExitStack() as undo:
+        undo.callback(reader.close)
+        load_dense(network, reader)
+        tier = Tier(limits.slots, limits.slot_bytes)
+        mover = Mover(reader)
+        undo.callback(mover.close)
+        layouts = network.experts.layouts
+        cache = ExpertCache(layouts, tier, mover, policies.evictor, network.top_k)
+        routers = find_routers(network.model, network.experts.modules)
+        host = ExpertHost(network.experts.modules, routers, cache, policies, metrics)
         if config.self_check:
             hidden = network.text_config.hidden_size
             self_check(host, network.experts.modules, layouts, hidden, network.model.dtype)
@@ -93,10 +99,7 @@ def assemble(model: str | Path, config: Config) -> Assembly:
             end_tokens=end_tokens(network),
         )
         tokenizer = load_tokenizer(folder)
-    except BaseException:
-        mover.close()
-        reader.close()
-        raise
+        undo.pop_all()
     notes = [reader.note] if reader.note else []
     if policies.predictor.needs and None in routers:
         notes.append("no look-ahead: some routers of this model cannot be asked")

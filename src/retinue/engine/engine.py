@@ -53,7 +53,12 @@ class Engine:
 
     def add(self, request: Request) -> None:
         """Queue `request`. Raises UsageError for a prompt that can never run."""
-        length = len(request.prompt)
+        self.check(request.prompt)
+        self._waiting.append(request)
+
+    def check(self, prompt: list[int]) -> None:
+        """Raise UsageError for a prompt that can never run."""
+        length = len(prompt)
         if length == 0:
             raise UsageError("the prompt is empty", hint="give at least one token")
         if length >= self.context:
@@ -61,12 +66,11 @@ class Engine:
                 f"the prompt has {length} tokens, the context only {self.context}",
                 hint="shorten the prompt, or use a larger `--context`",
             )
-        wrong = [token for token in request.prompt if not 0 <= token < self._vocabulary]
+        wrong = [token for token in prompt if not 0 <= token < self._vocabulary]
         if wrong:
             raise UsageError(
                 f"token id out of range: `{wrong[0]}`", hint=f"from 0 to {self._vocabulary - 1}"
             )
-        self._waiting.append(request)
 
     def cancel(self, request: Request) -> None:
         """End `request` as soon as its running layer allows. From any thread."""
@@ -105,6 +109,10 @@ class Engine:
         assert self._running is None
         self._runner.host.cache.check()
         assert self._sequence.length == len(self._stored)
+
+    def close(self) -> None:
+        """Let go of the network."""
+        self._runner.host.close()
 
     def _start(self) -> Request | None:
         if not self._waiting:

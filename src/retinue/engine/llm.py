@@ -91,7 +91,7 @@ class LLM:
         single = isinstance(prompts, str) or (bool(prompts) and isinstance(prompts[0], int))
         batch: Sequence[Any] = [prompts] if single else prompts
         # All are checked before the first one runs.
-        ids = [self.encode(prompt) for prompt in batch]
+        ids = [self._checked(prompt) for prompt in batch]
         outputs = []
         with _bar(len(ids), progress) as bar:
             for prompt in ids:
@@ -108,7 +108,7 @@ class LLM:
         `reuse` keeps what the last sequence computed for the prefix that both share, as a
         conversation does. Its logits may differ by rounding from those of a fresh prompt.
         """
-        return self._stream(self.encode(prompt), params or SamplingParams(), reuse=reuse)
+        return self._stream(self._checked(prompt), params or SamplingParams(), reuse=reuse)
 
     def cancel(self) -> None:
         """End the running answer as soon as its layer allows. From any thread or a signal."""
@@ -144,29 +144,41 @@ class LLM:
         self.close()
 
     def run(self, request: Request) -> Iterator[str]:
-        """Run a request that was made by hand to its end; yields the text that is new."""
+        """Run a request that was made by hand to its end; yields the text that is new.
+
+        Raises UsageError while another one runs: a stream that was left open, say.
+        """
         engine = self.assembly.engine
-        with self._lock:
+        if not self._lock.acquire(blocking=False):
+            raise UsageError(
+                "the model is giving another answer", hint="let that stream end, or close it"
+            )
+        try:
             engine.add(request)
             self._current = request
-            try:
-                while not request.state.final:
-                    step = engine.step()
-                    if step is not None:
-                        yield step[1]
-            finally:
-                # The consumer may have left early: the request ends all the same.
-                if not request.state.final:
-                    engine.cancel(request)
-                    engine.step()
-                self._current = None
+            while not request.state.final:
+                step = self.assembly.engine.step()  # asked anew: it may have been closed
+                if step is not None:
+                    yield step[1]
             engine.idle()
+        finally:
+            # The consumer may have left early: the request ends all the same.
+            if self._current is not None and not request.state.final:
+                engine.cancel(request)
+                engine.step()
+            self._current = None
+            self._lock.release()
         if request.state is State.FAILED and request.error is not None:
             raise request.error
 
     def stats(self, request: Request) -> Stats:
         """What `request`, the last one that ran, has cost."""
         return _stats(self.assembly, request)
+
+    def _checked(self, prompt: Prompt) -> list[int]:
+        ids = self.encode(prompt)
+        self.assembly.engine.check(ids)
+        return ids
 
     def _stream(self, ids: list[int], params: SamplingParams, *, reuse: bool) -> Iterator[Output]:
         request = new_request(ids, params, self.tokenizer, reuse=reuse)

@@ -24,6 +24,7 @@ class State(Enum):
 
     @property
     def final(self) -> bool:
+        """Whether the request has ended, one way or another."""
         return self in (State.DONE, State.FAILED, State.CANCELLED)
 
 

@@ -10,10 +10,11 @@ experts make room for each other first. The ring that they may take from the oth
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from retinue.errors import RetinueError
@@ -24,7 +25,7 @@ from retinue.policy.base import Evictor, View
 from retinue.types import Demand, Expert, IntArray, Phase, Want
 
 ABSENT, LOADING = -1, -2
-HEAT_DECAY = 0.95  # per step of the layer, see docs/LOG.md
+HEAT_DECAY = 0.98  # per step of the layer, see docs/LOG.md
 
 Views = dict[str, tuple[torch.Tensor, ...]]
 
@@ -169,7 +170,8 @@ class ExpertCache:
             elif self.slot_of[layer, expert] == ABSENT:
                 if not self.room(1):
                     self._cancel_wants(other_than=layer)
-                    return experts[position:]
+                    if not self.room(1):
+                        return experts[position:]
                 self._load(key, Urgency.DEMAND, self._is_transient(expert in kept))
         return experts[:0]
 
@@ -181,7 +183,7 @@ class ExpertCache:
             if under_way >= limit:
                 return
             if self.slot_of[want.layer, expert] == ABSENT:
-                if not self.room(1):
+                if not self.room(1, spare_expected=True):
                     return
                 transient = self.phase == "prefill" and not self.holds_everything
                 self._load(Expert(want.layer, expert), Urgency.NEXT_LAYER, transient)
@@ -225,19 +227,29 @@ class ExpertCache:
         self.poll()
         return time.perf_counter() - started
 
-    def raise_failure(self, layer: int) -> None:
-        """Raise the error of a read that failed for `layer`, once; others are forgotten."""
-        failed = [error for key, error in self._failed.items() if key.layer == layer]
+    def raise_failure(self, layer: int, needed: Collection[int] | None = None) -> None:
+        """Raise the error of a read that failed for `layer`, once; others are forgotten.
+
+        `needed` are the experts that matter; a forecast that was wrong may fail unnoticed.
+        """
+        failed = [
+            error
+            for key, error in self._failed.items()
+            if key.layer == layer and (needed is None or key.index in needed)
+        ]
         self._failed.clear()
         if failed:
             raise failed[0]
 
-    def room(self, count: int) -> bool:
-        """Make `count` slots free by evicting, or change nothing and return False."""
+    def room(self, count: int, *, spare_expected: bool = False) -> bool:
+        """Make `count` slots free by evicting, or change nothing and return False.
+
+        Experts that a forecast expects leave only when the others are too few, if at all.
+        """
         lacking = count - self._tier.free
         if lacking <= 0:
             return True
-        victims = self._victims(lacking)
+        victims = self._victims(lacking, spare_expected)
         if len(victims) < lacking:
             return False
         for slot in victims.tolist():
@@ -268,14 +280,17 @@ class ExpertCache:
         assert np.count_nonzero(self.slot_of >= 0) == len(ready), "an expert has no slot of its own"
         assert np.count_nonzero(self.slot_of == LOADING) == len(self._loading)
 
-    def _victims(self, count: int) -> IntArray:
-        """Up to `count` slots to evict, the first to leave first."""
+    def _victims(self, count: int, spare_expected: bool) -> IntArray:
         owner = self._owner
         idle = owner[:, 0] >= 0
         idle &= self._pins[owner[:, 0], owner[:, 1]] == 0
-        unexpected = idle & ~self._expected[owner[:, 0], owner[:, 1]]
-        if np.count_nonzero(unexpected) >= count:
-            idle = unexpected
+        victims = self._first(idle & ~self._expected[owner[:, 0], owner[:, 1]], count)
+        if len(victims) < count and not spare_expected:
+            victims = self._first(idle, count)
+        return victims
+
+    def _first(self, idle: npt.NDArray[np.bool_], count: int) -> IntArray:
+        """Up to `count` of the `idle` slots, the first to leave first."""
         passing = np.flatnonzero(idle & self._transient)
         staying = np.flatnonzero(idle & ~self._transient)
         limit = len(staying)
@@ -302,6 +317,7 @@ class ExpertCache:
     def _load(self, key: Expert, urgency: Urgency, transient: bool) -> None:
         slot = self._tier.take()
         assert slot is not None
+        self._failed.pop(key, None)
         extents = self._layouts[key.layer][key.index].extents
         self._loading[key] = (self._mover.submit(extents, self._tier.memory(slot), urgency), slot)
         self.slot_of[key] = LOADING
@@ -318,13 +334,15 @@ class ExpertCache:
         _, slot = self._loading.pop(key)
         self._mover.cancel(ticket)
         self.slot_of[key] = ABSENT
-        self._draining.append((ticket, slot))
+        if ticket.settled:
+            self._give(slot)
+        else:
+            self._draining.append((ticket, slot))
 
     def _cancel_wants(self, other_than: int) -> None:
         for key, (ticket, _) in list(self._loading.items()):
             if key.layer != other_than and ticket.urgency > Urgency.DEMAND:
                 self._cancel(key, ticket)
-        self.poll()
 
     def _give(self, slot: int) -> None:
         self._transient[slot] = False

@@ -35,6 +35,7 @@ class TensorEntry:
 
     @property
     def item_bytes(self) -> int:
+        """Bytes of one element."""
         return DTYPE_BYTES[self.dtype]
 
 
@@ -48,6 +49,7 @@ class Checkpoint:
 
     @property
     def files(self) -> list[Path]:
+        """The weight files, sorted."""
         return sorted({entry.file for entry in self.tensors.values()})
 
 
@@ -65,7 +67,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             if entry.name in tensors:
                 raise CheckpointError(
                     f"tensor `{entry.name}` is in two files: `{tensors[entry.name].file.name}`"
-                    f" and `{file.name}`"
+                    f" and `{file.name}`",
+                    hint=f"the files in `{folder}` do not belong together",
                 )
             tensors[entry.name] = entry
     _check_index(folder, tensors)
@@ -107,7 +110,7 @@ def read_header(file: Path) -> list[TensorEntry]:
                 raise _damaged(file, "its header length does not fit the file")
             content = json.loads(handle.read(length))
     except OSError as error:
-        raise CheckpointError(f"cannot read `{file}`: {error.strerror}") from error
+        raise _unreadable(file, error) from error
     except (ValueError, RecursionError) as error:
         raise _damaged(file, "its header is not JSON") from error
     if not isinstance(content, dict):
@@ -127,7 +130,7 @@ def _entry(file: Path, name: str, fields: Any, base: int, size: int) -> TensorEn
         raise _damaged(file, f"the entry of `{name}` is incomplete") from error
     if not all(type(number) is int and number >= 0 for number in numbers):
         raise _damaged(file, f"the entry of `{name}` holds numbers that are no sizes")
-    if dtype not in DTYPE_BYTES:
+    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
         raise Unsupported(f"tensor `{name}` has the type `{dtype}`", hint="bf16, fp16 or fp32")
     if end - begin != prod(shape) * DTYPE_BYTES[dtype]:
         raise _damaged(file, f"shape and bytes of `{name}` do not agree")
@@ -149,13 +152,19 @@ def _damaged(file: Path, what: str) -> CheckpointError:
     )
 
 
+def _unreadable(file: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(
+        f"cannot read `{file}`: {error.strerror}", hint="check the file and its permissions"
+    )
+
+
 def _read_json(file: Path) -> Any:
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise CheckpointError(f"cannot read `{file}`: {error.strerror}") from error
-    except ValueError as error:
-        raise CheckpointError(f"`{file}` is not JSON: {error}") from error
+        raise _unreadable(file, error) from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"`{file}` is not JSON: {error}", hint="download it again") from error
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -201,7 +210,7 @@ def _read_index(folder: Path) -> dict[str, str] | None:
     if not isinstance(names, dict) or not all(
         isinstance(name, str) and Path(name).name == name for name in names.values()
     ):
-        raise CheckpointError(f"`{file}` has no usable weight_map")
+        raise CheckpointError(f"`{file}` has no usable weight_map", hint="download it again")
     return names
 
 

@@ -1,7 +1,7 @@
 """Open files for reading past the page cache, with a buffered fallback that is said aloud.
 
 Direct reads (`O_DIRECT`) need offsets, lengths and addresses that are multiples of
-`layout.ALIGNMENT`. Where the system or the file system refuses them, `Reader.note` says so.
+`ALIGNMENT`. Where the system or the file system refuses them, `Reader.note` says so.
 """
 
 import os
@@ -10,6 +10,7 @@ from pathlib import Path
 
 from retinue.errors import ReadError
 
+ALIGNMENT = 4096
 O_DIRECT: int = getattr(os, "O_DIRECT", 0)  # Linux only
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 from retinue.memory.checkpoint import TensorEntry
+from retinue.memory.files import ALIGNMENT
 
-ALIGNMENT = 4096
 MAX_GAP_BYTES = 64 << 10  # reading over a gap this small is cheaper than a second read
 
 TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}

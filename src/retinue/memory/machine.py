@@ -164,11 +164,19 @@ def _measure_small(file: Path) -> float:
     return got / max(elapsed, 1e-6)
 
 
-def measure_memory(*, threads: int, arrays: Sequence[npt.NDArray[np.int64]] | None = None) -> float:
-    """Bytes a second that `threads` threads together read from memory: from `arrays`, or from
-    192 MiB a thread that are allocated for it."""
+def measure_memory(
+    *,
+    threads: int,
+    arrays: Sequence[npt.NDArray[np.int64]] | None = None,
+    at_most_bytes: int = 384 << 20,
+) -> float:
+    """Bytes a second that `threads` threads together read from memory.
+
+    They read `arrays`, or new ones of `at_most_bytes` in all.
+    """
     if arrays is None:
-        arrays = [np.ones(24 << 20, dtype=np.int64) for _ in range(threads)]
+        count = max(at_most_bytes // threads, 1 << 20) // 8
+        arrays = [np.ones(count, dtype=np.int64) for _ in range(threads)]
     parts = [arrays[start::threads] for start in range(threads)]
     total = sum(array.nbytes for array in arrays)
     best = 0.0

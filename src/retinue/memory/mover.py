@@ -68,6 +68,7 @@ class Ticket:
 
     @property
     def started(self) -> bool:
+        """Whether a thread has taken its first chunk."""
         return self.next > 0
 
     @property
@@ -215,7 +216,8 @@ class Mover:
                 self.busy_s += time.perf_counter() - self._busy_since
             if ticket.state is TicketState.QUEUED:
                 if error is not None:
-                    ticket.state, ticket.error = TicketState.FAILED, error
+                    # The error first: others look at the state without the lock.
+                    ticket.error, ticket.state = error, TicketState.FAILED
                 elif ticket.next == len(ticket.chunks) and ticket.running == 0:
                     ticket.state = TicketState.DONE
             if ticket.settled:

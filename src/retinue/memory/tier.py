@@ -6,6 +6,7 @@ touch, so a slot that was never filled costs nothing yet; the budget counts it a
 
 import contextlib
 import mmap
+import sys
 
 import torch
 
@@ -19,7 +20,7 @@ class Tier:
         assert slots > 0, slots
         assert slot_bytes % mmap.PAGESIZE == 0, slot_bytes
         self.slots, self.slot_bytes = slots, slot_bytes
-        self._map = mmap.mmap(-1, slots * slot_bytes)
+        self._map = _private_pages(slots * slot_bytes)
         if hasattr(mmap, "MADV_HUGEPAGE") and slots * slot_bytes >= 8 * HUGE_PAGE_BYTES:
             # Fewer page-table entries for the kernels that stream through the slab.
             with contextlib.suppress(OSError):
@@ -61,3 +62,10 @@ class Tier:
         """Give the pages back to the system. No view may be used afterwards."""
         with contextlib.suppress(OSError, AttributeError):
             self._map.madvise(mmap.MADV_DONTNEED)
+
+
+def _private_pages(count: int) -> mmap.mmap:
+    """Python's default are shared pages: those neither become huge nor go back in `release`."""
+    if sys.platform == "win32":
+        return mmap.mmap(-1, count)
+    return mmap.mmap(-1, count, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

@@ -47,6 +47,12 @@ class ExpertHost:
         for found in modules:
             found.module.retinue_run = _Layer(self, found)  # type: ignore[assignment]
 
+    def close(self) -> None:
+        """Let go of the network. Without that the weights live until a garbage collection."""
+        for module in self._modules.values():
+            module.retinue_run = None  # type: ignore[assignment]
+        self.stop = lambda: False
+
     def run(
         self, layer: int, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
@@ -77,7 +83,7 @@ class ExpertHost:
                         cache.poll()
                         missing = cache.fetch(layer, missing)
                 if not ready:
-                    missing = self._stall(layer, missing)
+                    missing = self._stall(layer, todo, missing)
         return work.result()
 
     def _start_reads(self, demand: Demand, slots: IntArray, hidden: torch.Tensor) -> IntArray:
@@ -119,15 +125,15 @@ class ExpertHost:
         logits = router(hidden)[0]
         return torch.softmax(logits.float(), dim=-1).numpy()
 
-    def _stall(self, layer: int, missing: IntArray) -> IntArray:
+    def _stall(self, layer: int, todo: set[int], missing: IntArray) -> IntArray:
         cache = self.cache
         if len(missing):
             missing = cache.fetch(layer, missing)
-        cache.raise_failure(layer)
+        cache.raise_failure(layer, todo)
         if self.stop():
             raise Cancelled("the request was cancelled")
         self.metrics.now.stall_s += cache.wait(WAIT_S)
-        cache.raise_failure(layer)
+        cache.raise_failure(layer, todo)
         return missing
 
     def _count(self, slots: IntArray) -> None:
@@ -165,13 +171,8 @@ class _Work:
         sorted_ids = self._ids[order]
         valid = int(np.searchsorted(sorted_ids, self._experts))
         self._distinct, starts = np.unique(sorted_ids[:valid], return_index=True)
-        self._spans = dict(
-            zip(
-                self._distinct.tolist(),
-                zip(starts.tolist(), [*starts[1:].tolist(), valid], strict=True),
-                strict=True,
-            )
-        )
+        spans = pairwise([*starts.tolist(), valid])
+        self._spans = dict(zip(self._distinct.tolist(), spans, strict=True))
         shape = (self._tokens * self._k, hidden.shape[-1])
         full = valid == len(order)
         self._rows = hidden.new_empty(shape) if full else hidden.new_zeros(shape)
@@ -193,8 +194,10 @@ class _Work:
             self._rows[rows[0]] = apply_expert(self._module, self._hidden, views)[0]
             return
         at = torch.from_numpy(rows)
-        inputs = self._hidden.index_select(0, at // self._k)
-        self._rows.index_copy_(0, at, apply_expert(self._module, inputs, views))
+        padding = padded_tokens(len(rows)) - len(rows)
+        inputs = self._hidden.index_select(0, functional.pad(at // self._k, (0, padding)))
+        outputs = apply_expert(self._module, inputs, views)
+        self._rows.index_copy_(0, at, outputs[: len(rows)])
 
     def result(self) -> torch.Tensor:
         """Weight the rows and sum them in router order: [tokens, hidden]."""
@@ -204,6 +207,17 @@ class _Work:
             block = slice(start, start + SUM_BLOCK_TOKENS)
             out[block] = weighted_sum(rows[block], self._weights[block])
         return out
+
+
+def padded_tokens(count: int) -> int:
+    """The number of rows that `count` tokens are computed as.
+
+    The matrix library compiles a kernel for every number of rows it meets and keeps up to a
+    megabyte for each; a prefill of 2,000 tokens met hundreds. With few sizes there are few.
+    """
+    if count <= 32:
+        return 1 << (count - 1).bit_length()
+    return -(-count // 32) * 32
 
 
 def weighted_sum(rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,7 @@ The loader functions of transformers that are used here are internal to it; they
 file and in `expert_map.py`, and pyproject.toml pins the minor range that was tested.
 """
 
+import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,8 +23,8 @@ from transformers.utils import logging as transformers_logging
 
 from retinue.errors import CheckpointError, Unsupported
 from retinue.memory.checkpoint import Checkpoint, TensorEntry
-from retinue.memory.files import Reader
-from retinue.memory.layout import ALIGNMENT, TORCH_DTYPES
+from retinue.memory.files import ALIGNMENT, Reader
+from retinue.memory.layout import TORCH_DTYPES
 from retinue.model.expert_map import ExpertMap, map_experts
 
 TEXT_FAMILIES = ("olmoe", "qwen3_moe", "mixtral")  # whose tokens are tested against transformers
@@ -159,13 +160,20 @@ def load_tokenizer(folder: Path) -> Any | None:
 
 
 def end_tokens(network: Network) -> frozenset[int]:
-    """The token ids that end an answer, from the generation and the model configuration."""
-    sources = (network.model.generation_config, network.text_config)
-    for source in sources:
-        ids = getattr(source, "eos_token_id", None)
-        if ids is not None:
-            return frozenset([ids] if isinstance(ids, int) else ids)
-    return frozenset()
+    """The token ids that end an answer, from the generation and the model configuration.
+
+    A skeleton's own `generation_config` comes from `config.json`; the file beside it, in which
+    chat models name further end tokens, comes first.
+    """
+    file, ids = network.checkpoint.folder / "generation_config.json", None
+    if file.is_file():
+        try:
+            ids = dict(json.loads(file.read_text(encoding="utf-8"))).get("eos_token_id")
+        except (OSError, ValueError, TypeError) as error:
+            raise CheckpointError(f"cannot read `{file}`: {error}") from error
+    if ids is None:
+        ids = getattr(network.text_config, "eos_token_id", None)
+    return frozenset([ids] if isinstance(ids, int) else ids or [])
 
 
 def _dtype(config: PreTrainedConfig, checkpoint: Checkpoint) -> torch.dtype:

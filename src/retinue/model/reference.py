@@ -8,13 +8,15 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from retinue.errors import SelfCheckFailed
+from retinue.errors import NotFinite, SelfCheckFailed
+from retinue.memory.cache import Views
 from retinue.memory.checkpoint import TensorEntry
 from retinue.memory.layout import ExpertLayout
 from retinue.model.expert_map import ExpertsModule
 from retinue.model.experts import ExpertHost, apply_expert
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
+DAMAGED = "the checkpoint is damaged; download the file again"
 
 
 def read_expert(layout: ExpertLayout) -> dict[str, tuple[torch.Tensor, ...]]:
@@ -53,6 +55,18 @@ def reference_experts(
     return out.to(hidden.dtype)
 
 
+def damaged_expert(layer: int, expert: int, layout: ExpertLayout, views: Views) -> NotFinite | None:
+    """The error that names the expert, if one of its weights is NaN or infinite."""
+    for name, blocks in views.items():
+        if not all(bool(torch.isfinite(block).all()) for block in blocks):
+            return NotFinite(
+                f"expert {expert} of layer {layer} holds NaN or infinite values:"
+                f" `{name}` in `{layout.extents[0].file.name}`",
+                hint=DAMAGED,
+            )
+    return None
+
+
 @torch.inference_mode()
 def self_check(
     host: ExpertHost,
@@ -61,9 +75,10 @@ def self_check(
     hidden_size: int,
     dtype: torch.dtype,
 ) -> None:
-    """Run two tokens through two experts of the first and the last layer, both ways.
+    """Run one token through two experts of the first and the last layer, both ways.
 
-    Raises SelfCheckFailed when the results differ by more than rounding.
+    Raises SelfCheckFailed when the results differ by more than rounding, NotFinite when a weight
+    of these experts is no number.
     """
     random = torch.Generator().manual_seed(0)
     host.cache.begin_step("decode")
@@ -72,11 +87,16 @@ def self_check(
         hidden = torch.randn(1, hidden_size, generator=random).to(dtype)
         index = torch.randperm(found.experts, generator=random)[:width].view(1, width)
         weights = torch.rand(1, width, generator=random).to(dtype)
+        for expert in index[0].tolist():
+            layout = layouts[found.layer][expert]
+            error = damaged_expert(found.layer, expert, layout, read_expert(layout))
+            if error is not None:
+                raise error
         fast = host.run(found.layer, hidden, index, weights).float()
         slow = reference_experts(found.module, layouts[found.layer], hidden, index, weights).float()
-        error = float((fast - slow).norm() / slow.norm().clamp_min(1e-20))
-        if not error <= TOLERANCE[dtype]:
+        distance = float((fast - slow).norm() / slow.norm().clamp_min(1e-20))
+        if not distance <= TOLERANCE[dtype]:
             raise SelfCheckFailed(
-                f"layer {found.layer}: the experts differ from the reference by {error:.2e}",
+                f"layer {found.layer}: the experts differ from the reference by {distance:.2e}",
                 hint="please report this with the model's name; `--no-self-check` skips it",
             )

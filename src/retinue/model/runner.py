@@ -11,6 +11,7 @@ from retinue.metrics import Metrics
 from retinue.model.experts import ExpertHost
 from retinue.model.kv import SequenceCache
 from retinue.model.load import Network
+from retinue.model.reference import DAMAGED, damaged_expert, read_expert
 from retinue.types import Phase
 
 
@@ -68,20 +69,14 @@ class Runner:
         cache, layouts = self._host.cache, self._network.experts.layouts
         for name, parameter in self._model.named_parameters():
             if not parameter.is_meta and not bool(torch.isfinite(parameter).all()):
-                return NotFinite(f"the weight `{name}` holds NaN or infinite values", hint=_HINT)
-        for layer, expert in np.argwhere(cache.slot_of >= 0).tolist():
-            for name, blocks in cache.views(int(cache.slot_of[layer, expert])).items():
-                if not all(bool(torch.isfinite(block).all()) for block in blocks):
-                    file = layouts[layer][expert].extents[0].file.name
-                    return NotFinite(
-                        f"expert {expert} of layer {layer} holds NaN or infinite values:"
-                        f" `{name}` in `{file}`",
-                        hint=_HINT,
-                    )
+                return NotFinite(f"the weight `{name}` holds NaN or infinite values", hint=DAMAGED)
+        # Of the experts that this pass used, some may have left again.
+        for layer, expert in np.argwhere(cache.last_used == cache.step).tolist():
+            layout, slot = layouts[layer][expert], int(cache.slot_of[layer, expert])
+            views = cache.views(slot) if slot >= 0 else read_expert(layout)
+            if (error := damaged_expert(layer, expert, layout, views)) is not None:
+                return error
         return NotFinite(
             "the model computed NaN or infinite logits from finite weights",
             hint="a float16 checkpoint may overflow; use its bfloat16 or float32 form",
         )
-
-
-_HINT = "the checkpoint is damaged; download the file again"

@@ -4,6 +4,8 @@ import torch
 
 from retinue.types import SamplingParams, TokenLogprob
 
+LEAST_TEMPERATURE = 1e-6  # below it, greedy in all but name
+
 
 class Sampler:
     """Greedy at temperature 0, otherwise seeded sampling; filters apply in the usual order."""
@@ -23,7 +25,9 @@ class Sampler:
             logits = _penalise(logits, set().union(*seen), params.repetition_penalty)
         if params.temperature == 0:
             return int(logits.argmax())
-        probabilities = torch.softmax(logits / params.temperature, dim=-1)
+        # The largest becomes 0, so that no temperature, however small, makes it infinite.
+        logits = (logits - logits.max()) / max(params.temperature, LEAST_TEMPERATURE)
+        probabilities = torch.softmax(logits, dim=-1)
         probabilities = _filter(probabilities, params)
         return int(torch.multinomial(probabilities, 1, generator=self._random))
 

@@ -17,4 +17,7 @@ class Recency:
         """The step of the last use; ties go by the distance to the layer's next turn."""
         distance = (layers - view.layer - 1) % view.layers
         ties = distance / view.layers
-        return np.asarray(view.last_used[layers, experts] - ties, dtype=np.float32)
+        age = (
+            view.step - view.last_used[layers, experts]
+        )  # small where it matters: float32 is exact
+        return np.asarray(-age - ties, dtype=np.float32)

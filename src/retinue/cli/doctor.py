@@ -1,0 +1,155 @@
+"""`retinue doctor`: what this machine gives, what is fast on it and what is not, and why."""
+
+import os
+import platform
+import sys
+from argparse import Namespace
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from mmap import mmap
+from pathlib import Path
+
+from retinue import __version__
+from retinue.cli.options import config_from
+from retinue.cli.terminal import emit_json, styled
+from retinue.config import ENVIRONMENT_KEYS, ENVIRONMENT_PREFIX, Config, format_size
+from retinue.errors import RetinueError
+from retinue.memory.files import ALIGNMENT, Reader
+from retinue.memory.home import locate, sample_folder
+from retinue.memory.machine import available_bytes, cores, known_speeds
+
+SLOW_DISK_BYTES_PER_S = 0.5e9
+USEFUL_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16")
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line: what was looked at, what was found, and what to do if it is a problem."""
+
+    name: str
+    value: str
+    good: bool = True
+    fix: str = ""
+
+
+def execute(options: Namespace) -> int:
+    """Print the findings; returns 0, or 1 when one of them keeps retinue from working well."""
+    config = config_from(options)
+    folder = locate(options.model) if options.model else sample_folder()
+    findings = [*_software(), *_processor(config), *_memory(), *_disk(folder), *_settings()]
+    if options.model:
+        findings += _model(folder, config)
+    for finding in findings:
+        mark = styled("ok  ", "green", sys.stdout) if finding.good else styled("!!  ", "red")
+        print(f"{mark} {finding.name:<18} {finding.value}")
+        if finding.fix:
+            print(f"     {'':<18} hint: {finding.fix}")
+    problems = [finding for finding in findings if not finding.good]
+    print(f"\n{len(problems)} problems" if problems else "\neverything is as it should be")
+    if options.json:
+        emit_json(
+            {
+                "ok": not problems,
+                "findings": [
+                    {"name": f.name, "value": f.value, "ok": f.good, "fix": f.fix} for f in findings
+                ],
+            }
+        )
+    return 1 if problems else 0
+
+
+def _software() -> list[Finding]:
+    found = [Finding("retinue", f"{__version__}, Python {platform.python_version()}")]
+    for package in ("torch", "transformers", "safetensors"):
+        try:
+            found.append(Finding(package, version(package)))
+        except PackageNotFoundError:
+            fix = f"pip install {package}"
+            found.append(Finding(package, "not installed", good=False, fix=fix))
+    return found
+
+
+def _processor(config: Config) -> list[Finding]:
+    usable, threads = cores(), config.threads or cores()
+    flags = _flags()
+    fast = [flag for flag in USEFUL_FLAGS if flag in flags]
+    found = [Finding("processor", f"{usable} cores usable, of {os.cpu_count()}; {threads} threads")]
+    if flags:
+        found.append(Finding("instructions", ", ".join(fast) or "no vector extensions"))
+    if flags and not {"avx512_bf16", "amx_bf16"} & flags:
+        found.append(
+            Finding("bf16", "emulated: prompts compute slowly on this processor", good=True)
+        )
+    if threads > usable:
+        fix = f"use `--threads {usable}`"
+        found.append(Finding("threads", f"{threads} on {usable} cores", good=False, fix=fix))
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    if load > usable:
+        found.append(
+            Finding("load", f"{load:.1f}: other programs use the cores, expect less speed")
+        )
+    return found
+
+
+def _flags() -> set[str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return set()
+    return next((set(line.split(":", 1)[1].split()) for line in lines if "flags" in line), set())
+
+
+def _memory() -> list[Finding]:
+    available = available_bytes()
+    good = available > 1 << 30
+    fix = "" if good else "close other programs, or raise the limit of the control group"
+    return [Finding("memory", f"{format_size(available)} available", good=good, fix=fix)]
+
+
+def _disk(folder: Path) -> list[Finding]:
+    """Measure the speeds, and see whether direct reads work where the checkpoint lies."""
+    speeds = known_speeds(folder, fresh=True)
+    disk, memory = speeds.disk_bytes_per_s, speeds.memory_bytes_per_s
+    slow = disk < SLOW_DISK_BYTES_PER_S
+    fix = "put the checkpoint on a local solid-state disk" if slow else ""
+    found = [
+        Finding("disk", f"{disk / 1e9:.2f} GB/s", good=not slow, fix=fix),
+        Finding("memory speed", f"{memory / 1e9:.1f} GB/s"),
+    ]
+    note = _direct_note(folder)
+    fix = "reads go through the page cache, which is slower; use another file system"
+    found.append(Finding("direct reads", note or "yes", good=not note, fix=fix if note else ""))
+    return found
+
+
+def _direct_note(folder: Path) -> str:
+    reader = Reader()
+    file = next(iter(sorted(folder.glob("*.safetensors"))))
+    with memoryview(mmap(-1, ALIGNMENT)) as view:
+        reader.read(file, 0, view, direct=True)
+    reader.close()
+    return reader.note
+
+
+def _settings() -> list[Finding]:
+    names = [ENVIRONMENT_PREFIX + key.upper() for key in ENVIRONMENT_KEYS]
+    return [
+        Finding("environment", f"{name}={os.environ[name]}") for name in names if name in os.environ
+    ]
+
+
+def _model(folder: Path, config: Config) -> list[Finding]:
+    """Whether the model fits and the fast path agrees with the reference."""
+    from retinue.engine.llm import LLM
+
+    try:
+        with LLM.from_config(folder, config) as llm:
+            facts, split = llm.assembly.facts, llm.assembly.split
+            return [
+                Finding("family", f"{facts.family}, {facts.dtype}"),
+                Finding("fits", f"{split.slots} of {facts.total_experts} experts resident"),
+                Finding("self-check", "passed" if config.self_check else "skipped"),
+                *(Finding("note", text, good=False) for text in llm.assembly.notes),
+            ]
+    except RetinueError as error:
+        return [Finding("model", str(error), good=False, fix=error.hint)]

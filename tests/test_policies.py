@@ -1,0 +1,177 @@
+"""Policies as tables of facts and answers."""
+
+import numpy as np
+import pytest
+
+from disk import ids
+from retinue.errors import UsageError
+from retinue.policy.base import SIGNALS, NoPredictor, View
+from retinue.policy.evict.heat import Heat
+from retinue.policy.evict.recency import Recency
+from retinue.policy.miss.fetch import FetchAll
+from retinue.policy.predict.next_gate import NextGate
+from retinue.policy.predict.whole_layer import WholeLayer
+from retinue.policy.presets import PRESETS, preset
+from retinue.types import Demand
+
+LAYERS, EXPERTS = 4, 6
+
+
+def view(**facts: object) -> View:
+    """Facts of a model of four layers with six experts each, none of them ever used."""
+    shape = (LAYERS, EXPERTS)
+    base: dict[str, object] = {"step": 9, "layer": 1, "phase": "decode", "top_k": 2, "slots": 8}
+    base |= {"layers": LAYERS, "experts": EXPERTS, "resident": np.zeros(shape, dtype=bool)}
+    base |= {"last_used": np.full(shape, -1, dtype=np.int64)}
+    base |= {"heat": np.zeros(shape, dtype=np.float32)}
+    return View(**(base | facts))  # type: ignore[arg-type]
+
+
+def leaving(evictor: Recency | Heat, entries: list[tuple[int, int]], facts: View) -> list:
+    """The entries in the order in which they leave."""
+    layers, experts = ids(*(e[0] for e in entries)), ids(*(e[1] for e in entries))
+    priorities = evictor.priorities(layers, experts, facts)
+    assert priorities.shape == (len(entries),)
+    return [entries[i] for i in np.argsort(priorities, kind="stable")]
+
+
+def table(values: dict[tuple[int, int], float], rest: float, kind: type) -> np.ndarray:
+    array = np.full((LAYERS, EXPERTS), rest, dtype=kind)
+    for at, value in values.items():
+        array[at] = value
+    return array
+
+
+@pytest.mark.parametrize(
+    ("used", "order"),
+    [
+        ({(0, 0): 3, (0, 1): 1, (0, 2): 2}, [(0, 1), (0, 2), (0, 0)]),
+        ({(0, 0): 3, (3, 1): -1, (2, 2): 2}, [(3, 1), (2, 2), (0, 0)]),
+        # Of one step: the layer that just ran, then the one before it; the next one stays longest.
+        ({(0, 0): 5, (1, 0): 5, (2, 0): 5, (3, 0): 5}, [(1, 0), (0, 0), (3, 0), (2, 0)]),
+        ({(2, 0): 4, (1, 0): 5}, [(2, 0), (1, 0)]),
+        ({(0, 0): 2**40 + 1, (0, 1): 2**40}, [(0, 1), (0, 0)]),
+    ],
+)
+def test_recency(used: dict[tuple[int, int], int], order: list[tuple[int, int]]) -> None:
+    step = max(used.values())
+    facts = view(last_used=table(used, -1, np.int64), step=step, layer=1)
+    assert leaving(Recency(), sorted(used), facts) == order
+
+
+@pytest.mark.parametrize("step", [10, 10**6, 10**9])
+def test_recency_after_a_long_time(step: int) -> None:
+    """A server's billionth step still tells layers apart."""
+    used = {(layer, 0): step for layer in range(LAYERS)} | {(2, 1): step - 1}
+    facts = view(last_used=table(used, -1, np.int64), step=step, layer=1)
+    assert leaving(Recency(), sorted(used), facts) == [(2, 1), (1, 0), (0, 0), (3, 0), (2, 0)]
+
+
+@pytest.mark.parametrize(
+    ("heat", "order"),
+    [
+        ({(0, 0): 3.0, (2, 1): 0.5, (3, 2): 0.7}, [(2, 1), (3, 2), (0, 0)]),
+        ({(0, 0): 0.0, (1, 0): 0.0, (2, 0): 0.0, (3, 0): 0.0}, [(1, 0), (0, 0), (3, 0), (2, 0)]),
+        ({(1, 0): 0.51, (2, 0): 0.5}, [(2, 0), (1, 0)]),
+    ],
+)
+def test_heat(heat: dict[tuple[int, int], float], order: list[tuple[int, int]]) -> None:
+    facts = view(heat=table(heat, 0, np.float32), layer=1)
+    assert leaving(Heat(), sorted(heat), facts) == order
+
+
+@pytest.mark.parametrize("evictor", [Recency(), Heat()])
+def test_evictors_answer_for_nobody(evictor: Recency | Heat) -> None:
+    assert leaving(evictor, [], view()) == []
+
+
+@pytest.mark.parametrize(
+    ("scores", "top_k", "experts", "sums"),
+    [
+        ([[0.1, 0.5, 0.0, 0.3, 0.1, 0.0]], 2, [1, 3], [0.5, 0.3]),
+        ([[0.1, 0.5, 0.0, 0.3, 0.1, 0.0]], 1, [1], [0.5]),
+        ([[0.6, 0.4, 0, 0, 0, 0], [0, 0.4, 0.6, 0, 0, 0]], 2, [1, 0, 2], [0.8, 0.6, 0.6]),
+        ([[0.9, 0, 0, 0, 0, 0.1], [0, 0, 0, 0.2, 0.3, 0]], 1, [0, 4], [0.9, 0.3]),
+        ([[0.1, 0.2, 0.3, 0.15, 0.13, 0.12]], 6, [2, 1, 3, 4, 5, 0], None),
+    ],
+)
+def test_next_gate(
+    scores: list[list[float]], top_k: int, experts: list[int], sums: list[float] | None
+) -> None:
+    array = np.array(scores, dtype=np.float32)
+    (want,) = NextGate().forecast(view(next_scores=array, next_layer=2, top_k=top_k))
+    assert want.layer == 2
+    assert want.experts.tolist() == experts
+    assert len(want.scores) == len(experts)
+    if sums is not None:
+        assert want.scores == pytest.approx(sums)
+
+
+def test_next_gate_without_scores_is_silent() -> None:
+    assert NextGate().forecast(view(next_layer=2)) == []
+    assert NextGate.needs == {"next_scores"}
+    assert NextGate.needs <= set(SIGNALS)
+
+
+def test_whole_layer() -> None:
+    (want,) = WholeLayer().forecast(view(next_layer=3))
+    assert want.layer == 3
+    assert want.experts.tolist() == list(range(EXPERTS))
+    assert len(want.scores) == EXPERTS
+    assert WholeLayer().forecast(view()) == []  # after the last layer
+    assert not WholeLayer().speculative
+    assert not WholeLayer().needs
+
+
+def test_no_predictor_is_silent() -> None:
+    scores = np.ones((1, EXPERTS), dtype=np.float32)
+    assert NoPredictor().forecast(view(next_layer=2, next_scores=scores)) == []
+
+
+@pytest.mark.parametrize(
+    ("weight", "resident", "fetched"),
+    [
+        ([0.1, 0.5, 0.4], [False, False, False], [3, 5, 0]),
+        ([0.1, 0.5, 0.4], [False, True, False], [5, 0]),
+        ([0.1, 0.5, 0.4], [True, True, True], []),
+        ([0.3, 0.3, 0.3], [False, False, False], [0, 3, 5]),
+        ([-0.2, 0.0, 0.1], [False, False, True], [3, 0]),
+    ],
+)
+def test_fetch_all(weight: list[float], resident: list[bool], fetched: list[int]) -> None:
+    demand = Demand(1, ids(0, 3, 5), ids(1, 1, 1), np.array(weight, dtype=np.float32))
+    assert FetchAll().fetch(demand, np.array(resident), view()).tolist() == fetched
+    assert FetchAll.exact
+
+
+@pytest.mark.parametrize("name", list(PRESETS))
+def test_presets_are_what_they_say(name: str) -> None:
+    row = preset(name)
+    made = row.build()
+    assert row.name == name
+    assert made.exact == row.exact
+    assert made.predictor.needs <= set(SIGNALS)
+    assert row.paper
+    assert [part.partition(":")[0] for part in row.parts] == ["evict", "predict", "miss"]
+    answers = (made.evictor, made.predictor, made.miss)
+    for part, answer in zip(row.parts, answers, strict=True):
+        words = part.partition(": ")[2]
+        spoken = {"nothing": "NoPredictor"}.get(words, words.title().replace(" ", ""))
+        assert type(answer).__name__ == spoken
+    assert "build" not in row.as_dict()
+    assert row.as_dict()["name"] == name
+
+
+def test_presets_share_nothing() -> None:
+    assert preset("auto").build().evictor is not preset("auto").build().evictor
+
+
+def test_the_default_preset_is_exact() -> None:
+    assert preset("auto").exact
+
+
+def test_unknown_preset_lists_the_known() -> None:
+    with pytest.raises(UsageError, match="unknown preset: `fast`") as caught:
+        preset("fast")
+    for name in PRESETS:
+        assert name in caught.value.hint
