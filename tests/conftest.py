@@ -4,9 +4,10 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-import models
 import pytest
 import torch
+
+import models
 from retinue.config import ENVIRONMENT_KEYS, ENVIRONMENT_PREFIX
 
 

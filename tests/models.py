@@ -7,6 +7,7 @@ that is there: fused experts, other types, other shapes, a header of odd length.
 import json
 import shutil
 import struct
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -221,3 +222,12 @@ def run_logits(llm: LLM, prompt: list[int], forced: list[int]) -> torch.Tensor:
 
 def forced_request(prompt: list[int], forced: list[int]) -> Request:
     return new_request(prompt, greedy(len(forced)), None, forced=forced)
+
+
+def threads_and_files() -> tuple[int, int]:
+    """How many reader threads and how many open files this process has.
+
+    transformers' loader has threads of its own, which end a moment later.
+    """
+    readers = [thread for thread in threading.enumerate() if thread.name.startswith("retinue")]
+    return len(readers), len(list(Path("/proc/self/fd").iterdir()))

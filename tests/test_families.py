@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
-import models
 import pytest
 import torch
-from retinue.memory.home import sample_folder
 from transformers.cache_utils import DynamicCache
+
+import models
+from retinue.memory.home import sample_folder
 
 FORMS = ("per-expert", "fused", "sharded")
 NEW_TOKENS = 24

@@ -2,13 +2,14 @@
 
 from pathlib import Path
 
-import models
 import pytest
 import torch
-from retinue.errors import UsageError
-from retinue.model.kv import SequenceCache
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
+
+import models
+from retinue.errors import UsageError
+from retinue.model.kv import SequenceCache
 
 PROMPT = models.prompt_of(40)
 

@@ -78,9 +78,8 @@ def test_file_cache_of_a_group_can_be_taken_back(tree: Tree) -> None:
 def test_the_tightest_group_above_decides(tree: Tree, tight: str) -> None:
     tree.write("/proc/self/cgroup", "0::/a/b/c")
     for folder in ("a", "a/b", "a/b/c"):
-        tree.group(
-            f"/sys/fs/cgroup/{folder}", 100 * MIB if folder == tight else 500 * MIB, 10 * MIB
-        )
+        limit = 100 * MIB if folder == tight else 500 * MIB
+        tree.group(f"/sys/fs/cgroup/{folder}", limit, 10 * MIB)
     tree.group("/sys/fs/cgroup/a/b/c/d", MIB, 0)  # not above us
     assert available_bytes() == 90 * MIB
 
@@ -142,11 +141,14 @@ def test_here() -> None:
 
 
 @needs_proc
-def test_a_child_counts_as_resident() -> None:
+@pytest.mark.parametrize("shell", [[], ["sh", "-c", '"$0" "$@"; :']], ids=["child", "grandchild"])
+def test_children_count_as_resident(shell: list[str]) -> None:
     program = "import sys; held = b'x' * (80 << 20); print('ready', flush=True); sys.stdin.read()"
     before = resident_bytes()
     child = subprocess.Popen(
-        [sys.executable, "-S", "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        [*shell, sys.executable, "-S", "-c", program],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
     )
     with child:
         assert child.stdout is not None

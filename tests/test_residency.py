@@ -4,10 +4,11 @@ import random
 import time
 from pathlib import Path
 
-import models
 import numpy as np
 import pytest
 import torch
+
+import models
 from retinue.memory import budget
 from retinue.memory.files import Reader
 from retinue.policy.presets import PRESETS

@@ -5,6 +5,7 @@ from collections import Counter
 
 import pytest
 import torch
+
 from retinue.errors import UsageError
 from retinue.model.sampler import Sampler
 from retinue.types import SamplingParams

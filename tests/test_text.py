@@ -3,6 +3,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from retinue.engine.text import TextStream
 from retinue.memory.home import sample_folder
 from retinue.model.load import load_tokenizer

@@ -97,12 +97,21 @@ def split(
             f"`{facts.name}` does not fit into {format_size(budget)}:"
             f" it needs at least {format_size(smallest)} for {tokens} tokens of context",
             smallest_bytes=smallest,
-            hint=f"use `--memory {smallest}` or more, or a smaller `--context`",
+            hint=_hint(smallest),
         )
     slots = min((budget - needed) // facts.slot_bytes, facts.total_experts)
     if experts is not None:
         slots = min(slots, _slot_limit(facts, experts))
     return Split(budget, fixed, kv, workspace, slots, facts.slot_bytes, tokens, chunk, smallest)
+
+
+def _hint(smallest: int) -> str:
+    possible = available_bytes() + resident_bytes()
+    if smallest > possible:
+        return (
+            f"only {format_size(possible)} are available: close other programs or raise the limit"
+        )
+    return f"use `--memory {smallest}` or more, or a smaller `--context`"
 
 
 def _slot_limit(facts: Facts, experts: str | int) -> int:

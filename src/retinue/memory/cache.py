@@ -166,7 +166,7 @@ class ExpertCache:
             if key in self._loading:
                 ticket, slot = self._loading[key]
                 self._mover.raise_urgency(ticket, Urgency.DEMAND)
-                self._transient[slot] &= expert not in kept
+                self._transient[slot] &= self._is_transient(expert in kept)
             elif self.slot_of[layer, expert] == ABSENT:
                 if not self.room(1):
                     self._cancel_wants(other_than=layer)
@@ -174,6 +174,12 @@ class ExpertCache:
                         return experts[position:]
                 self._load(key, Urgency.DEMAND, self._is_transient(expert in kept))
         return experts[:0]
+
+    def settle_in(self, layer: int, experts: IntArray) -> None:
+        """Let experts that a prefill read ahead stay, as far as there is room for staying ones."""
+        slots = self.slot_of[layer, experts]
+        for slot in slots[slots >= 0].tolist():
+            self._transient[slot] &= self._is_transient(keep=True)
 
     def want(self, want: Want, limit: int) -> None:
         """Read ahead, if there is room: at most `limit` reads of wants are under way at once."""

@@ -4,6 +4,7 @@ Direct reads (`O_DIRECT`) need offsets, lengths and addresses that are multiples
 `ALIGNMENT`. Where the system or the file system refuses them, `Reader.note` says so.
 """
 
+import errno
 import os
 import threading
 from pathlib import Path
@@ -12,6 +13,7 @@ from retinue.errors import ReadError
 
 ALIGNMENT = 4096
 O_DIRECT: int = getattr(os, "O_DIRECT", 0)  # Linux only
+_NO_DIRECT_READS = (errno.EINVAL, errno.ENOTSUP)
 
 
 class Reader:
@@ -32,22 +34,21 @@ class Reader:
 
         Raises ReadError when the system reports an error.
         """
-        direct = direct and self._direct
-        done = 0
         try:
-            while done < len(into):
-                handle = self._handle(file, direct)
-                got = _pread(handle, into[done:], offset + done)
-                done += got
-                # After a short read the rest may be unaligned: only the end of a file is short.
-                if got == 0 or (direct and done % 512):
-                    break
+            if direct and self._direct:
+                try:
+                    return self._fill(file, offset, into, direct=True)
+                except OSError as error:
+                    if error.errno not in _NO_DIRECT_READS:
+                        raise
+                    self._direct = False
+                    self.note = f"the file system of `{file.parent}` refuses direct reads"
+            return self._fill(file, offset, into, direct=False)
         except OSError as error:
             raise ReadError(
-                f"cannot read `{file}` at byte {offset + done}: {error.strerror}",
+                f"cannot read `{file}` at byte {offset}: {error.strerror}",
                 hint="check the disk and the file, then start again",
             ) from error
-        return done
 
     def close(self) -> None:
         """Close every file. The caller makes sure that no read is running."""
@@ -57,25 +58,24 @@ class Reader:
         for handle in handles:
             os.close(handle)
 
+    def _fill(self, file: Path, offset: int, into: memoryview, *, direct: bool) -> int:
+        handle, done = self._handle(file, direct), 0
+        while done < len(into):
+            got = _pread(handle, into[done:], offset + done)
+            done += got
+            # Only the end of a file is short, and what follows it would not be aligned.
+            if got == 0 or (direct and done % 512):
+                break
+        return done
+
     def _handle(self, file: Path, direct: bool) -> int:
         with self._lock:
             assert not self._closed, "read after close"
-            key = (file, direct and self._direct)
+            key = (file, direct)
             if key not in self._handles:
-                self._handles[key] = self._open(file, key[1])
+                flags = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
+                self._handles[key] = os.open(file, flags | (O_DIRECT if direct else 0))
             return self._handles[key]
-
-    def _open(self, file: Path, direct: bool) -> int:
-        flags = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
-        if direct:
-            try:
-                return os.open(file, flags | O_DIRECT)
-            except OSError as error:
-                if isinstance(error, (FileNotFoundError, PermissionError)):
-                    raise
-                self._direct = False
-                self.note = f"the file system of `{file.parent}` refuses direct reads"
-        return os.open(file, flags)
 
 
 if hasattr(os, "preadv"):

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from retinue.errors import ReadError
 from retinue.memory.files import Reader
 
 PROBE_CHUNK_BYTES = 4 << 20
@@ -133,7 +134,7 @@ def measure_disk(files: Sequence[Path], *, seconds: float = 0.5, readers: int = 
 
     def work(buffer: mmap) -> None:
         nonlocal done, taken
-        with memoryview(buffer) as view:
+        with memoryview(buffer) as view, suppress(ReadError):
             while time.perf_counter() < deadline:
                 with lock:
                     block, taken = (start_block + taken) % blocks, taken + 1
@@ -151,6 +152,8 @@ def measure_disk(files: Sequence[Path], *, seconds: float = 0.5, readers: int = 
         thread.join()
     elapsed = time.perf_counter() - started
     reader.close()
+    if not done:
+        raise ReadError(f"cannot read `{file}`", hint="check the disk and the file")
     return done / elapsed
 
 

@@ -137,11 +137,6 @@ class Mover:
         with self._changed:
             return self._changed.wait_for(ready, timeout_s)
 
-    def backlog(self) -> int:
-        """Tickets that are queued or running."""
-        with self._changed:
-            return len({id(t) for _, _, t in self._queue if t.state is TicketState.QUEUED})
-
     def close(self) -> None:
         """Cancel what is queued and end the threads. Idempotent."""
         with self._changed:

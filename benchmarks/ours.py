@@ -1,0 +1,85 @@
+"""Our side: the commands that measure retinue, always through its own command line."""
+
+import sys
+import time
+from collections.abc import Sequence
+
+from benchmarks.checkpoint import Checkpoint
+from benchmarks.child import Done, run_child
+from benchmarks.group import Group
+from benchmarks.results import Document
+from retinue.memory.machine import measure_disk
+
+# What any engine over transformers has to import before it can read a weight.
+_IMPORTS = (
+    "import json, torch, safetensors.torch;"
+    " import transformers.models.auto.modeling_auto;"
+    " import transformers.models.{family}.modeling_{family};"
+    " print(json.dumps(dict(torch=torch.__version__)))"
+)
+
+
+def bench_command(
+    checkpoint: Checkpoint,
+    *,
+    prompt_tokens: int,
+    new_tokens: int,
+    memory: int | None = None,
+    experts: str | None = None,
+) -> list[str]:
+    """`retinue bench` with its JSON; without `memory` it has its own default."""
+    command = [sys.executable, "-m", "retinue", "bench", str(checkpoint.folder), "--json"]
+    command += ["--prompt-tokens", str(prompt_tokens), "--new-tokens", str(new_tokens)]
+    if memory is not None:
+        command += ["--memory", str(memory)]
+    if experts is not None:
+        command += ["--experts", experts]
+    return command
+
+
+def first_token_command(
+    checkpoint: Checkpoint, ids: Sequence[int], *, memory: int | None = None
+) -> list[str]:
+    """`retinue run` that ends with the first new token."""
+    command = [sys.executable, "-m", "retinue", "run", str(checkpoint.folder), "--json"]
+    command += [" ".join(map(str, ids)), "--token-ids", "--max-new-tokens", "1", "--ignore-eos"]
+    command += ["--context", str(len(ids) + 1)]
+    if memory is not None:
+        command += ["--memory", str(memory)]
+    return command
+
+
+def imports_command(family: str) -> list[str]:
+    """A process that only imports what the model's family needs."""
+    return [sys.executable, "-c", _IMPORTS.format(family=family)]
+
+
+def bench(command: Sequence[str], group: Group | None = None) -> Document:
+    """Run a `bench_command`; the result has the whole process's time as `wall_s`."""
+    return _with_wall(run_child(command, group))
+
+
+def _with_wall(done: Done) -> Document:
+    document = {key: value for key, value in done.document.items() if key != "model"}
+    return document | {"wall_s": round(done.wall_s, 4)}
+
+
+def first_token(command: Sequence[str], checkpoint: Checkpoint) -> Document:
+    """Run a `first_token_command`, with the disk's speed before and after it."""
+    before = measure_disk(checkpoint.files)
+    done = run_child(command)
+    after = measure_disk(checkpoint.files)
+    read = checkpoint.dense_bytes + done.document["stats"]["prefill_bytes_read"]
+    return {
+        "wall_s": done.wall_s,
+        "bytes_read": read,
+        "disk_bytes_per_s": (before + after) / 2,
+        "stats": done.document["stats"],
+    }
+
+
+def imports(family: str) -> Document:
+    """How long a process takes that only imports."""
+    started = time.perf_counter()
+    run_child(imports_command(family))
+    return {"wall_s": time.perf_counter() - started}
