@@ -6,7 +6,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -79,7 +79,7 @@ class Turns:
 
 
 def in_turn(
-    rounds: int, engines: dict[str, Callable[[], Document]], *, must: str = "ours"
+    rounds: int, engines: Mapping[str, Callable[[], Document]], *, must: str = "ours"
 ) -> Turns:
     """Run every engine once, then every one again: what drifts then drifts for all.
 

@@ -8,6 +8,7 @@ from benchmarks.checkpoint import Checkpoint
 from benchmarks.child import Done, run_child
 from benchmarks.group import Group
 from benchmarks.results import Document
+
 from retinue.memory.machine import measure_disk
 
 # What any engine over transformers has to import before it can read a weight.
@@ -41,9 +42,9 @@ def first_token_command(
     checkpoint: Checkpoint, ids: Sequence[int], *, memory: int | None = None
 ) -> list[str]:
     """`retinue run` that ends with the first new token."""
-    command = [sys.executable, "-m", "retinue", "run", str(checkpoint.folder), "--json"]
+    command = [sys.executable, "-m", "retinue", "run", str(checkpoint.folder)]
     command += [" ".join(map(str, ids)), "--token-ids", "--max-new-tokens", "1", "--ignore-eos"]
-    command += ["--context", str(len(ids) + 1)]
+    command += ["--context", str(len(ids) + 1), "--json"]
     if memory is not None:
         command += ["--memory", str(memory)]
     return command

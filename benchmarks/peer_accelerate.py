@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from benchmarks.peer_transformers import measure, new_parser, peak_rss_bytes, prepare
 
@@ -26,7 +27,7 @@ def command(
     """What starts this peer."""
     words = [sys.executable, "-m", "benchmarks.peer_accelerate", str(folder)]
     words += ["--cpu-bytes", str(cpu_bytes), "--offload-folder", str(offload_folder)]
-    return words + ["--prompt-tokens", str(prompt_tokens), "--new-tokens", str(new_tokens)]
+    return [*words, "--prompt-tokens", str(prompt_tokens), "--new-tokens", str(new_tokens)]
 
 
 def main() -> None:
@@ -41,14 +42,14 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as temporary, torch.inference_mode():
         started = time.perf_counter()
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             options.checkpoint,
             dtype=torch.bfloat16,
             device_map="auto",
             max_memory={"cpu": options.cpu_bytes},
             offload_folder=options.offload_folder or temporary,
-        ).eval()
-        document = {"engine": "transformers with accelerate"}
+        )
+        document: dict[str, Any] = {"engine": "transformers with accelerate"}
         document |= {"load_s": time.perf_counter() - started}
         devices = [str(device) for device in getattr(model, "hf_device_map", {}).values()]
         document |= {"modules": len(devices), "modules_on_disk": devices.count("disk")}

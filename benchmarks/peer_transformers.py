@@ -26,7 +26,7 @@ def command(folder: Path, experts: str, *, prompt_tokens: int, new_tokens: int) 
     """What starts this peer."""
     words = [sys.executable, "-m", "benchmarks.peer_transformers", str(folder)]
     words += ["--experts", experts]
-    return words + ["--prompt-tokens", str(prompt_tokens), "--new-tokens", str(new_tokens)]
+    return [*words, "--prompt-tokens", str(prompt_tokens), "--new-tokens", str(new_tokens)]
 
 
 def new_parser(module: str) -> ArgumentParser:
@@ -107,11 +107,11 @@ def main() -> None:
 
     with torch.inference_mode():
         started = time.perf_counter()
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             options.checkpoint, dtype=torch.bfloat16, experts_implementation=options.experts
-        ).eval()
+        )
         model(torch.zeros(1, WARM_UP_TOKENS, dtype=torch.long), use_cache=True)
-        document = {"engine": f"transformers, {options.experts}"}
+        document: dict[str, Any] = {"engine": f"transformers, {options.experts}"}
         document |= {"load_s": time.perf_counter() - started}
         document |= measure(model, options.prompt_tokens, options.new_tokens)
     print(json.dumps(document | {"peak_rss_bytes": peak_rss_bytes()}), flush=True)

@@ -396,10 +396,3 @@ def test_close_lets_go_of_the_network() -> None:
     engine, runner = make()
     engine.close()
     assert runner.host.closed
-
-
-def test_a_request_ends_once() -> None:
-    request = ask([1])
-    request.end(State.DONE, "stop")
-    with pytest.raises(AssertionError):
-        request.end(State.CANCELLED, "cancelled")

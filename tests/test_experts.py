@@ -107,6 +107,9 @@ def test_weighted_sum_is_in_float32() -> None:
     """256 + 1 is 256 in bfloat16."""
     rows = torch.tensor([[[256.0], [1.0], [1.0]]], dtype=torch.bfloat16)
     assert weighted_sum(rows, torch.ones(1, 3, dtype=torch.bfloat16)).tolist() == [[258.0]]
+    # A product that bfloat16 would round.
+    fine = torch.tensor([[[0.0], [1 + 2**-7]]], dtype=torch.bfloat16)
+    assert weighted_sum(fine, fine[..., 0]).tolist() == [[(1 + 2**-7) ** 2]]
 
 
 def experts_module(kind: Any, config: Any) -> Any:

@@ -303,9 +303,9 @@ def test_a_disk_a_hundred_times_slower_finishes(
     with models.open_llm(olmoe, experts="13%", self_check=False) as llm:
         output = answers(llm)
     assert output.token_ids == expected
-    # 40 KB an expert, 5 ms each: the time goes into waiting.
-    assert output.stats.stall_s > 0.5 * output.stats.decode_s
-    assert output.stats.prefill_s > 0.05
+    # 40 KB an expert, 5 ms each, and four slots of 32: most of two dozen lookups are waited for.
+    assert output.stats.stall_s > 0.04
+    assert output.stats.prefill_s > 0.1
 
 
 @pytest.mark.parametrize("preset", ["auto", "layer-stream"])
@@ -321,7 +321,8 @@ def test_cancel_in_the_middle_of_a_read(
             target=lambda: outputs.extend(llm.stream(models.prompt_of(60), models.greedy(9)))
         )
         thread.start()
-        time.sleep(0.3)
+        while not llm.assembly.mover.bytes_read:
+            time.sleep(0.02)
         assert llm.assembly.engine.busy
         started = time.perf_counter()
         llm.cancel()

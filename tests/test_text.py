@@ -1,7 +1,7 @@
 """Token ids to text: characters over several ids, stop strings, what is held back."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retinue.engine.text import TextStream
@@ -119,6 +119,7 @@ def test_without_a_tokenizer_there_is_no_text() -> None:
     assert not stream.stopped
 
 
+@settings(deadline=None)
 @given(
     text=st.text(alphabet="abE€N", max_size=30),
     stop=st.lists(st.text(alphabet="abE€N", min_size=1, max_size=3), max_size=3),

@@ -2,13 +2,14 @@
 
 import importlib
 import sys
-from argparse import ArgumentParser
+from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 
 from retinue import __version__
 from retinue.cli.options import ENGINE, MODEL_HELP, SAMPLING, add_config_options, new_verb
 from retinue.cli.terminal import fail
 from retinue.errors import RetinueError
+from retinue.memory.process import prepare
 
 
 def build_parser() -> ArgumentParser:
@@ -82,7 +83,8 @@ def _add_bench(verbs: object) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit code."""
-    options = build_parser().parse_args(arguments)
+    prepare()
+    options = _parse(arguments)
     try:
         verb = importlib.import_module(f"retinue.cli.{options.verb}")
         return int(verb.execute(options))
@@ -99,6 +101,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except MemoryError:
         fail("out of memory", "use a smaller `--memory`, or close other programs")
         return 1
+
+
+def _parse(arguments: Sequence[str] | None) -> Namespace:
+    """Parse, and take a PROMPT that stands after options: argparse gives up on it by itself."""
+    parser = build_parser()
+    options, rest = parser.parse_known_args(arguments)
+    place = {"run": "prompt", "doctor": "model"}.get(options.verb)
+    words = [word for word in rest if not word.startswith("-")]
+    if place and len(rest) == len(words) == 1 and getattr(options, place) is None:
+        setattr(options, place, rest.pop())
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return options
 
 
 if __name__ == "__main__":

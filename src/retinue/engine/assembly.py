@@ -1,6 +1,5 @@
 """Puts the parts together, once: checkpoint, network, memory, policies."""
 
-import os
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -11,7 +10,6 @@ import torch
 
 from retinue.config import Config
 from retinue.engine.engine import Engine
-from retinue.memory.allocator import return_freed_memory
 from retinue.memory.budget import Split, split
 from retinue.memory.cache import ExpertCache
 from retinue.memory.checkpoint import open_checkpoint
@@ -66,7 +64,6 @@ class Assembly:
 def assemble(model: str | Path, config: Config) -> Assembly:
     """Load `model` under `config`. Refuses before loading what cannot fit."""
     started = time.perf_counter()
-    return_freed_memory()
     folder = locate(model)
     chosen = preset(config.preset)
     threads = config.threads or cores()
@@ -120,9 +117,3 @@ def assemble(model: str | Path, config: Config) -> Assembly:
         load_s,
         notes,
     )
-
-
-def quiet_libraries() -> None:
-    """Keep transformers and tokenizers from writing to the terminal and from forking threads."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
