@@ -5,6 +5,7 @@ import pytest
 
 from disk import Rig, ids
 from retinue.memory.cache import HEAT_DECAY
+from retinue.policy.base import Ahead
 from retinue.types import Demand, IntArray
 
 
@@ -89,8 +90,8 @@ def test_view_holds_the_facts() -> None:
         rig.begin("prefill", layer=1)
         rig.load(1, 2)
         scores = np.ones((1, 4), dtype=np.float32)
-        view = rig.cache.view(next_layer=0, next_scores=scores)
+        view = rig.cache.view((Ahead(0, scores),))
         assert (view.step, view.layer, view.phase, view.top_k) == (1, 1, "prefill", 2)
-        assert (view.layers, view.experts, view.slots, view.next_layer) == (2, 4, 4, 0)
+        assert (view.layers, view.experts, view.slots) == (2, 4, 4)
         assert np.argwhere(view.resident).tolist() == [[1, 2]]
-        assert view.next_scores is scores
+        assert view.ahead[0].scores is scores

@@ -5,7 +5,7 @@ import pytest
 
 from disk import ids
 from retinue.errors import UsageError
-from retinue.policy.base import SIGNALS, NoPredictor, View
+from retinue.policy.base import SIGNALS, Ahead, NoPredictor, View
 from retinue.policy.evict.heat import Heat
 from retinue.policy.evict.recency import Recency
 from retinue.policy.miss.fetch import FetchAll
@@ -99,7 +99,7 @@ def test_next_gate(
     scores: list[list[float]], top_k: int, experts: list[int], sums: list[float] | None
 ) -> None:
     array = np.array(scores, dtype=np.float32)
-    (want,) = NextGate().forecast(view(next_scores=array, next_layer=2, top_k=top_k))
+    (want,) = NextGate().forecast(view(ahead=(Ahead(2, array),), top_k=top_k))
     assert want.layer == 2
     assert want.experts.tolist() == experts
     assert len(want.scores) == len(experts)
@@ -108,13 +108,13 @@ def test_next_gate(
 
 
 def test_next_gate_without_scores_is_silent() -> None:
-    assert NextGate().forecast(view(next_layer=2)) == []
+    assert NextGate().forecast(view(ahead=(Ahead(2),))) == []
     assert NextGate.needs == {"next_scores"}
     assert NextGate.needs <= set(SIGNALS)
 
 
 def test_whole_layer() -> None:
-    (want,) = WholeLayer().forecast(view(next_layer=3))
+    (want,) = WholeLayer().forecast(view(ahead=(Ahead(3),)))
     assert want.layer == 3
     assert want.experts.tolist() == list(range(EXPERTS))
     assert len(want.scores) == EXPERTS
@@ -125,7 +125,7 @@ def test_whole_layer() -> None:
 
 def test_no_predictor_is_silent() -> None:
     scores = np.ones((1, EXPERTS), dtype=np.float32)
-    assert NoPredictor().forecast(view(next_layer=2, next_scores=scores)) == []
+    assert NoPredictor().forecast(view(ahead=(Ahead(2, scores),))) == []
 
 
 @pytest.mark.parametrize(

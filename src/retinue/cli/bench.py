@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from retinue.cli.options import config_from
-from retinue.cli.terminal import emit_json, note, table
+from retinue.cli.terminal import audience, emit_json, note, table
 from retinue.config import Config, format_size
 from retinue.engine.bound import with_bound
 from retinue.engine.llm import LLM
@@ -45,7 +45,7 @@ def execute(options: Namespace) -> int:
     )
     stats = with_bound(stats, facts, speeds)
     document = _document(options, config, stats, threads, prompt_tokens)
-    print(_text(document, stats, before, after))
+    print(_text(document, stats, before, after), file=audience(options.json))
     if stats.peak_rss_bytes > stats.budget_bytes:
         note("the peak is over the budget: please report this with the model's name", "red")
     if options.json:
@@ -62,6 +62,12 @@ def _measure(llm: LLM, options: Namespace, facts: Facts, config: Config) -> tupl
     else:
         prompts = [[ids.randrange(facts.vocab_size) for _ in range(options.prompt_tokens)]]
     for prompt in prompts:
+        if len(prompt) + count + 1 > llm.assembly.split.context:
+            raise UsageError(
+                f"{len(prompt)} tokens of prompt and {count} new ones do not fit into a context of"
+                f" {llm.assembly.split.context}",
+                hint=f"use `--context {len(prompt) + count + 1}`, or fewer tokens",
+            )
         forced = [ids.randrange(facts.vocab_size) for _ in range(count + 1)]
         params = SamplingParams(max_new_tokens=count + 1, ignore_eos=True)
         request = new_request(prompt, params, None, forced=forced)

@@ -4,10 +4,12 @@ import contextlib
 import signal
 from typing import Any
 
+from jinja2 import TemplateError
+
 from retinue.cli.interrupts import cancel_on
-from retinue.cli.terminal import fail, note, styled, summary
+from retinue.cli.terminal import fail, note, summary
 from retinue.engine.llm import LLM
-from retinue.errors import RetinueError, UsageError
+from retinue.errors import CheckpointError, RetinueError, UsageError
 from retinue.types import Output, SamplingParams
 
 HELP = "/help, /clear forgets the conversation, /stats shows the last answer's cost, /exit"
@@ -70,7 +72,10 @@ def render(llm: LLM, messages: list[Message]) -> list[int]:
     tokenizer: Any = llm.tokenizer
     if tokenizer.chat_template is None:
         return llm.encode("\n".join(message["content"] for message in messages) + "\n")
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except TemplateError as error:
+        raise CheckpointError(f"the chat template of the checkpoint fails: {error}") from error
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
@@ -78,7 +83,8 @@ def _ask() -> str | None:
     """A line of input; None at its end. ctrl-C at the prompt clears the line."""
     while True:
         try:
-            return input(styled("> ", "bold"))
+            # Plain: readline would count the bytes of a colour as columns, and wrap too early.
+            return input("> ")
         except EOFError:
             return None
         except KeyboardInterrupt:

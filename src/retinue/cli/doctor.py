@@ -2,7 +2,6 @@
 
 import os
 import platform
-import sys
 from argparse import Namespace
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -11,12 +10,13 @@ from pathlib import Path
 
 from retinue import __version__
 from retinue.cli.options import config_from
-from retinue.cli.terminal import emit_json, styled
+from retinue.cli.terminal import audience, emit_json, styled
 from retinue.config import ENVIRONMENT_KEYS, ENVIRONMENT_PREFIX, Config, format_size
-from retinue.errors import RetinueError
+from retinue.errors import CheckpointError, RetinueError, UsageError
 from retinue.memory.files import ALIGNMENT, Reader
 from retinue.memory.home import locate, sample_folder
 from retinue.memory.machine import available_bytes, cores, known_speeds
+from retinue.policy.presets import preset
 
 SLOW_DISK_BYTES_PER_S = 0.5e9
 USEFUL_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16")
@@ -35,17 +35,22 @@ class Finding:
 def execute(options: Namespace) -> int:
     """Print the findings; returns 0, or 1 when one of them keeps retinue from working well."""
     config = config_from(options)
+    preset(config.preset)
     folder = locate(options.model) if options.model else sample_folder()
+    if not any(folder.glob("*.safetensors")):
+        raise CheckpointError(f"no weights in `{folder}`", hint="give the folder of a checkpoint")
     findings = [*_software(), *_processor(config), *_memory(), *_disk(folder), *_settings()]
     if options.model:
         findings += _model(folder, config)
+    out = audience(options.json)
     for finding in findings:
-        mark = styled("ok  ", "green", sys.stdout) if finding.good else styled("!!  ", "red")
-        print(f"{mark} {finding.name:<18} {finding.value}")
+        mark = styled("ok  ", "green", out) if finding.good else styled("!!  ", "red", out)
+        print(f"{mark} {finding.name:<18} {finding.value}", file=out)
         if finding.fix:
-            print(f"     {'':<18} hint: {finding.fix}")
+            print(f"     {'':<18} hint: {finding.fix}", file=out)
     problems = [finding for finding in findings if not finding.good]
-    print(f"\n{len(problems)} problems" if problems else "\neverything is as it should be")
+    verdict = f"{len(problems)} problems" if problems else "everything is as it should be"
+    print(f"\n{verdict}", file=out)
     if options.json:
         emit_json(
             {
@@ -151,5 +156,7 @@ def _model(folder: Path, config: Config) -> list[Finding]:
                 Finding("self-check", "passed" if config.self_check else "skipped"),
                 *(Finding("note", text, good=False) for text in llm.assembly.notes),
             ]
+    except UsageError:
+        raise
     except RetinueError as error:
         return [Finding("model", str(error), good=False, fix=error.hint)]

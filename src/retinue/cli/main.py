@@ -1,6 +1,7 @@
 """The command line: `retinue VERB MODEL ...`. Each verb's module is imported when it is called."""
 
 import importlib
+import os
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
@@ -87,7 +88,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     try:
         verb = importlib.import_module(f"retinue.cli.{options.verb}")
-        return int(verb.execute(options))
+        code = int(verb.execute(options))
+        print(end="", flush=True)
+        return code
     except RetinueError as error:
         fail(str(error), error.hint)
         return error.exit_code
@@ -95,20 +98,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
         fail("interrupted")
         return 1
     except BrokenPipeError:
-        # Whoever read our output has left; nobody is there to be told.
-        sys.stderr.close()
+        _forget_output()
         return 1
     except MemoryError:
         fail("out of memory", "use a smaller `--memory`, or close other programs")
         return 1
 
 
+def _forget_output() -> None:
+    """Whoever read our output has left: let what is still buffered go nowhere, not fail at exit."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)
+
+
 def _parse(arguments: Sequence[str] | None) -> Namespace:
-    """Parse, and take a PROMPT that stands after options: argparse gives up on it by itself."""
+    """Parse, and take a PROMPT that stands after options, or after these and `--`.
+
+    argparse gives up on it by itself.
+    """
     parser = build_parser()
     options, rest = parser.parse_known_args(arguments)
     place = {"run": "prompt", "doctor": "model"}.get(options.verb)
-    words = [word for word in rest if not word.startswith("-")]
+    if rest[:1] == ["--"]:
+        words = rest = rest[1:]
+    else:
+        words = [word for word in rest if not word.startswith("-") or " " in word]
     if place and len(rest) == len(words) == 1 and getattr(options, place) is None:
         setattr(options, place, rest.pop())
     if rest:

@@ -4,7 +4,7 @@ from argparse import Namespace
 from dataclasses import asdict
 
 from retinue.cli.options import config_from
-from retinue.cli.terminal import emit_json, styled
+from retinue.cli.terminal import audience, emit_json, fail
 from retinue.config import format_size
 from retinue.engine.plan import PROMPT_TOKENS, Plan, make_plan
 from retinue.memory.home import locate
@@ -21,10 +21,13 @@ def execute(options: Namespace) -> int:
     folder = locate(options.model)
     facts = survey(folder)
     plan = make_plan(facts, config, known_speeds(folder), config.threads or cores())
-    print(_text(plan))
+    print(_text(plan), file=audience(options.json))
     if options.json:
         emit_json(_document(plan))
-    return 0 if plan.split else 3
+    if plan.split is None:
+        fail(*plan.reasons)
+        return 3
+    return 0
 
 
 def _document(plan: Plan) -> dict[str, object]:
@@ -61,7 +64,7 @@ def _text(plan: Plan) -> str:
         "",
     ]
     if split is None:
-        lines.append(styled("does not fit", "red"))
+        lines.append("does not fit")
     else:
         lines += [
             f"budget      {format_size(split.budget):>10}",
@@ -75,7 +78,7 @@ def _text(plan: Plan) -> str:
             f"decode      {plan.decode.low:.2f} to {plan.decode.high:.2f} tokens/s",
             f"prefill     {plan.prefill.low:.0f} to {plan.prefill.high:.0f} tokens/s"
             f" (a prompt of {PROMPT_TOKENS})",
+            *[f"- {reason}" for reason in plan.reasons],
         ]
-    lines += [f"- {reason}" for reason in plan.reasons]
     lines.append(f"smallest budget: {format_size(plan.smallest)} (`--memory {plan.smallest}`)")
     return "\n".join(lines)

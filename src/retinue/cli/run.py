@@ -44,12 +44,16 @@ def _open(model: str, config: Config) -> LLM:
 def _prompt(options: Namespace) -> Prompt | None:
     """The prompt from the command line or a pipe; None asks for a chat."""
     text: str | None = options.prompt
-    if text is None:
-        if sys.stdin.isatty():
-            if options.json or options.token_ids:
-                raise UsageError("a chat has no --json and no --token-ids", hint="give a PROMPT")
-            return None
-        text = sys.stdin.read()
+    if text is None and sys.stdin is not None and sys.stdin.isatty():
+        if options.json or options.token_ids:
+            raise UsageError("a chat has no --json and no --token-ids", hint="give a PROMPT")
+        return None
+    try:
+        if text is None:
+            text = sys.stdin.read() if sys.stdin is not None else ""
+        text.encode()  # an argument that was no text has surrogates
+    except UnicodeError as error:
+        raise UsageError("the prompt is not a text", hint="write it in UTF-8") from error
     if not text:
         raise UsageError("the prompt is empty", hint="give a PROMPT, or write it to stdin")
     if not options.token_ids:

@@ -20,6 +20,11 @@ def styled(text: str, style: str, stream: TextIO | None = None) -> str:
     return f"\x1b[{_CODES[style]}m{text}\x1b[0m"
 
 
+def audience(json: bool) -> TextIO:
+    """Where the findings of a verb go, for a person: stdout, unless that is for JSON."""
+    return sys.stderr if json else sys.stdout
+
+
 def note(text: str, style: str = "dim") -> None:
     """One line for a person, on stderr."""
     print(styled(text, style), file=sys.stderr, flush=True)

@@ -43,9 +43,8 @@ def make_plan(facts: Facts, config: Config, speeds: Speeds, threads: int) -> Pla
     try:
         limits = split(facts, memory=config.memory, context=config.context, experts=config.experts)
     except DoesNotFit as error:
-        budget = budget_bytes(config.memory)
-        reasons = [str(error)]
-        return Plan(facts, budget, error.smallest_bytes, None, none, none, reasons)
+        budget, smallest = budget_bytes(config.memory), _smallest(facts, config)
+        return Plan(facts, budget, smallest, None, none, none, [str(error), error.hint])
     return Plan(
         facts,
         limits.budget,
@@ -55,6 +54,14 @@ def make_plan(facts: Facts, config: Config, speeds: Speeds, threads: int) -> Pla
         _prefill(facts, limits, speeds, threads),
         _reasons(facts, limits),
     )
+
+
+def _smallest(facts: Facts, config: Config) -> int:
+    """The smallest budget, whether that or `--experts` is what is too small."""
+    try:
+        return split(facts, memory=config.memory, context=config.context).smallest
+    except DoesNotFit as error:
+        return error.smallest_bytes
 
 
 def _decode(facts: Facts, limits: Split, speeds: Speeds) -> Band:

@@ -21,7 +21,7 @@ from retinue.errors import RetinueError
 from retinue.memory.layout import ExpertLayout
 from retinue.memory.mover import Mover, Ticket, TicketState, Urgency
 from retinue.memory.tier import Tier
-from retinue.policy.base import Evictor, View
+from retinue.policy.base import Ahead, Evictor, View
 from retinue.types import Demand, Expert, IntArray, Phase, Want
 
 ABSENT, LOADING = -1, -2
@@ -42,7 +42,7 @@ class ExpertCache:
         top_k: int,
     ) -> None:
         self._layouts, self._tier, self._mover, self._evictor = layouts, tier, mover, evictor
-        self._top_k = top_k
+        self.top_k = top_k
         self.experts = max(len(row) for row in layouts)
         shape = (len(layouts), self.experts)
         self.slot_of = np.full(shape, ABSENT, dtype=np.int32)
@@ -57,7 +57,8 @@ class ExpertCache:
         self._loading: dict[Expert, tuple[Ticket, int]] = {}
         self._draining: list[tuple[Ticket, int]] = []  # cancelled while a chunk was being read
         self._failed: dict[Expert, RetinueError] = {}
-        self.step, self.layer, self.phase = 0, 0, "decode"
+        self.step, self.layer = 0, 0
+        self.phase: Phase = "decode"
         self.total = sum(len(row) for row in layouts)
         moe_layers = sum(1 for row in layouts if row)
         everything = tier.slots >= self.total
@@ -91,20 +92,20 @@ class ExpertCache:
         """The parameters of the READY expert in `slot`."""
         return self._views[slot]
 
-    def view(self, **signals: object) -> View:
+    def view(self, ahead: tuple[Ahead, ...] = ()) -> View:
         """The facts that policies may see now."""
         return View(
             step=self.step,
             layer=self.layer,
-            phase=self.phase,  # type: ignore[arg-type]
+            phase=self.phase,
             layers=len(self._layouts),
             experts=self.experts,
-            top_k=self._top_k,
+            top_k=self.top_k,
             slots=self.slots,
             resident=self.slot_of >= 0,
             last_used=self.last_used,
             heat=self.heat,
-            **signals,  # type: ignore[arg-type]
+            ahead=ahead,
         )
 
     # --- the step
@@ -181,18 +182,19 @@ class ExpertCache:
         for slot in slots[slots >= 0].tolist():
             self._transient[slot] &= self._is_transient(keep=True)
 
-    def want(self, want: Want, limit: int) -> None:
+    def want(self, want: Want, limit: int, urgency: Urgency = Urgency.NEXT_LAYER) -> None:
         """Read ahead, if there is room: at most `limit` reads of wants are under way at once."""
         self._expected[want.layer, want.experts] = True
         under_way = sum(1 for ticket, _ in self._loading.values() if ticket.urgency > 0)
         for expert in want.experts.tolist():
-            if under_way >= limit:
-                return
-            if self.slot_of[want.layer, expert] == ABSENT:
-                if not self.room(1, spare_expected=True):
+            key = Expert(want.layer, expert)
+            if key in self._loading:
+                self._mover.raise_urgency(self._loading[key][0], urgency)
+            elif self.slot_of[want.layer, expert] == ABSENT:
+                if under_way >= limit or not self.room(1, spare_expected=True):
                     return
                 transient = self.phase == "prefill" and not self.holds_everything
-                self._load(Expert(want.layer, expert), Urgency.NEXT_LAYER, transient)
+                self._load(key, urgency, transient)
                 under_way += 1
 
     def drop_wants(self, layer: int, needed: IntArray) -> None:

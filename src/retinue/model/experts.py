@@ -17,10 +17,11 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from retinue.errors import Cancelled
 from retinue.memory.cache import LOADING, ExpertCache, Views
+from retinue.memory.mover import Urgency
 from retinue.metrics import Metrics
 from retinue.model.expert_map import ExpertsModule
-from retinue.policy.base import Policies
-from retinue.types import Demand, IntArray
+from retinue.policy.base import Ahead, Policies
+from retinue.types import Demand, FloatArray, IntArray
 
 IMPLEMENTATION = "retinue"
 WAIT_S = 0.1  # how often a stalled layer looks whether its request was cancelled
@@ -110,22 +111,28 @@ class ExpertHost:
 
     def _look_ahead(self, layer: int, hidden: torch.Tensor) -> None:
         cache, predictor = self.cache, self._policies.predictor
+        prefill = cache.phase == "prefill"
+        depth = min(predictor.depth, 1) if prefill else predictor.depth
+        ahead: list[Ahead] = []
         following = self._following.get(layer)
-        if following is None:
+        while following is not None and len(ahead) < depth:
+            ahead.append(Ahead(following, self._scores(following, hidden)))
+            following = self._following.get(following)
+        if not ahead:
             return
-        scores = None
-        if "next_scores" in predictor.needs and not cache.has_all(following):
-            scores = self._next_scores(following, hidden)
-        limit = cache.ring if cache.phase == "prefill" else 2 * cache.view().top_k
-        for want in predictor.forecast(cache.view(next_layer=following, next_scores=scores)):
-            cache.want(want, limit)
+        limit = cache.ring if prefill else 2 * cache.top_k
+        for want in predictor.forecast(cache.view(tuple(ahead))):
+            near = want.layer == ahead[0].layer
+            cache.want(want, limit, Urgency.NEXT_LAYER if near else Urgency.LATER)
 
-    def _next_scores(self, layer: int, hidden: torch.Tensor) -> np.ndarray | None:
+    def _scores(self, layer: int, hidden: torch.Tensor) -> FloatArray | None:
+        """What `layer`'s router says of `hidden`, if the predictor needs it and it matters."""
         router = self._routers[layer]
-        if router is None:
+        wanted = "next_scores" in self._policies.predictor.needs
+        if router is None or not wanted or self.cache.has_all(layer):
             return None
-        logits = router(hidden)[0]
-        return torch.softmax(logits.float(), dim=-1).numpy()
+        scores: FloatArray = torch.softmax(router(hidden)[0].float(), dim=-1).numpy()
+        return scores
 
     def _stall(self, layer: int, todo: set[int], missing: IntArray) -> IntArray:
         cache = self.cache

@@ -18,6 +18,14 @@ SIGNALS = ("next_scores",)
 
 
 @dataclass(frozen=True, slots=True)
+class Ahead:
+    """A coming layer; `scores` are what its router says of this layer's input, if asked for."""
+
+    layer: int
+    scores: FloatArray | None = None  # [tokens, experts], probabilities
+
+
+@dataclass(frozen=True, slots=True)
 class View:
     """What policies may see, read-only. Arrays are `[layers, experts]` and live: never write."""
 
@@ -31,8 +39,7 @@ class View:
     resident: npt.NDArray[np.bool_]
     last_used: IntArray  # step of the last use, -1: never
     heat: FloatArray  # decayed share of routing weight, see `Evictor`
-    next_layer: int = -1
-    next_scores: FloatArray | None = None  # [tokens, experts], when a predictor needs them
+    ahead: tuple[Ahead, ...] = ()  # the coming layers with experts, the next one first
 
 
 class Evictor(Protocol):
@@ -46,11 +53,14 @@ class Evictor(Protocol):
 class Predictor(Protocol):
     """Which experts will be needed next.
 
-    `needs` names the signals that are computed for it. `speculative` says that a forecast may
-    be wrong, so that what is still queued when the layer starts and is not needed is dropped.
+    `needs` names the signals that are computed for it, `depth` how many layers ahead it looks
+    in decoding (in prefill, one: there the next layer alone fills the link). `speculative` says
+    that a forecast may be wrong, so that what is still queued when the layer starts and is not
+    needed is dropped.
     """
 
     needs: frozenset[Signal]
+    depth: int
     speculative: bool
 
     def observe(self, demand: Demand, view: View) -> None:
@@ -76,6 +86,7 @@ class NoPredictor:
     """Forecasts nothing."""
 
     needs: frozenset[Signal] = frozenset()
+    depth = 0
     speculative = True
 
     def observe(self, demand: Demand, view: View) -> None:

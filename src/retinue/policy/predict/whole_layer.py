@@ -10,13 +10,13 @@ class WholeLayer:
     """Forecasts all experts of the coming layer and lets none of their reads be dropped."""
 
     needs: frozenset[Signal] = frozenset()
+    depth = 1
     speculative = False
 
     def observe(self, demand: Demand, view: View) -> None:
         """Nothing to learn."""
 
     def forecast(self, view: View) -> list[Want]:
-        """The whole next layer, in order."""
-        if view.next_layer < 0:
-            return []
-        return [Want(view.next_layer, np.arange(view.experts), np.ones(view.experts, np.float32))]
+        """Every expert of the next layer, in order."""
+        everyone, alike = np.arange(view.experts), np.ones(view.experts, np.float32)
+        return [Want(ahead.layer, everyone, alike) for ahead in view.ahead]

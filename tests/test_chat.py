@@ -1,0 +1,307 @@
+"""The chat: turns, history, commands, ctrl-C, errors; once with a real terminal."""
+
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import models
+from command import ESCAPE, MEMORY, environment
+from retinue import LLM, Output, SamplingParams
+from retinue.cli.chat import HELP, chat, render
+from retinue.cli.main import main
+from retinue.errors import ReadError, UsageError
+
+PARAMS = SamplingParams(max_new_tokens=6, ignore_eos=True)
+Line = str | type[BaseException]
+
+
+@pytest.fixture(scope="module")
+def sample() -> Iterator[LLM]:
+    with models.open_llm("sample") as llm:
+        yield llm
+
+
+class Session:
+    """A chat whose lines are given beforehand; `outputs` are the answers, whole."""
+
+    def __init__(self, llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.llm, self.outputs, self.prompts = llm, list[Output](), list[list[int]]()
+        self.interrupt_at = 0
+        self._stream = llm.stream
+        self._patch = monkeypatch
+        monkeypatch.setattr(llm, "stream", self._recorded)
+
+    def talk(self, *lines: Line, params: SamplingParams = PARAMS) -> int:
+        """The exit code of a chat with these lines; an exception class is raised instead."""
+        script = iter(lines)
+
+        def ask(prompt: str = "") -> str:
+            line = next(script, EOFError)
+            if isinstance(line, str):
+                return line
+            raise line
+
+        self._patch.setattr("builtins.input", ask)
+        code = chat(self.llm, params)
+        assert next(script, None) is None, "the chat ended early"
+        return code
+
+    def _recorded(self, prompt: list[int], *rest: Any, **options: Any) -> Iterator[Output]:
+        self.prompts.append(prompt)
+        for output in self._stream(prompt, *rest, **options):
+            yield output
+            if self.interrupt_at and len(output.token_ids) >= self.interrupt_at:
+                self.interrupt_at = 0
+                signal.raise_signal(signal.SIGINT)
+        self.outputs.append(output)
+
+
+@pytest.fixture
+def session(sample: LLM, monkeypatch: pytest.MonkeyPatch) -> Session:
+    return Session(sample, monkeypatch)
+
+
+Captured = pytest.CaptureFixture[str]
+
+
+def test_a_turn(session: Session, capsys: Captured) -> None:
+    assert session.talk("Hello there!") == 0
+    out, err = capsys.readouterr()
+    (output,) = session.outputs
+    assert out == output.text + "\n"
+    assert len(output.token_ids) == 6
+    assert HELP in err
+    assert "(the answer was cut" in err
+    assert session.llm.tokenizer.decode(session.prompts[0]) == "A: Hello there!\nB:"
+    assert ESCAPE not in out + err
+
+
+def test_an_answer_that_ends_by_itself_is_not_called_cut(
+    session: Session, capsys: Captured
+) -> None:
+    session.talk("Hello", params=models.greedy(20))
+    stop = session.outputs[0].text[:5]
+    session.talk("Hello", params=models.greedy(20, stop=stop))
+    assert session.outputs[1].finish_reason == "stop"
+    assert capsys.readouterr().err.count("(the answer was cut") == 1
+
+
+def test_the_second_turn_knows_the_first_and_reuses_it(session: Session) -> None:
+    session.talk("Hello there!", "How are you?")
+    first, second = session.outputs
+    text = session.llm.tokenizer.decode(session.prompts[1])
+    assert text == f"A: Hello there!\nB: {first.text.strip()}\nA: How are you?\nB:"
+    assert second.stats.reused_tokens >= first.prompt_tokens
+    assert second.stats.prefill_tokens_per_s > 0
+
+
+def test_clear_forgets(session: Session, capsys: Captured) -> None:
+    session.talk("Hello there!", " /clear ", "Hello there!")
+    assert session.prompts[0] == session.prompts[1]
+    assert session.outputs[0].token_ids == session.outputs[1].token_ids
+    assert "the conversation is forgotten" in capsys.readouterr().err
+
+
+def test_stats_of_the_last_answer(session: Session, capsys: Captured) -> None:
+    session.talk("/stats", "Hello", "/stats")
+    before, after = capsys.readouterr().err.split("(the answer was cut")
+    assert "nothing was said yet" in before
+    assert "6 tokens, " in after
+    assert "hit rate" in after
+
+
+@pytest.mark.parametrize("command", ["/help", "/nonesuch", "/Clear"])
+def test_help_for_whatever_is_no_command(session: Session, capsys: Captured, command: str) -> None:
+    assert session.talk(command) == 0
+    assert capsys.readouterr().err.count(HELP) == 2
+    assert session.prompts == []
+
+
+@pytest.mark.parametrize("command", ["/exit", "/quit"])
+def test_exit(session: Session, command: str) -> None:
+    assert session.talk(command) == 0
+
+
+def test_empty_lines_ask_nothing(session: Session) -> None:
+    assert session.talk("", "   ") == 0
+    assert session.prompts == []
+
+
+def test_interrupt_at_the_prompt_asks_again(session: Session) -> None:
+    assert session.talk(KeyboardInterrupt, KeyboardInterrupt, "Hello") == 0
+    assert len(session.outputs) == 1
+
+
+def test_interrupt_of_an_answer_keeps_what_was_said(session: Session, capsys: Captured) -> None:
+    session.interrupt_at = 4
+    assert session.talk("Hello there!", "And?", params=models.greedy(60)) == 0
+    first, second = session.outputs
+    assert first.finish_reason == "cancelled"
+    assert 4 <= len(first.token_ids) < 60
+    assert "(stopped)" in capsys.readouterr().err
+    assert first.text.strip() in session.llm.tokenizer.decode(session.prompts[1])
+    assert second.finish_reason == "length"
+    assert second.stats.reused_tokens > 0
+
+
+def test_an_error_in_a_turn_does_not_end_the_chat(
+    session: Session, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = session.llm.assembly.engine._runner
+    run = type(runner).run
+
+    def broken(*arguments: Any) -> Any:
+        monkeypatch.setattr(type(runner), "run", run)
+        raise ReadError("cannot read `model`", hint="check the disk")
+
+    monkeypatch.setattr(type(runner), "run", broken)
+    assert session.talk("Hello", "Hello") == 0
+    err = capsys.readouterr().err
+    assert "error: cannot read `model`\n\nhint: check the disk" in err
+    # The question without an answer is no part of the history.
+    assert session.prompts[0] == session.prompts[1]
+    assert len(session.outputs[0].token_ids) == 6
+
+
+def test_a_question_longer_than_the_context(session: Session, capsys: Captured) -> None:
+    assert session.talk("one two " * 2000, "Hello") == 0
+    assert "error: the prompt has " in capsys.readouterr().err
+    assert len(session.outputs) == 1
+
+
+# --- templates
+
+
+def test_without_a_template_the_text_is_continued(
+    session: Session, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = session.llm.tokenizer
+    monkeypatch.setattr(tokenizer, "chat_template", None)
+    session.talk("Once upon", "a time")
+    assert tokenizer.decode(session.prompts[0]) == "<|bos|>Once upon\n"
+    first = session.outputs[0].text.strip()
+    assert tokenizer.decode(session.prompts[1]) == f"<|bos|>Once upon\n{first}\na time\n"
+    assert "has no chat template" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("template", ["{{ raise_exception('no roles') }}", "{% if %}"])
+def test_a_template_that_fails_does_not_end_the_chat(
+    session: Session, capsys: Captured, monkeypatch: pytest.MonkeyPatch, template: str
+) -> None:
+    monkeypatch.setattr(session.llm.tokenizer, "chat_template", template)
+    assert session.talk("Hello") == 0
+    assert "error: the chat template" in capsys.readouterr().err
+
+
+def test_special_tokens_are_those_of_the_template_alone(sample: LLM) -> None:
+    messages = [{"role": "user", "content": "Hello"}]
+    expected = sample.tokenizer("A: Hello\nB:", add_special_tokens=False)["input_ids"]
+    assert render(sample, messages) == expected
+
+
+def test_a_chat_needs_a_tokenizer(olmoe: Path) -> None:
+    with models.open_llm(olmoe) as llm, pytest.raises(UsageError, match="no tokenizer") as caught:
+        chat(llm, PARAMS)
+    assert "--token-ids" in caught.value.hint
+
+
+# --- from the command line
+
+
+def test_run_without_a_prompt_is_a_chat(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = iter(["Hello", "/exit"])
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr("builtins.input", lambda prompt="": next(lines))
+    arguments = ["run", "sample", *MEMORY, "--max-new-tokens", "4", "--no-self-check"]
+    assert main(arguments) == 0
+    out, err = capsys.readouterr()
+    assert out.strip()
+    assert HELP in err
+    assert next(lines, None) is None
+
+
+class Screen:
+    """A process with a terminal of its own."""
+
+    def __init__(self, *arguments: str) -> None:
+        import pty
+
+        self._side, other = pty.openpty()
+        # The terminal has to control the process, or ctrl-C is no signal.
+        code = (
+            "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0);"
+            "os.execv(sys.executable, [sys.executable, '-m', 'retinue', *sys.argv[1:]])"
+        )
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", code, *arguments],
+            stdin=other,
+            stdout=other,
+            stderr=other,
+            start_new_session=True,
+            env=environment(TERM="dumb"),
+        )
+        os.close(other)
+        self.shown = ""
+
+    def type(self, text: str) -> None:
+        self.shown = ""
+        os.write(self._side, text.encode())
+
+    def interrupt(self) -> None:
+        time.sleep(0.5)  # as a person would: the prompt is there before Python waits for keys
+        self.type("\x03")
+
+    def wait_for(self, text: str) -> str:
+        """Everything that was shown since the last key, up to `text`."""
+        deadline = time.monotonic() + 60
+        while text not in self.shown:
+            assert time.monotonic() < deadline, self.shown
+            self._read()
+        return self.shown
+
+    def _read(self) -> None:
+        if select.select([self._side], [], [], 0.5)[0]:
+            with suppress(OSError):  # the other side is closed
+                self.shown += os.read(self._side, 4096).decode(errors="replace")
+
+    def wait_for_some(self, text: str, count: int) -> None:
+        """`text`, and at least `count` characters after it."""
+        self.wait_for(text)
+        while len(self.shown.partition(text)[2]) < count:
+            self._read()
+
+    def close(self) -> int:
+        code = self.process.wait(30)
+        os.close(self._side)
+        return code
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo terminal")
+def test_a_chat_in_a_terminal() -> None:
+    options = ("--ignore-eos", "--max-new-tokens", "1500", "--no-self-check", *MEMORY)
+    screen = Screen("run", "sample", *options)
+    try:
+        screen.wait_for("> ")
+        screen.interrupt()
+        screen.wait_for("> ")
+        screen.type("Hello there!\n")
+        screen.wait_for_some("there!\r\n", 20)
+        screen.interrupt()
+        assert "Traceback" not in screen.wait_for("(stopped)")
+        screen.wait_for("\n> ")
+        screen.type("/stats\n")
+        screen.wait_for("hit rate")
+        screen.type("\x04")
+        assert screen.close() == 0
+    finally:
+        screen.process.kill()
+        screen.process.wait(30)

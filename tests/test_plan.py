@@ -1,0 +1,144 @@
+"""What fits where, how fast it will be, and how near a run came: by hand, with round numbers."""
+
+import dataclasses
+
+import pytest
+
+from command import BOUND_KEYS
+from retinue.config import Config
+from retinue.engine import plan
+from retinue.engine.bound import TokenCost, with_bound
+from retinue.engine.plan import make_plan
+from retinue.memory import budget
+from retinue.memory.machine import Speeds
+from retinue.types import Facts, Stats
+
+MB, GB = 10**6, 10**9
+FACTS = Facts(
+    name="by-hand",
+    family="olmoe",
+    dtype="bfloat16",
+    layers=10,
+    moe_layers=10,
+    experts_per_layer=10,
+    total_experts=100,
+    top_k=2,
+    expert_bytes=1 * MB,
+    slot_bytes=1 * MB,
+    dense_bytes=50 * MB,
+    dense_bytes_per_token=40 * MB,
+    kv_bytes_per_token=1000,
+    max_context=1000,
+    vocab_size=100,
+    workspace_bytes=9 * MB,
+    workspace_bytes_per_context=0,
+    workspace_bytes_per_token=0,
+    workspace_bytes_per_pair=0,
+    flops_per_token=120 * MB,
+)
+# Everything but experts: runtime, 50 MB of weights, 1 MB for 1000 tokens, 9 MB of workspace.
+NEEDED = budget.RUNTIME_BYTES + budget.RESERVE_BYTES + 60 * MB
+SPEEDS = Speeds(disk_bytes_per_s=1 * GB, memory_bytes_per_s=10 * GB)
+
+
+@pytest.fixture
+def round_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "EFFICIENCY", (0.5, 1.0))
+    monkeypatch.setattr(plan, "CORE_FLOPS", (0.1e12, 1e12))
+    monkeypatch.setattr(budget, "available_bytes", lambda: 64 * GB)
+
+
+def test_the_bound_is_the_slower_of_disk_and_memory() -> None:
+    assert TokenCost(read_bytes=20 * MB, weight_bytes=60 * MB).tokens_per_s(SPEEDS) == 50
+    assert TokenCost(read_bytes=0, weight_bytes=50 * MB).tokens_per_s(SPEEDS) == 200
+
+
+def test_the_bound_of_a_run() -> None:
+    stats = Stats(
+        decode_s=2.5,
+        decode_tokens_per_s=4.0,
+        hits=150,
+        pending=20,
+        misses=30,
+        used_bytes_read=40 * MB,
+    )
+    # Ten tokens: 4 MB read for each; 40 MB of dense weights and 20 experts used.
+    slow = with_bound(stats, FACTS, Speeds(0.1 * GB, 10 * GB))
+    assert slow.bound_tokens_per_s == pytest.approx(25)
+    assert slow.share_of_bound == pytest.approx(0.16)
+    fast = with_bound(stats, FACTS, Speeds(8 * GB, 6 * GB))
+    assert fast.bound_tokens_per_s == pytest.approx(100)
+    assert (fast.disk_bytes_per_s, fast.memory_bytes_per_s) == (8 * GB, 6 * GB)
+    assert dataclasses.replace(fast, **dict.fromkeys(BOUND_KEYS)) == stats
+
+
+def test_nothing_decoded_has_no_bound() -> None:
+    stats = with_bound(Stats(), FACTS, SPEEDS)
+    assert stats.bound_tokens_per_s is None
+    assert stats.share_of_bound is None
+    assert stats.disk_bytes_per_s == 1 * GB
+
+
+@pytest.mark.usefixtures("round_numbers")
+def test_half_of_the_experts() -> None:
+    found = make_plan(FACTS, Config(memory=NEEDED + 50 * MB), SPEEDS, threads=2)
+    assert found.split is not None
+    assert found.split.slots == 50
+    assert found.smallest == NEEDED + 2 * MB
+    # 20 experts a token. Uniform routing misses 10: 10 ms of the disk, half of that reached.
+    assert found.decode.low == pytest.approx(50)
+    # Routing that repeats itself misses 5: then reading 60 MB of weights takes longer, 6 ms.
+    assert found.decode.high == pytest.approx(1000 / 6)
+    # 512 tokens touch every expert. Reading all, 100 ms, then computing 61.44 GFLOP on two cores.
+    assert found.prefill.low == pytest.approx(512 / (0.1 + 0.3072))
+    # Reading the 50 that are not there takes longer than computing beside it.
+    assert found.prefill.high == pytest.approx(512 / 0.05)
+    assert found.reasons == [
+        "50% of the experts stay in memory; the others are read when they are needed",
+        "48 MiB more would hold every expert",
+    ]
+
+
+@pytest.mark.usefixtures("round_numbers")
+def test_every_expert() -> None:
+    found = make_plan(FACTS, Config(memory=NEEDED + 999 * MB), SPEEDS, threads=1)
+    assert found.split is not None
+    assert found.split.slots == 100
+    assert found.decode.low == pytest.approx(0.5 * 1000 / 6)
+    assert found.decode.high == pytest.approx(1000 / 6)
+    assert found.prefill.high == pytest.approx(512 / 0.06144)
+    assert found.reasons == ["every expert stays in memory"]
+
+
+@pytest.mark.usefixtures("round_numbers")
+def test_few_slots_and_a_short_context() -> None:
+    config = Config(memory=NEEDED + 39 * MB, context=10)
+    found = make_plan(FACTS, config, SPEEDS, threads=1)
+    assert found.split is not None
+    assert found.split.slots == 39  # 0.99 MB that 990 tokens do not take is less than a slot
+    assert "fewer slots than two tokens use" in found.reasons[-1]
+    # Ten tokens touch 1 - 0.8 ** 10 of the experts, and are what is computed.
+    cold = 100 * (1 - 0.8**10)
+    assert found.prefill.low == pytest.approx(10 / (cold / 1000 + 0.012))
+    assert found.prefill.high == pytest.approx(10 / ((cold - 39) / 1000))
+
+
+@pytest.mark.usefixtures("round_numbers")
+def test_what_does_not_fit() -> None:
+    found = make_plan(FACTS, Config(memory=NEEDED + 1 * MB), SPEEDS, threads=1)
+    assert found.split is None
+    assert found.budget == NEEDED + 1 * MB
+    assert found.smallest == NEEDED + 2 * MB
+    assert (found.decode.high, found.prefill.high) == (0, 0)
+    assert "`by-hand` does not fit" in found.reasons[0]
+    assert f"`--memory {NEEDED + 2 * MB}`" in found.reasons[1]
+
+
+@pytest.mark.usefixtures("round_numbers")
+def test_too_few_experts_do_not_change_the_smallest_budget() -> None:
+    config = Config(memory=NEEDED + 50 * MB, experts="1%")
+    found = make_plan(FACTS, config, SPEEDS, threads=1)
+    assert found.split is None
+    assert found.smallest == NEEDED + 2 * MB
+    assert "`--experts 1%` leaves room for 1 experts" in found.reasons[0]
+    assert "`--experts 2000000`" in found.reasons[1]
