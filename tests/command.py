@@ -14,7 +14,7 @@ import pytest
 from retinue.cli.main import main
 
 MEMORY = ("--memory", "2GiB")
-# `shared/interface.md`: scripts outside the project rely on these.
+# The contract: scripts outside the project rely on these.
 RUN_KEYS = {"text", "token_ids", "prompt_tokens", "new_tokens", "finish_reason", "stats"}
 STATS_KEYS = {
     *("load_s", "ttft_s", "prefill_s", "decode_s", "prefill_tokens_per_s"),

@@ -224,7 +224,7 @@ def test_chunks_do_not_change_float32_tokens(olmoe: Path, monkeypatch: pytest.Mo
 
 
 def test_the_keys_of_stats() -> None:
-    """`shared/interface.md`; the bounds are there once they were measured."""
+    """The names that scripts rely on; the bounds are there once they were measured."""
     keys = set(Stats().as_dict())
     assert keys >= {
         *("load_s", "ttft_s", "prefill_s", "decode_s", "prefill_tokens_per_s"),

@@ -10,8 +10,13 @@ from retinue.cli.interrupts import cancel_on
 from retinue.cli.options import config_from
 from retinue.cli.terminal import emit_json, fail, note, summary
 from retinue.config import Config, format_size
+from retinue.engine.bound import with_bound
 from retinue.engine.llm import LLM, Prompt
 from retinue.errors import UsageError
+from retinue.memory.budget import split
+from retinue.memory.home import locate
+from retinue.memory.machine import Speeds, known_speeds
+from retinue.model.survey import survey
 from retinue.types import Output, SamplingParams
 
 
@@ -20,12 +25,22 @@ def execute(options: Namespace) -> int:
     config = config_from(options)
     prompt = _prompt(options)
     params = replace(config.sampling(), logprobs=options.logprobs, ignore_eos=options.ignore_eos)
+    speeds = _speeds(options.model, config) if options.json else None
     with _open(options.model, config) as llm:
         if prompt is None:
             from retinue.cli.chat import chat
 
             return chat(llm, params)
-        return _answer(llm, prompt, params, json=options.json)
+        return _answer(llm, prompt, params, speeds)
+
+
+def _speeds(model: str, config: Config) -> Speeds:
+    """The machine's speeds, for the bound: the remembered ones, or measured before loading."""
+    folder = locate(model)
+    limits = split(
+        survey(folder), memory=config.memory, context=config.context, experts=config.experts
+    )
+    return known_speeds(folder, at_most_bytes=limits.budget - limits.fixed)
 
 
 def _open(model: str, config: Config) -> LLM:
@@ -64,18 +79,20 @@ def _prompt(options: Namespace) -> Prompt | None:
         raise UsageError(f"not token ids: `{text[:40]}`", hint="such as `5 17 200`") from error
 
 
-def _answer(llm: LLM, prompt: Prompt, params: SamplingParams, *, json: bool) -> int:
+def _answer(llm: LLM, prompt: Prompt, params: SamplingParams, speeds: Speeds | None) -> int:
+    """Stream the answer; with `speeds`, say nothing on stdout but the JSON at the end."""
     output: Output | None = None
     with cancel_on(llm.cancel, signal.SIGINT, signal.SIGTERM) as came:
         for output in llm.stream(prompt, params):
-            if not json:
+            if speeds is None:
                 print(output.delta, end="", flush=True)
     assert output is not None
-    if not json:
+    if speeds is None:
         print(flush=True)
     note(summary(output))
-    if json:
-        emit_json(document(output))
+    if speeds is not None:
+        stats = with_bound(output.stats, llm.assembly.facts, speeds)
+        emit_json(document(replace(output, stats=stats)))
     if came:
         fail(f"stopped by {signal.Signals(came[0]).name} after {len(output.token_ids)} tokens")
         return 1

@@ -21,6 +21,7 @@ from retinue.errors import ReadError
 from retinue.memory.files import Reader
 
 PROBE_CHUNK_BYTES = 4 << 20
+PROBE_BYTES = 384 << 20
 _NO_LIMIT = 1 << 60
 
 
@@ -171,7 +172,7 @@ def measure_memory(
     *,
     threads: int,
     arrays: Sequence[npt.NDArray[np.int64]] | None = None,
-    at_most_bytes: int = 384 << 20,
+    at_most_bytes: int = PROBE_BYTES,
 ) -> float:
     """Bytes a second that `threads` threads together read from memory.
 
@@ -213,14 +214,20 @@ def cache_folder() -> Path:
     return Path(base) / "retinue"
 
 
-def known_speeds(folder: Path, *, fresh: bool = False) -> Speeds:
-    """The speeds for checkpoints in `folder`: remembered per disk, or measured now."""
+def known_speeds(folder: Path, *, fresh: bool = False, at_most_bytes: int = PROBE_BYTES) -> Speeds:
+    """The speeds for checkpoints in `folder`: remembered per disk, or measured now.
+
+    Measuring takes `at_most_bytes` of memory for a moment.
+    """
     store = cache_folder() / f"speeds-{folder.stat().st_dev}-{cores()}.json"
     if not fresh:
         with suppress(OSError, ValueError, TypeError):
             return Speeds(**json.loads(store.read_text()))
     files = [file for file in folder.iterdir() if file.suffix == ".safetensors"]
-    speeds = Speeds(measure_disk(files), measure_memory(threads=cores()))
+    speeds = Speeds(
+        measure_disk(files),
+        measure_memory(threads=cores(), at_most_bytes=min(at_most_bytes, PROBE_BYTES)),
+    )
     with suppress(OSError):
         store.parent.mkdir(parents=True, exist_ok=True)
         store.write_text(json.dumps(asdict(speeds)))
