@@ -19,7 +19,7 @@ from retinue.errors import CheckpointError, RetinueError
 from retinue.memory.layout import Extent
 
 CHUNK_BYTES = 2 << 20
-READERS = 3
+READERS = 6
 
 
 class Urgency(IntEnum):
