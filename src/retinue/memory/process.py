@@ -19,7 +19,7 @@ from contextlib import suppress
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 SEPARATE_FROM_BYTES = 512 << 10
 COMPILED_KERNELS = 128
-SPIN_COUNT = 10_000
+SPIN_COUNT = 30_000
 
 
 def prepare() -> None:

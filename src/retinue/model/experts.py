@@ -20,6 +20,7 @@ from retinue.memory.cache import LOADING, ExpertCache, Views
 from retinue.memory.mover import Urgency
 from retinue.metrics import Metrics
 from retinue.model.expert_map import ExpertsModule
+from retinue.model.linear import product
 from retinue.policy.base import Ahead, Policies
 from retinue.types import Demand, FloatArray, IntArray
 
@@ -262,12 +263,7 @@ def _linear(module: nn.Module, inputs: torch.Tensor, views: Views, name: str) ->
 def _product(inputs: torch.Tensor, weight: torch.Tensor, transposed: Any) -> torch.Tensor:
     if weight.dtype != inputs.dtype:
         weight = weight.to(inputs.dtype)
-    if transposed:
-        weight = weight.T
-    if inputs.shape[0] == 1:
-        # A fifth faster than a matrix product with one row.
-        return torch.mv(weight, inputs[0]).unsqueeze(0)
-    return functional.linear(inputs, weight)
+    return product(inputs, weight.T if transposed else weight)
 
 
 def _whole(blocks: tuple[torch.Tensor, ...]) -> torch.Tensor:

@@ -26,6 +26,7 @@ from retinue.memory.checkpoint import Checkpoint, TensorEntry
 from retinue.memory.files import ALIGNMENT, Reader
 from retinue.memory.layout import TORCH_DTYPES
 from retinue.model.expert_map import ExpertMap, map_experts
+from retinue.model.linear import use_row_linears
 
 TEXT_FAMILIES = ("olmoe", "qwen3_moe", "mixtral")  # whose tokens are tested against transformers
 
@@ -66,6 +67,7 @@ def build(checkpoint: Checkpoint) -> Network:
         model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
             config, dtype=dtype, trust_remote_code=False
         )
+    use_row_linears(model)
     model.tie_weights()
     model.eval()
     return Network(model, checkpoint, map_experts(model, checkpoint))
