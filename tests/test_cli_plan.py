@@ -198,7 +198,7 @@ def test_doctor_of_a_slow_disk(call: Call, monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # the speed must not be remembered
     machine = "retinue.memory.machine"
     monkeypatch.setattr(f"{machine}.measure_disk", lambda files: 0.08 * GB)
-    monkeypatch.setattr(f"{machine}.measure_memory", lambda threads: 9.0 * GB)
+    monkeypatch.setattr(f"{machine}.measure_memory", lambda **options: 9.0 * GB)
     done = call("doctor", "--json")
     assert done.code == 1
     assert done.document["ok"] is False

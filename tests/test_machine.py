@@ -190,7 +190,7 @@ def checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     numbers = iter(range(100, 200))
     monkeypatch.setattr(machine, "measure_disk", lambda files: float(next(numbers)))
-    monkeypatch.setattr(machine, "measure_memory", lambda threads: 7.0)
+    monkeypatch.setattr(machine, "measure_memory", lambda **options: 7.0)
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "m.safetensors").write_bytes(b"x")
