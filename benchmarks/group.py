@@ -84,9 +84,12 @@ def _create(limit_bytes: int) -> Path:
 
 
 def _write(file: Path, value: int) -> None:
-    # Not write_text: a control file that is missing must not be created elsewhere.
-    with file.open("r+") as opened:
-        opened.write(str(value))
+    # Opened for writing alone, which some control files insist on, and never created.
+    handle = os.open(file, os.O_WRONLY)
+    try:
+        os.write(handle, str(value).encode())
+    finally:
+        os.close(handle)
 
 
 def _drop_caches() -> tuple[str, ...]:
