@@ -87,7 +87,7 @@ def test_half_of_the_experts() -> None:
     assert found.smallest == NEEDED + 2 * MB
     # 20 experts a token. Uniform routing misses 10: 10 ms of the disk, half of that reached.
     assert found.decode.low == pytest.approx(50)
-    # Routing that repeats itself misses 5: then reading 60 MB of weights takes longer, 6 ms.
+    # Routing that repeats itself misses 1.25: then reading 60 MB of weights takes longer, 6 ms.
     assert found.decode.high == pytest.approx(1000 / 6)
     # 512 tokens touch every expert. Reading all, 100 ms, then computing 61.44 GFLOP on two cores.
     assert found.prefill.low == pytest.approx(512 / (0.1 + 0.3072))
