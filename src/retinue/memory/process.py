@@ -7,7 +7,7 @@ oneDNN keeps the kernels that it compiled for 1024 shapes; a process that sees m
 would grow by hundreds of megabytes.
 GNU's OpenMP spins for milliseconds at the end of each parallel region. While nothing else runs that
 is fast; as soon as a reader or another program needs the core, each of the hundreds of regions of a
-token costs a time slice: decoding fell from 32 to 2 tokens/s beside one busy program. See
+token costs a time slice: decoding fell from 32 to 2 tokens/s beside a second such process. See
 docs/LOG.md for the measurements.
 """
 
