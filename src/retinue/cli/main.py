@@ -7,10 +7,21 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 
 from retinue import __version__
-from retinue.cli.options import ENGINE, MODEL_HELP, SAMPLING, add_config_options, new_verb
+from retinue.cli.options import (
+    ENGINE,
+    MODEL_HELP,
+    SAMPLING,
+    add_config_options,
+    config_from,
+    new_verb,
+)
 from retinue.cli.terminal import fail
 from retinue.errors import RetinueError
+from retinue.memory.budget import fits_whole
+from retinue.memory.home import locate
 from retinue.memory.process import prepare
+
+LOADING = ("run", "bench")  # verbs that load a model
 
 
 def build_parser() -> ArgumentParser:
@@ -84,9 +95,9 @@ def _add_bench(verbs: object) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit code."""
-    prepare()
     options = _parse(arguments)
     try:
+        prepare(resident=_lies_in_memory(options))
         verb = importlib.import_module(f"retinue.cli.{options.verb}")
         code = int(verb.execute(options))
         print(end="", flush=True)
@@ -103,6 +114,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except MemoryError:
         fail("out of memory", "use a smaller `--memory`, or close other programs")
         return 1
+
+
+def _lies_in_memory(options: Namespace) -> bool:
+    """Whether the verb will load a model that fits whole; asked before torch is imported."""
+    if options.verb not in LOADING or options.experts is not None:
+        return False
+    config = config_from(options)
+    return fits_whole(locate(options.model), config.memory)
 
 
 def _forget_output() -> None:

@@ -70,14 +70,16 @@ def assemble(model: str | Path, config: Config) -> Assembly:
     facts = survey(folder)
     limits = split(facts, memory=config.memory, context=config.context, experts=config.experts)
     torch.set_num_threads(threads)
-    network = build(open_checkpoint(folder))
-    network.model.set_experts_implementation(IMPLEMENTATION)
-    facts = facts_of(network)
-    reader, metrics, policies = Reader(), Metrics(), chosen.build()
     with ExitStack() as undo:
+        tier = Tier(limits.slots, limits.slot_bytes)
+        undo.callback(tier.release)
+        tier.touch()  # while the network is built and its other weights are read
+        network = build(open_checkpoint(folder))
+        network.model.set_experts_implementation(IMPLEMENTATION)
+        facts = facts_of(network)
+        reader, metrics, policies = Reader(), Metrics(), chosen.build()
         undo.callback(reader.close)
         load_dense(network, reader)
-        tier = Tier(limits.slots, limits.slot_bytes)
         mover = Mover(reader)
         undo.callback(mover.close)
         layouts = network.experts.layouts

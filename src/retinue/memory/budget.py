@@ -11,6 +11,7 @@ would work. A control group also charges kernel memory, hence the reserve within
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from retinue.config import DEFAULT_CONTEXT, format_size, parse_size
 from retinue.errors import DoesNotFit, UsageError
@@ -74,6 +75,12 @@ def budget_bytes(memory: str | int) -> int:
     """
     possible = available_bytes() + resident_bytes()
     return min(parse_size(memory, whole=possible), possible + RESERVE_BYTES)
+
+
+def fits_whole(folder: Path, memory: str | int) -> bool:
+    """Whether `memory` surely holds the whole checkpoint, by the sizes of its files alone."""
+    weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    return weights + RUNTIME_BYTES + RESERVE_BYTES <= budget_bytes(memory)
 
 
 def split(

@@ -122,13 +122,17 @@ class ExpertCache:
         self._expected[layer] = False
         self.poll()
 
+    def mark_used(self, layer: int, experts: IntArray) -> None:
+        """Record that this step uses `experts`; for a layer that never has to evict, enough."""
+        self.last_used[layer, experts] = self.step
+
     def touch(self, demand: Demand, tokens: int) -> None:
         """Record what a step of `tokens` tokens used.
 
         Heat grows as if the tokens had come one by one, evenly mixed.
         """
         layer, experts = demand.layer, demand.experts
-        self.last_used[layer, experts] = self.step
+        self.mark_used(layer, experts)
         decay = HEAT_DECAY**tokens
         gain = (1 - decay) / (1 - HEAT_DECAY) / tokens
         self.heat[layer] *= decay

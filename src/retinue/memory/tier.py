@@ -1,12 +1,15 @@
 """A tier: one slab of equal slots, allocated once.
 
-The slab is anonymous memory, aligned for direct reads. A page counts as resident from its first
-touch, so a slot that was never filled costs nothing yet; the budget counts it all the same.
+The slab is anonymous memory, aligned for direct reads. Its pages become resident with their first
+touch, which costs: readers that meet one page fault after the other read at half the disk's speed
+and take the cores that compute. So a thread touches the slots that nobody has taken yet.
 """
 
 import contextlib
+import ctypes
 import mmap
 import sys
+import threading
 
 import torch
 
@@ -14,7 +17,7 @@ HUGE_PAGE_BYTES = 2 << 20
 
 
 class Tier:
-    """`slots` equal slots of `slot_bytes` each. Not thread-safe: the engine thread owns it."""
+    """`slots` equal slots of `slot_bytes` each. But for its own thread, the engine's owns it."""
 
     def __init__(self, slots: int, slot_bytes: int) -> None:
         assert slots > 0, slots
@@ -27,21 +30,53 @@ class Tier:
                 self._map.madvise(mmap.MADV_HUGEPAGE)
         self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)
         self._memory = memoryview(self._map)
-        self._free = list(range(slots - 1, -1, -1))
+        self._free: list[int] = []
+        self._fresh = list(range(slots - 1, -1, -1))  # free, and never taken
+        self._touched = threading.Condition()
+        self._touching = 0  # free slots that the thread has in hand
+        self._toucher: threading.Thread | None = None
 
     @property
     def free(self) -> int:
         """How many slots nobody holds."""
-        return len(self._free)
+        with self._touched:
+            return len(self._free) + len(self._fresh) + self._touching
 
     def take(self) -> int | None:
-        """A free slot, or None."""
-        return self._free.pop() if self._free else None
+        """A free slot, or None. May wait some milliseconds for one that is being touched."""
+        with self._touched:
+            self._touched.wait_for(lambda: self._free or self._fresh or not self._touching)
+            slots = self._free or self._fresh
+            return slots.pop() if slots else None
 
     def give(self, slot: int) -> None:
         """Return `slot`, which was taken."""
-        assert slot not in self._free, slot
-        self._free.append(slot)
+        with self._touched:
+            assert slot not in self._free, slot
+            self._free.append(slot)
+
+    def touch(self) -> None:
+        """Make the pages of fresh slots resident from now on, in a thread, until `release`.
+
+        It writes instead of asking for pages with `madvise`, which would hold up every other
+        mapping of the process for as long.
+        """
+        assert self._toucher is None
+        self._toucher = threading.Thread(target=self._touch, name="retinue-touch", daemon=True)
+        self._toucher.start()
+
+    def _touch(self) -> None:
+        while True:
+            with self._touched:
+                if not self._fresh:
+                    return
+                slot, self._touching = self._fresh.pop(), 1
+            # Without the interpreter's lock, as for every foreign function.
+            ctypes.memset(self.tensor(slot).data_ptr(), 0, self.slot_bytes)
+            with self._touched:
+                self._free.insert(0, slot)  # the first ones touched are taken first
+                self._touching = 0
+                self._touched.notify_all()
 
     def tensor(self, slot: int) -> torch.Tensor:
         """The slot's bytes: uint8 `[slot_bytes]`."""
@@ -59,7 +94,11 @@ class Tier:
         return self._bytes
 
     def release(self) -> None:
-        """Give the pages back to the system. No view may be used afterwards."""
+        """Give the pages back to the system. No view may be used afterwards. Idempotent."""
+        with self._touched:
+            self._fresh.clear()
+        if self._toucher is not None:
+            self._toucher.join()
         with contextlib.suppress(OSError, AttributeError):
             self._map.madvise(mmap.MADV_DONTNEED)
 

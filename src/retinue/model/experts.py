@@ -26,7 +26,7 @@ from retinue.types import Demand, FloatArray, IntArray
 
 IMPLEMENTATION = "retinue"
 WAIT_S = 0.1  # how often a stalled layer looks whether its request was cancelled
-SUM_BLOCK_TOKENS = 512
+SUM_BLOCK_TOKENS = 64  # bounds the rows that are held in fp32
 
 
 class ExpertHost:
@@ -67,8 +67,10 @@ class ExpertHost:
         """
         if self.stop():
             raise Cancelled("the request was cancelled")
-        work = _Work(self._modules[layer], hidden, index, weights)
-        cache, demand = self.cache, work.demand(layer)
+        cache, work = self.cache, _Work(self._modules[layer], hidden, index, weights)
+        if cache.holds_everything and cache.has_all(layer):
+            return self._run_resident(layer, work)
+        demand = work.demand(layer)
         cache.begin_layer(layer)
         slots = cache.lookup(layer, demand.experts)
         self._count(slots)
@@ -89,11 +91,17 @@ class ExpertHost:
                     missing = self._stall(layer, todo, missing)
         return work.result()
 
+    def _run_resident(self, layer: int, work: "_Work") -> torch.Tensor:
+        """A layer that nothing can evict: there is nothing to ask and no book to keep."""
+        self.cache.mark_used(layer, work.experts)
+        for expert in work.experts.tolist():
+            work.compute(expert, self.cache.use(layer, expert))
+        self.metrics.now.hits += len(work.experts)
+        return work.result()
+
     def _start_reads(self, demand: Demand, slots: IntArray, hidden: torch.Tensor) -> IntArray:
         """Submit demand reads, then look ahead. Returns the experts that found no room yet."""
         cache, policies = self.cache, self._policies
-        if cache.holds_everything and (slots >= 0).all():
-            return demand.experts[:0]
         view = cache.view()
         policies.predictor.observe(demand, view)
         if policies.predictor.speculative:
@@ -175,14 +183,14 @@ class _Work:
         self._module, self._hidden, self._weights = module, hidden, weights
         self._tokens, self._k = index.shape
         self._ids = index.reshape(-1).numpy()
-        self._experts: int = module.num_experts  # type: ignore[assignment]
+        self._count: int = module.num_experts  # type: ignore[assignment]
         order = np.argsort(self._ids, kind="stable")
         self._order = order
         sorted_ids = self._ids[order]
-        valid = int(np.searchsorted(sorted_ids, self._experts))
-        self._distinct, starts = np.unique(sorted_ids[:valid], return_index=True)
+        valid = int(np.searchsorted(sorted_ids, self._count))
+        self.experts, starts = np.unique(sorted_ids[:valid], return_index=True)
         spans = pairwise([*starts.tolist(), valid])
-        self._spans = dict(zip(self._distinct.tolist(), spans, strict=True))
+        self._spans = dict(zip(self.experts.tolist(), spans, strict=True))
         shape = (self._tokens * self._k, hidden.shape[-1])
         full = valid == len(order)
         self._rows = hidden.new_empty(shape) if full else hidden.new_zeros(shape)
@@ -191,10 +199,10 @@ class _Work:
         """The distinct experts, with their tokens and summed weights."""
         flat = self._weights.reshape(-1).float().numpy()
         weight = np.bincount(
-            np.minimum(self._ids, self._experts), weights=flat, minlength=self._experts + 1
+            np.minimum(self._ids, self._count), weights=flat, minlength=self._count + 1
         )
         tokens = np.array([stop - start for start, stop in self._spans.values()], dtype=np.int64)
-        return Demand(layer, self._distinct, tokens, weight[self._distinct].astype(np.float32))
+        return Demand(layer, self.experts, tokens, weight[self.experts].astype(np.float32))
 
     def compute(self, expert: int, views: Views) -> None:
         """Run one expert on its tokens, into its rows."""
@@ -233,9 +241,10 @@ def padded_tokens(count: int) -> int:
 def weighted_sum(rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Sum over k of `weights [n, k] * rows [n, k, hidden]`, one after the other, in fp32."""
     scales = weights.float().unsqueeze(-1)
-    total = rows[:, 0].float() * scales[:, 0]
+    rows = rows.float()
+    total = rows[:, 0] * scales[:, 0]
     for k in range(1, rows.shape[1]):
-        total.addcmul_(rows[:, k].float(), scales[:, k])
+        total.addcmul_(rows[:, k], scales[:, k])
     return total
 
 
