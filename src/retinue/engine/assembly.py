@@ -9,7 +9,9 @@ from typing import Any
 import torch
 
 from retinue.config import Config
+from retinue.engine.blocks import BlockPool
 from retinue.engine.engine import Engine
+from retinue.engine.scheduler import Limits
 from retinue.memory.budget import Split, split
 from retinue.memory.cache import ExpertCache
 from retinue.memory.checkpoint import open_checkpoint
@@ -19,14 +21,16 @@ from retinue.memory.machine import cores
 from retinue.memory.mover import Mover
 from retinue.memory.tier import Tier
 from retinue.metrics import Metrics
+from retinue.model.attention import install
 from retinue.model.experts import IMPLEMENTATION, ExpertHost
+from retinue.model.kv import Store
 from retinue.model.load import Network, build, end_tokens, load_dense, load_tokenizer
 from retinue.model.reference import self_check
 from retinue.model.routing import find_routers
 from retinue.model.runner import Runner
 from retinue.model.survey import facts_of, survey
 from retinue.policy.presets import Preset, preset
-from retinue.types import Facts
+from retinue.types import BLOCK_TOKENS, Facts
 
 
 @dataclass(slots=True)
@@ -68,7 +72,7 @@ def assemble(model: str | Path, config: Config) -> Assembly:
     chosen = preset(config.preset)
     threads = config.threads or cores()
     facts = survey(folder)
-    limits = split(facts, memory=config.memory, context=config.context, experts=config.experts)
+    limits = split(facts, **config.room())
     torch.set_num_threads(threads)
     with ExitStack() as undo:
         tier = Tier(limits.slots, limits.slot_bytes)
@@ -89,11 +93,13 @@ def assemble(model: str | Path, config: Config) -> Assembly:
         if config.self_check:
             hidden = network.text_config.hidden_size
             self_check(host, network.experts.modules, layouts, hidden, network.model.dtype)
+        store = Store(network.model.config, limits.kv_tokens)
+        if store.shareable:
+            install(network.model, store)
         engine = Engine(
-            Runner(network, host, mover, metrics),
-            metrics,
-            context=limits.context,
-            chunk=limits.chunk,
+            Runner(network, host, mover, metrics, store),
+            BlockPool(store.tokens // BLOCK_TOKENS),
+            Limits(limits.context, limits.chunk, config.batch, sharing=store.packable),
             vocabulary=facts.vocab_size,
             end_tokens=end_tokens(network),
         )

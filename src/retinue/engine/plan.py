@@ -43,7 +43,7 @@ def make_plan(facts: Facts, config: Config, speeds: Speeds, threads: int) -> Pla
     """Divide the budget and estimate speeds."""
     none = Band(0.0, 0.0)
     try:
-        limits = split(facts, memory=config.memory, context=config.context, experts=config.experts)
+        limits = split(facts, **config.room())
     except DoesNotFit as error:
         budget, smallest = budget_bytes(config.memory), _smallest(facts, config)
         return Plan(facts, budget, smallest, None, none, none, [str(error), error.hint])
@@ -61,7 +61,7 @@ def make_plan(facts: Facts, config: Config, speeds: Speeds, threads: int) -> Pla
 def _smallest(facts: Facts, config: Config) -> int:
     """The smallest budget, whether that or `--experts` is what is too small."""
     try:
-        return split(facts, memory=config.memory, context=config.context).smallest
+        return split(facts, **(config.room() | {"experts": None})).smallest
     except DoesNotFit as error:
         return error.smallest_bytes
 
