@@ -14,6 +14,7 @@ class PhaseCounters:
     hits: int = 0  # distinct experts of a layer and step that were resident
     pending: int = 0  # on their way, so that the step had to wait: a stall
     misses: int = 0
+    repeated: int = 0  # of all three, those that one of the last passes used as well
     bytes_read: int = 0  # everything the mover read, useful or not
     used_bytes_read: int = 0  # of experts that were read and then used
     stall_s: float = 0.0  # time in which a layer had nothing to compute and waited for reads

@@ -10,6 +10,7 @@ import torch
 
 from retinue.config import Config
 from retinue.engine.blocks import BlockPool
+from retinue.engine.cohort import Cohort
 from retinue.engine.engine import Engine
 from retinue.engine.scheduler import Limits
 from retinue.memory.budget import Split, split
@@ -96,10 +97,17 @@ def assemble(model: str | Path, config: Config) -> Assembly:
         store = Store(network.model.config, limits.kv_tokens)
         if store.shareable:
             install(network.model, store)
+        cohort = Cohort(
+            layers=facts.moe_layers,
+            experts=facts.experts_per_layer,
+            top_k=facts.top_k,
+            slots=limits.slots,
+        )
         engine = Engine(
             Runner(network, host, mover, metrics, store),
             BlockPool(store.tokens // BLOCK_TOKENS),
             Limits(limits.context, limits.chunk, config.batch, sharing=store.packable),
+            cohort,
             vocabulary=facts.vocab_size,
             end_tokens=end_tokens(network),
         )

@@ -25,6 +25,7 @@ from retinue.policy.base import Ahead, Evictor, View
 from retinue.types import Demand, Expert, IntArray, Phase, Want
 
 ABSENT, LOADING = -1, -2
+RECENT_STEPS = 4
 HEAT_DECAY = 0.98  # per step of the layer, see docs/LOG.md
 
 Views = dict[str, tuple[torch.Tensor, ...]]
@@ -87,6 +88,11 @@ class ExpertCache:
     def lookup(self, layer: int, experts: IntArray) -> IntArray:
         """Per expert its slot, LOADING or ABSENT: `[n]`."""
         return np.asarray(self.slot_of[layer, experts], dtype=np.int64)
+
+    def count_repeated(self, demand: Demand) -> int:
+        """How many experts of `demand` the last few passes used as well. Ask before `touch`."""
+        last = self.last_used[demand.layer, demand.experts]
+        return int(np.count_nonzero((last >= 0) & (last >= self.step - RECENT_STEPS)))
 
     def views(self, slot: int) -> Views:
         """The parameters of the READY expert in `slot`."""

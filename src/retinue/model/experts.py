@@ -74,6 +74,7 @@ class ExpertHost:
         cache.begin_layer(layer)
         slots = cache.lookup(layer, demand.experts)
         self._count(slots)
+        self.metrics.now.repeated += cache.count_repeated(demand)
         with cache.lease(layer, demand.experts) as lease:
             missing = self._start_reads(demand, slots, hidden)
             cache.touch(demand, len(hidden))
