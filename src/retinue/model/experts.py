@@ -257,8 +257,8 @@ def apply_expert(module: nn.Module, inputs: torch.Tensor, views: Views) -> torch
     up_name = "gate_up_proj" if module.has_gate else "up_proj"
     up = _linear(module, inputs, views, up_name)
     activate = module._apply_gate if module.has_gate else module.act_fn
-    hidden = activate(up)  # type: ignore[operator]
-    return _linear(module, hidden, views, "down_proj")
+    out = _linear(module, activate(up), views, "down_proj")  # type: ignore[operator]
+    return module.post_expert_norm(out) if module.has_post_expert_norm else out  # type: ignore[operator]
 
 
 def _linear(module: nn.Module, inputs: torch.Tensor, views: Views, name: str) -> torch.Tensor:

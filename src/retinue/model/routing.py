@@ -1,4 +1,7 @@
-"""Finds each layer's router, so that a look-ahead can ask the next one."""
+"""Finds each layer's router, so that a look-ahead can ask the next one, and how many it chooses."""
+
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -6,6 +9,16 @@ from torch import nn
 from retinue.model.expert_map import ExpertsModule
 
 ROUTER_NAMES = ("gate", "router")
+# How modules and configurations call the number of experts that a token is routed to.
+TOP_K_NAMES = (
+    "top_k",
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "top_k_experts",
+    "moe_topk",
+    "moe_top_k",
+    "moe_k",
+)
 
 
 def find_routers(model: nn.Module, modules: list[ExpertsModule]) -> list[nn.Module | None]:
@@ -37,3 +50,21 @@ def _answers(router: nn.Module, experts: int) -> bool:
     except (TypeError, RuntimeError, IndexError):
         return False
     return isinstance(logits, torch.Tensor) and logits.shape == (1, experts)
+
+
+def top_k(model: nn.Module, config: Any, modules: list[ExpertsModule]) -> int:
+    """The most experts of one module that a token is routed to.
+
+    The module beside the experts knows it, or else the configuration; where neither says a number
+    that is possible, it is every expert.
+    """
+    return max(next(_numbers(model, config, found), found.experts) for found in modules)
+
+
+def _numbers(model: nn.Module, config: Any, found: ExpertsModule) -> Iterator[int]:
+    block = model.get_submodule(found.name.rpartition(".")[0])
+    for owner in (block, *block.children(), config):
+        for name in TOP_K_NAMES:
+            value = getattr(owner, name, None)
+            if isinstance(value, int) and 0 < value <= found.experts:
+                yield value

@@ -40,11 +40,10 @@ def facts_of(network: "Network") -> Facts:
     config, model = network.text_config, network.model
     layouts = [layout for row in network.experts.layouts for layout in row]
     item = model.dtype.itemsize
-    routed = tuple(found.name + "." for found in network.experts.modules)
     dense = sum(
         parameter.numel() * parameter.dtype.itemsize
         for name, parameter in model.named_parameters()
-        if not name.startswith(routed)
+        if network.experts.is_dense(name)
     )
     tied = bool(getattr(config, "tie_word_embeddings", False))
     embedding_bytes = config.vocab_size * config.hidden_size * item
