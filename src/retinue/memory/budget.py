@@ -2,7 +2,7 @@
 
     runtime      interpreter, libraries, threads: what is there with no model at all
     dense        every weight that is not a routed expert
-    kv           keys and values for the longest sequence
+    kv           keys, values and states of the longest sequence
     workspace    activations of the largest prefill chunk
     experts      slots, whatever the rest leaves
 
@@ -95,7 +95,7 @@ def split(
     tokens = context_tokens(facts, context)
     chunk = chunk_tokens(tokens)
     fixed = RUNTIME_BYTES + RESERVE_BYTES + facts.dense_bytes
-    kv = facts.kv_bytes_per_token * tokens
+    kv = facts.kv_bytes_per_token * tokens + facts.state_bytes
     workspace = _workspace(facts, chunk, tokens)
     needed = fixed + kv + workspace
     smallest = needed + facts.min_slots * facts.slot_bytes

@@ -21,6 +21,7 @@ from retinue.memory.mover import Urgency
 from retinue.metrics import Metrics
 from retinue.model.expert_map import ExpertsModule
 from retinue.model.linear import product
+from retinue.model.routing import Router
 from retinue.policy.base import Ahead, Policies
 from retinue.types import Demand, FloatArray, IntArray
 
@@ -35,7 +36,7 @@ class ExpertHost:
     def __init__(
         self,
         modules: Sequence[ExpertsModule],
-        routers: Sequence[nn.Module | None],
+        routers: Sequence[Router | None],
         cache: ExpertCache,
         policies: Policies,
         metrics: Metrics,
@@ -209,7 +210,9 @@ class _Work:
         start, stop = self._spans[expert]
         rows = self._order[start:stop]
         if self._tokens == 1:
-            self._rows[rows[0]] = apply_expert(self._module, self._hidden, views)[0]
+            output = apply_expert(self._module, self._hidden, views)[0]
+            for row in rows.tolist():  # more than one where a router names an expert twice
+                self._rows[row] = output
             return
         at = torch.from_numpy(rows)
         padding = padded_tokens(len(rows)) - len(rows)

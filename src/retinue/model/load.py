@@ -31,6 +31,17 @@ from retinue.model.expert_map import ExpertMap, map_experts
 from retinue.model.linear import use_row_linears
 from retinue.model.routing import top_k
 
+# Besides weights there are tables: which experts a token goes to, say.
+_ALL_DTYPES = TORCH_DTYPES | {
+    "F64": torch.float64,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Network:
@@ -127,7 +138,7 @@ def read_tensor(entry: TensorEntry, reader: Reader) -> torch.Tensor:
     Raises ReadError when the disk fails, CheckpointError when the file is too short, Unsupported
     for types that are no weights.
     """
-    if entry.dtype not in TORCH_DTYPES:
+    if entry.dtype not in _ALL_DTYPES:
         raise Unsupported(f"tensor `{entry.name}` has the type `{entry.dtype}`")
     lead = entry.start % ALIGNMENT
     direct = lead % entry.item_bytes == 0
@@ -143,7 +154,7 @@ def read_tensor(entry: TensorEntry, reader: Reader) -> torch.Tensor:
     if got < needed:
         raise CheckpointError(f"`{entry.file.name}` is truncated: it ends within `{entry.name}`")
     data = raw[base + skip : base + skip + (entry.stop - entry.start)]
-    return data.view(TORCH_DTYPES[entry.dtype]).view(entry.shape)
+    return data.view(_ALL_DTYPES[entry.dtype]).view(entry.shape)
 
 
 def load_tokenizer(folder: Path) -> Any | None:

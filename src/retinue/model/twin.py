@@ -17,6 +17,7 @@ from retinue.model.architecture import model_class
 
 VOCABULARY = 128
 MAX_LAYERS = 12
+HIDDEN_SIZE = 64
 HEAD_DIM = 16
 INITIALIZER_RANGE = 0.12  # wide: routers that decide, and logits without ties
 
@@ -35,11 +36,11 @@ _RULES: tuple[_Rule, ...] = (
     (r".*head_dim|mamba_d_head|d_head", HEAD_DIM),
     (r"mamba_(n|num)_heads", 8),
     (r"(.*_)?num_(key_value|kv)_heads|linear_num_key_heads", _at_most(2)),
-    (r"(.*_)?(num_(attention_)?heads|n_heads)(_per_layer)?|linear_num_(value_)?heads|.*num_heads",
+    (r"(.*_)?(num_(attention_)?heads|n_heads)(_per_layer)?|linear_num_(value_)?heads|.*num_heads|.*attention_heads",
      _at_most(4)),
     (r"(mamba_)?n_groups|o_groups|num_groups", _at_most(2)),
     (r"n_group|num_expert_group", _at_most(2)),
-    (r"topk_group", _at_most(1)),
+    (r"topk_group|first_k_dense_replace|num_dense_layers|moe_layer_start_index", _at_most(1)),
     (r"num_experts_per_tok(en)?|top_k_experts|moe_top_?k|moe_k", _at_most(2)),
     (r"(n_|num_|moe_num_|num_local_|n_routed_|num_routed_)+experts", _at_most(8)),
     (r"sliding_window(_size)?|.*chunk_size|block_size|index_block_size|attention_chunk_size",
@@ -47,7 +48,7 @@ _RULES: tuple[_Rule, ...] = (
     (r"index_topk|d_rel|rel_extent|index_kpool", _at_most(8)),
     (r".*period|.*_every_n.*|.*_interval|.*_pattern|.*_multiple.*|.*patch.*|.*kernel.*|.*_step",
      lambda value: value),
-    (r".*hidden_size.*|d_model|embed_dim", 64),
+    (r".*hidden_size.*|d_model|embed_dim|.*(in|out)_dim|.*input_size", HIDDEN_SIZE),
     (r".*intermediate_size.*|ffn_dim|.*mlp_dim", 48),
     (r".*(lora_rank|lowrank|_rank)|.*state_size|.*d_state|.*embed_dim|.*_dim|.*dt_rank",
      _at_most(32)),
@@ -71,7 +72,8 @@ def twin(config: PreTrainedConfig) -> PreTrainedModel:
         with torch.random.fork_rng():
             torch.manual_seed(0)
             model = model_class(small).build(torch.float32)
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError) as error:
+            _stir(model)
+    except Exception as error:  # whatever a family's own code raises for sizes it does not like
         reason = str(error).splitlines()[0] if str(error) else repr(error)
         raise Unsupported(f"no tiny `{config.model_type}` can be built: {reason}") from error
     return model.eval()
@@ -90,9 +92,24 @@ def _shrunk(fields: Mapping[str, Any]) -> dict[str, Any]:
     layers = _layers(fields)
     small: dict[str, Any] = {}
     for name, value in fields.items():
-        small[name] = _field(name, value, fields, layers)
+        if name != "per_layer_config":
+            small[name] = _field(name, value, fields, layers)
     _agree(small, fields)
+    if isinstance(own := fields.get("per_layer_config"), Mapping):
+        kept = {key: values for key, values in own.items() if int(key) < (layers or 0)}
+        small["per_layer_config"] = {k: _differing(fields, v, small) for k, v in kept.items()}
     return small
+
+
+def _differing(
+    fields: Mapping[str, Any], own: Mapping[str, Any], small: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What one layer has of its own, and what that changes in it."""
+    common = {name: value for name, value in fields.items() if name != "per_layer_config"}
+    merged = _shrunk(common | dict(own))
+    return {
+        name: value for name, value in merged.items() if name in own or value != small.get(name)
+    }
 
 
 def _field(name: str, value: Any, fields: Mapping[str, Any], layers: int | None) -> Any:
@@ -103,8 +120,6 @@ def _field(name: str, value: Any, fields: Mapping[str, Any], layers: int | None)
         return layers
     if name == "initializer_range":
         return INITIALIZER_RANGE
-    if name == "per_layer_config" and isinstance(value, Mapping):
-        return {k: _shrunk(v) for k, v in value.items() if int(k) < (layers or 0)}
     if name.endswith("_config") and isinstance(value, Mapping):
         return _shrunk(value)
     if name.endswith("_token_id"):
@@ -153,7 +168,10 @@ def _rope(fields: Mapping[str, Any]) -> dict[str, Any]:
     if sections := fields.get("mrope_section"):
         half = int(HEAD_DIM * (fields.get("partial_rotary_factor") or 1)) // 2
         shares = [section * half // sum(sections) for section in sections]
-        small["mrope_section"] = [half - sum(shares[1:]), *shares[1:]]
+        # What division leaves goes to a section that need not equal another.
+        odd = next((i for i, size in enumerate(sections) if sections.count(size) == 1), 0)
+        shares[odd] += half - sum(shares)
+        small["mrope_section"] = shares
     return small
 
 
@@ -169,3 +187,16 @@ def _agree(small: dict[str, Any], fields: Mapping[str, Any]) -> None:
     for name in [n for n in fields if n.endswith("head_dim") and nope and rope]:
         if fields[name] == nope + rope:
             small[name] = small["qk_nope_head_dim"] + small["qk_rope_head_dim"]
+    settings = small.get("rope_parameters")
+    if nope and rope and isinstance(settings, dict) and "partial_rotary_factor" in settings:
+        if settings["partial_rotary_factor"] == rope / (nope + rope):
+            whole = small["qk_nope_head_dim"] + small["qk_rope_head_dim"]
+            settings["partial_rotary_factor"] = small["qk_rope_head_dim"] / whole
+
+
+def _stir(model: PreTrainedModel) -> None:
+    """Make every weight matter: what families set to zeros or ones at first is noise in the twin."""
+    for tensor in model.state_dict().values():
+        many = tensor.is_floating_point() and tensor.numel() > 1
+        if many and bool((tensor == tensor.flatten()[0]).all()):
+            tensor.data.add_(torch.randn_like(tensor) * INITIALIZER_RANGE)
