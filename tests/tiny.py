@@ -16,6 +16,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from retinue.errors import Unsupported
 from retinue.model.architecture import model_class
+from retinue.model.twin import VOCABULARY as VOCABULARY
 
 _HYBRID = ["linear_attention", "linear_attention", "full_attention", "linear_attention"]
 _SLIDING = ["sliding_attention", "full_attention", "sliding_attention"]

@@ -27,16 +27,25 @@ class StateSize:
 
 
 def state_size(model: PreTrainedModel) -> StateSize:
-    """Measure what `model` keeps of a sequence; the model itself is left alone."""
+    """Measure what `model` keeps of a sequence; the model itself is left alone, and not copied.
+
+    Not for a model that an ExpertHost holds already.
+    """
     from torch.fx.experimental import _config
 
-    empty: Any = copy.deepcopy(model).to("meta")
+    tensors = (*model.parameters(), *model.buffers())
+    empty: Any = copy.deepcopy(model, {id(tensor): _without_data(tensor) for tensor in tensors})
     empty.set_experts_implementation(_NOTHING)
     with _config.patch(meta_nonzero_assume_all_nonzero=True), torch.inference_mode():
         fixed = _bytes_after(empty, 1)
         grown = {tokens: _bytes_after(empty, tokens) - fixed for tokens in PROBE_TOKENS}
     per_token = max(-(-count // (tokens - 1)) for tokens, count in grown.items())
     return StateSize(per_token, max(0, fixed - per_token))
+
+
+def _without_data(tensor: torch.Tensor) -> torch.Tensor:
+    empty = tensor.detach().to("meta")
+    return nn.Parameter(empty, False) if isinstance(tensor, nn.Parameter) else empty
 
 
 def new_cache(model: PreTrainedModel) -> Cache | None:
