@@ -29,6 +29,9 @@ class Abilities:
     restricted_routing: bool = False
     notes: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "notes", tuple(self.notes))  # JSON has lists
+
 
 def probe(config: PreTrainedConfig) -> Abilities:
     """Try the family of `config` on a tiny twin. Never raises for a family that has none."""

@@ -5,7 +5,6 @@ takes come out. Families that transformers writes with image or audio are taken 
 that its auto classes give for text.
 """
 
-import importlib
 import inspect
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +25,6 @@ _MAPPINGS = (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     MODEL_FOR_MULTIMODAL_LM_MAPPING,
 )
-_DECORATOR = "use_experts_implementation"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +38,6 @@ class ModelClass:
         """A model of this class, its weights wherever the caller's context puts them."""
         model: Any = self.kind._from_config(self.config, dtype=dtype)  # type: ignore[no-untyped-call]
         return model  # type: ignore[no-any-return]
-
-    @property
-    def has_decorated_experts(self) -> bool:
-        """Whether the family's file routes any experts through transformers' interface."""
-        return _DECORATOR in inspect.getsource(importlib.import_module(self.kind.__module__))
 
 
 def model_class(config: PreTrainedConfig) -> ModelClass:

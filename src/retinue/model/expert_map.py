@@ -40,6 +40,12 @@ class ExpertsModule:
     module: nn.Module
     experts: int
 
+    @property
+    def width(self) -> int:
+        """Numbers of a token that the experts take: the model's hidden size in most families."""
+        down = dict(self.module.named_parameters(recurse=False))["down_proj"]
+        return int(down.shape[2 if self.module.is_transposed else 1])
+
 
 @dataclass(frozen=True, slots=True)
 class ExpertMap:
@@ -76,7 +82,8 @@ def find_experts(model: PreTrainedModel) -> list[ExpertsModule]:
         family = model.config.model_type
         raise Unsupported(
             f"`{family}` has no routed experts that transformers lets others run",
-            hint="retinue runs Mixture-of-Experts families such as olmoe, qwen3_moe or mixtral",
+            hint="served are the Mixture-of-Experts families that go through its ExpertsInterface,"
+            " such as qwen3_moe, mixtral or gpt_oss; docs/reference/families.md lists them",
         )
     numbers = [re.search(r"(?:layers|blocks|h)\.(\d+)\.", name) for name, _ in named]
     layers = [int(number[1]) for number in numbers if number]

@@ -83,7 +83,6 @@ def self_check(
     host: ExpertHost,
     modules: list[ExpertsModule],
     layouts: list[list[ExpertLayout]],
-    hidden_size: int,
     dtype: torch.dtype,
 ) -> None:
     """Run one token through two experts of the first and the last layer, both ways.
@@ -95,7 +94,7 @@ def self_check(
     host.cache.begin_step("decode")
     for found in {modules[0].layer: modules[0], modules[-1].layer: modules[-1]}.values():
         width = min(2, found.experts)
-        hidden = torch.randn(1, hidden_size, generator=random).to(dtype)
+        hidden = torch.randn(1, found.width, generator=random).to(dtype)
         index = torch.randperm(found.experts, generator=random)[:width].view(1, width)
         weights = torch.rand(1, width, generator=random).to(dtype)
         for expert in index[0].tolist():

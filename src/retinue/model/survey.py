@@ -6,10 +6,12 @@ learnt is kept under the user's cache folder, keyed by the files' names, sizes a
 
 import hashlib
 import json
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from retinue import __version__
 from retinue.errors import CheckpointError
@@ -17,7 +19,12 @@ from retinue.memory.machine import cache_folder
 from retinue.types import Facts
 
 if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+    from retinue.model.abilities import Abilities
     from retinue.model.load import Network
+
+_Record = TypeVar("_Record", bound="DataclassInstance")
 
 WIDTHS = ("head_dim", "qk_head_dim", "v_head_dim")
 UNKNOWN_CONTEXT = 1 << 17
@@ -25,17 +32,34 @@ UNKNOWN_CONTEXT = 1 << 17
 
 def survey(folder: Path) -> Facts:
     """The facts of the checkpoint in `folder`; from the cache if its files are unchanged."""
-    store = cache_folder() / f"facts-{_fingerprint(folder)}.json"
-    with suppress(OSError, ValueError, TypeError):
-        return Facts(**json.loads(store.read_text()))
-    from retinue.memory.checkpoint import open_checkpoint
-    from retinue.model.load import build
 
-    facts = facts_of(build(open_checkpoint(folder)))
+    def ask() -> Facts:
+        from retinue.memory.checkpoint import open_checkpoint
+        from retinue.model.load import build
+
+        return facts_of(build(open_checkpoint(folder)))
+
+    return _remembered("facts", folder, Facts, ask)
+
+
+def survey_abilities(network: "Network") -> "Abilities":
+    """What the family of `network` can do, tried on a tiny twin once for its checkpoint."""
+    from retinue.model.abilities import Abilities, probe
+
+    folder = network.checkpoint.folder
+    return _remembered("abilities", folder, Abilities, lambda: probe(network.model.config))
+
+
+def _remembered(kind: str, folder: Path, record: type[_Record], ask: Callable[[], _Record]) -> _Record:
+    """The record of this kind that is on disk for `folder`, or else what `ask` finds out."""
+    store = cache_folder() / f"{kind}-{_fingerprint(folder)}.json"
+    with suppress(OSError, ValueError, TypeError):
+        return record(**json.loads(store.read_text()))
+    found = ask()
     with suppress(OSError):
         store.parent.mkdir(parents=True, exist_ok=True)
-        store.write_text(json.dumps(asdict(facts)))
-    return facts
+        store.write_text(json.dumps(asdict(found)))
+    return found
 
 
 def facts_of(network: "Network") -> Facts:
@@ -116,13 +140,14 @@ def _workspace_per_token(network: "Network", heads: int, head_dim: int) -> int:
 
 
 def _fingerprint(folder: Path) -> str:
-    """Changes whenever a file of the checkpoint, or retinue, does."""
+    """Changes whenever a file of the checkpoint, retinue or transformers does."""
     if not folder.is_dir():
         raise CheckpointError(
             f"no such folder: `{folder}`",
             hint="give a local checkpoint folder, or `sample` for the model that ships along",
         )
-    digest = hashlib.sha256(f"{__version__} {folder.resolve()}".encode())
+    versions = f"{__version__} {version('transformers')}"
+    digest = hashlib.sha256(f"{versions} {folder.resolve()}".encode())
     for file in sorted(folder.iterdir()):
         if file.suffix in (".json", ".safetensors"):
             status = file.stat()
