@@ -66,7 +66,9 @@ def read(expert: Joined, content: bytes) -> torch.Tensor:
     blocks = []
     for block in expert.blocks:
         entry: TensorEntry = block.entry
-        numbers = torch.frombuffer(bytearray(content[entry.start : entry.stop]), dtype=torch.float32)
+        numbers = torch.frombuffer(
+            bytearray(content[entry.start : entry.stop]), dtype=torch.float32
+        )
         view = block.view
         blocks.append(numbers.as_strided(view.shape, view.stride(), view.storage_offset()))
     return torch.cat(blocks, dim=expert.axis)

@@ -70,7 +70,9 @@ def decorated_families() -> list[str]:
     return sorted(
         file.parent.name
         for file in root.glob("*/modeling_*.py")
-        if re.search(r"^@use_experts_implementation", file.read_text(encoding="utf-8"), re.M)
+        if re.search(
+            r"^@use_experts_implementation", file.read_text(encoding="utf-8"), re.MULTILINE
+        )
     )
 
 

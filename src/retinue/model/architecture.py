@@ -49,7 +49,7 @@ def model_class(config: PreTrainedConfig) -> ModelClass:
         for mapping in _MAPPINGS:
             if type(part) not in mapping:
                 continue
-            found = mapping[type(part)]
+            found: Any = mapping[type(part)]
             for kind in found if isinstance(found, (list, tuple)) else [found]:
                 if _is_causal(kind):
                     return ModelClass(kind, _own_part(part, kind))
@@ -70,7 +70,7 @@ def _own_part(config: PreTrainedConfig, kind: type[PreTrainedModel]) -> PreTrain
     return text if kind.config_class is type(text) else config
 
 
-def _is_causal(kind: type[PreTrainedModel]) -> bool:
+def _is_causal(kind: Any) -> bool:
     """Whether a forward of `kind` names the next token. A `generate` of its own does more."""
     if kind.generate is not GenerationMixin.generate:
         return False

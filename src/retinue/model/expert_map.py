@@ -10,7 +10,6 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -235,7 +234,7 @@ def _piece(parameter: str, block: Block, rows: bool) -> Piece:
         )
     shape = tuple(view.shape)
     last = sum((size - 1) * step for size, step in zip(shape, view.stride(), strict=True))
-    start = entry.start + view.storage_offset() * entry.item_bytes  # type: ignore[operator]
+    start = entry.start + int(view.storage_offset()) * entry.item_bytes
     stop = start + (last + 1) * entry.item_bytes
     strides = None if rows and view.is_contiguous() else tuple(view.stride())
     return Piece(parameter, entry, start, stop, shape, strides)

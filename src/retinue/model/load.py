@@ -75,7 +75,7 @@ def build(checkpoint: Checkpoint) -> Network:
         model = chosen.build(dtype)
     use_row_linears(model)
     model.tie_weights()
-    model.eval()
+    model.train(False)
     return Network(model, checkpoint, map_experts(model, checkpoint))
 
 
@@ -90,7 +90,7 @@ def load_dense(network: Network, reader: Reader) -> None:
     config = LoadStateDictConfig(
         dtype=model.dtype,
         dtype_plan=model._get_dtype_plan(model.dtype),
-        weight_mapping=get_model_conversion_mapping(model),
+        weight_mapping=get_model_conversion_mapping(model),  # type: ignore[arg-type]
     )
     with _quiet():
         info, _ = convert_and_load_state_dict_in_model(model, state, config)

@@ -31,7 +31,9 @@ class Router:
     def __init__(self, router: nn.Module, block: nn.Module) -> None:
         self.module = router
         names = list(inspect.signature(router.forward).parameters.values())[1:]
-        wanted = [p.name for p in names if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+        wanted = [
+            p.name for p in names if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD
+        ]
         self._extra = [(name, block) for name in wanted]
 
     def __call__(self, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:

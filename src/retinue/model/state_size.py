@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.fx.experimental import _config
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -31,12 +32,11 @@ def state_size(model: PreTrainedModel) -> StateSize:
 
     Not for a model that an ExpertHost holds already.
     """
-    from torch.fx.experimental import _config
-
     tensors = (*model.parameters(), *model.buffers())
     empty: Any = copy.deepcopy(model, {id(tensor): _without_data(tensor) for tensor in tensors})
     empty.set_experts_implementation(_NOTHING)
-    with _config.patch(meta_nonzero_assume_all_nonzero=True), torch.inference_mode():
+    settings: Any = _config
+    with settings.patch(meta_nonzero_assume_all_nonzero=True), torch.inference_mode():
         fixed = _bytes_after(empty, 1)
         grown = {tokens: _bytes_after(empty, tokens) - fixed for tokens in PROBE_TOKENS}
     per_token = max(-(-count // (tokens - 1)) for tokens, count in grown.items())
@@ -50,11 +50,9 @@ def _without_data(tensor: torch.Tensor) -> torch.Tensor:
 
 def new_cache(model: PreTrainedModel) -> Cache | None:
     """transformers' own cache for `model`; None where the model insists on making one itself."""
-    return None if _makes_its_own(model) else DynamicCache(config=model.config)
-
-
-def _makes_its_own(model: PreTrainedModel) -> bool:
-    return not model._supports_default_dynamic_cache()
+    kind: Any = type(model)
+    takes_ours = kind._supports_default_dynamic_cache()
+    return DynamicCache(config=model.config) if takes_ours else None
 
 
 def _bytes_after(model: Any, tokens: int) -> int:

@@ -50,7 +50,9 @@ def survey_abilities(network: "Network") -> "Abilities":
     return _remembered("abilities", folder, Abilities, lambda: probe(network.model.config))
 
 
-def _remembered(kind: str, folder: Path, record: type[_Record], ask: Callable[[], _Record]) -> _Record:
+def _remembered(
+    kind: str, folder: Path, record: type[_Record], ask: Callable[[], _Record]
+) -> _Record:
     """The record of this kind that is on disk for `folder`, or else what `ask` finds out."""
     store = cache_folder() / f"{kind}-{_fingerprint(folder)}.json"
     with suppress(OSError, ValueError, TypeError):

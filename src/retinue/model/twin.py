@@ -76,7 +76,8 @@ def twin(config: PreTrainedConfig) -> PreTrainedModel:
     except Exception as error:  # whatever a family's own code raises for sizes it does not like
         reason = str(error).splitlines()[0] if str(error) else repr(error)
         raise Unsupported(f"no tiny `{config.model_type}` can be built: {reason}") from error
-    return model.eval()
+    model.train(False)
+    return model
 
 
 def shrink(config: PreTrainedConfig, **changes: Any) -> PreTrainedConfig:
@@ -183,7 +184,7 @@ def _agree(small: dict[str, Any], fields: Mapping[str, Any]) -> None:
     heads, expand = small.get("mamba_n_heads"), small.get("mamba_expand")
     if heads and expand and "mamba_d_head" in small:
         small["mamba_d_head"] = small["hidden_size"] * expand // heads
-    nope, rope = fields.get("qk_nope_head_dim"), fields.get("qk_rope_head_dim")
+    nope, rope = fields.get("qk_nope_head_dim") or 0, fields.get("qk_rope_head_dim") or 0
     for name in [n for n in fields if n.endswith("head_dim") and nope and rope]:
         if fields[name] == nope + rope:
             small[name] = small["qk_nope_head_dim"] + small["qk_rope_head_dim"]
