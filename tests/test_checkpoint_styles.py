@@ -1,4 +1,4 @@
-"""Families beyond the first three, end to end: saved by transformers, opened and answered by LLM."""
+"""Families beyond the first three, end to end: saved by transformers, answered by LLM."""
 
 from pathlib import Path
 from typing import Any

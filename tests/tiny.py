@@ -18,6 +18,7 @@ from retinue.errors import Unsupported
 from retinue.model.architecture import model_class
 from retinue.model.twin import VOCABULARY as VOCABULARY
 
+_DECORATED = re.compile(r"^@use_experts_implementation", re.MULTILINE)
 _HYBRID = ["linear_attention", "linear_attention", "full_attention", "linear_attention"]
 _SLIDING = ["sliding_attention", "full_attention", "sliding_attention"]
 _SPARSE = ["dense", "sparse", "sparse"]

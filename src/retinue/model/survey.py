@@ -19,12 +19,10 @@ from retinue.memory.machine import cache_folder
 from retinue.types import Facts
 
 if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
-
     from retinue.model.abilities import Abilities
     from retinue.model.load import Network
 
-_Record = TypeVar("_Record", bound="DataclassInstance")
+_Record = TypeVar("_Record")
 
 WIDTHS = ("head_dim", "qk_head_dim", "v_head_dim")
 UNKNOWN_CONTEXT = 1 << 17
@@ -57,11 +55,11 @@ def _remembered(
     store = cache_folder() / f"{kind}-{_fingerprint(folder)}.json"
     with suppress(OSError, ValueError, TypeError):
         return record(**json.loads(store.read_text()))
-    found = ask()
+    found: Any = ask()
     with suppress(OSError):
         store.parent.mkdir(parents=True, exist_ok=True)
         store.write_text(json.dumps(asdict(found)))
-    return found
+    return found  # type: ignore[no-any-return]
 
 
 def facts_of(network: "Network") -> Facts:

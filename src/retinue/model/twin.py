@@ -189,14 +189,14 @@ def _agree(small: dict[str, Any], fields: Mapping[str, Any]) -> None:
         if fields[name] == nope + rope:
             small[name] = small["qk_nope_head_dim"] + small["qk_rope_head_dim"]
     settings = small.get("rope_parameters")
-    if nope and rope and isinstance(settings, dict) and "partial_rotary_factor" in settings:
-        if settings["partial_rotary_factor"] == rope / (nope + rope):
-            whole = small["qk_nope_head_dim"] + small["qk_rope_head_dim"]
-            settings["partial_rotary_factor"] = small["qk_rope_head_dim"] / whole
+    share = rope / (nope + rope) if nope and rope else None
+    if isinstance(settings, dict) and settings.get("partial_rotary_factor", 0) == share:
+        whole = small["qk_nope_head_dim"] + small["qk_rope_head_dim"]
+        settings["partial_rotary_factor"] = small["qk_rope_head_dim"] / whole
 
 
 def _stir(model: PreTrainedModel) -> None:
-    """Make every weight matter: what families set to zeros or ones at first is noise in the twin."""
+    """Make every weight matter: what families set to zeros or ones at first becomes noise."""
     for tensor in model.state_dict().values():
         many = tensor.is_floating_point() and tensor.numel() > 1
         if many and bool((tensor == tensor.flatten()[0]).all()):
