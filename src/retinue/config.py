@@ -108,7 +108,7 @@ class Config:
 
     def room(self) -> dict[str, Any]:
         """What `memory.budget.split` is asked for under this configuration."""
-        names = ("memory", "context", "experts", "kv_tokens", "chunk")
+        names = ("memory", "context", "experts", "kv_tokens", "chunk", "batch")
         return {name: getattr(self, name) for name in names}
 
     def sampling(self) -> SamplingParams:

@@ -170,6 +170,7 @@ class Facts:
     workspace_bytes_per_token: int  # of a prefill chunk
     workspace_bytes_per_pair: int  # of a prefill chunk's token and a context position
     flops_per_token: int
+    state_bytes: int = 0  # of a sequence, whatever its length: recurrent and convolution states
 
     @property
     def min_slots(self) -> int:

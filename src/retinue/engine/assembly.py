@@ -92,8 +92,7 @@ def assemble(model: str | Path, config: Config) -> Assembly:
         routers = find_routers(network.model, network.experts.modules)
         host = ExpertHost(network.experts.modules, routers, cache, policies, metrics)
         if config.self_check:
-            hidden = network.text_config.hidden_size
-            self_check(host, network.experts.modules, layouts, hidden, network.model.dtype)
+            self_check(host, network.experts.modules, layouts, network.model.dtype)
         store = Store(network.model.config, limits.kv_tokens)
         if store.shareable:
             install(network.model, store)

@@ -2,7 +2,7 @@
 
     runtime      interpreter, libraries, threads: what is there with no model at all
     dense        every weight that is not a routed expert
-    kv           keys and values of all sequences that run at once
+    kv           keys, values and states of all sequences that run at once
     workspace    activations of the largest prefill chunk
     experts      slots, whatever the rest leaves
 
@@ -22,7 +22,7 @@ from retinue.types import Facts
 # libraries imported and its threads started, and page tables, file handles and stacks.
 RUNTIME_BYTES = 470 << 20
 RESERVE_BYTES = 48 << 20
-CHUNK_TOKENS: int = Config().chunk
+CHUNK_TOKENS, BATCH = Config().chunk, Config().batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +98,7 @@ def split(
     experts: str | int | None = None,
     kv_tokens: int | None = None,
     chunk: int = CHUNK_TOKENS,
+    batch: int = BATCH,
 ) -> Split:
     """Divide `memory`, or raise DoesNotFit with the smallest budget that would work."""
     budget = budget_bytes(memory)
@@ -106,7 +107,8 @@ def split(
     # Depends on nothing that residency could change: not on the memory.
     chunk = min(tokens, chunk)
     fixed = RUNTIME_BYTES + RESERVE_BYTES + facts.dense_bytes
-    kv = facts.kv_bytes_per_token * pool
+    # A pass over running states works on a copy of them.
+    kv = facts.kv_bytes_per_token * pool + 2 * facts.state_bytes * batch
     workspace = _workspace(facts, chunk, tokens, pool)
     needed = fixed + kv + workspace
     smallest = needed + facts.min_slots * facts.slot_bytes

@@ -7,6 +7,7 @@ few bytes into it: reading needs no copy, and the same expert looks the same in 
 """
 
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import torch
@@ -21,13 +22,22 @@ TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Rows of one parameter of an expert: `[start, stop)` of `entry`'s file, of `shape`."""
+    """A block of one parameter of an expert: `[start, stop)` of `entry`'s file, of `shape`.
+
+    Without `strides`, in elements, the block is rows of the parameter that lie one after the other.
+    """
 
     parameter: str
     entry: TensorEntry
     start: int
     stop: int
     shape: tuple[int, ...]
+    strides: tuple[int, ...] | None = None
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes that belong to the block; what lies between its elements does not."""
+        return prod(self.shape) * self.entry.item_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +58,12 @@ class Extent:
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """A typed view into a slot: bytes `[offset, offset + count * item)`, of `shape`."""
+    """A typed view into a slot from byte `offset` on, of `shape`; contiguous without `strides`."""
 
     offset: int
     dtype: torch.dtype
     shape: tuple[int, ...]
+    strides: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,9 +90,14 @@ class ExpertLayout:
 
 
 def _view(slot: torch.Tensor, window: Window) -> torch.Tensor:
-    count = window.dtype.itemsize
-    for size in window.shape:
-        count *= size
+    if window.strides is not None:
+        last = sum(
+            (size - 1) * step for size, step in zip(window.shape, window.strides, strict=True)
+        )
+        count = (last + 1) * window.dtype.itemsize
+        elements = slot[window.offset : window.offset + count].view(window.dtype)
+        return elements.as_strided(window.shape, window.strides)
+    count = prod(window.shape) * window.dtype.itemsize
     return slot[window.offset : window.offset + count].view(window.dtype).view(window.shape)
 
 
@@ -98,9 +114,9 @@ def lay_out(pieces: list[Piece]) -> ExpertLayout:
         offset = _up(extent.offset + extent.stop - extent.start)
     windows: dict[str, list[Window]] = {}
     for index, piece in enumerate(pieces):
-        window = Window(place[index], TORCH_DTYPES[piece.entry.dtype], piece.shape)
+        window = Window(place[index], TORCH_DTYPES[piece.entry.dtype], piece.shape, piece.strides)
         _append(windows.setdefault(piece.parameter, []), window)
-    weight_bytes = sum(piece.stop - piece.start for piece in pieces)
+    weight_bytes = sum(piece.weight_bytes for piece in pieces)
     frozen = {name: tuple(blocks) for name, blocks in windows.items()}
     return ExpertLayout(tuple(pieces), tuple(extents), frozen, weight_bytes, offset)
 
@@ -111,29 +127,33 @@ def _groups(pieces: list[Piece]) -> list[list[int]]:
     groups: list[list[int]] = []
     for index in order:
         piece = pieces[index]
-        if groups and _joins(pieces[groups[-1][0]], pieces[groups[-1][-1]], piece):
+        if groups and _joins([pieces[i] for i in groups[-1]], piece):
             groups[-1].append(index)
         else:
             groups.append([index])
     return groups
 
 
-def _joins(first: Piece, last: Piece, piece: Piece) -> bool:
-    """Whether `piece` is read together with the group from `first` to `last`."""
-    near = 0 <= piece.start - last.stop <= MAX_GAP_BYTES
+def _joins(group: list[Piece], piece: Piece) -> bool:
+    """Whether `piece` is read together with `group`, which starts before it.
+
+    Blocks of every second row lie within each other's bytes.
+    """
+    first, stop = group[0], max(before.stop for before in group)
+    near = piece.start - stop <= MAX_GAP_BYTES
     aligned = (piece.start - first.start) % piece.entry.item_bytes == 0
-    return last.entry.file == piece.entry.file and near and aligned
+    return first.entry.file == piece.entry.file and near and aligned
 
 
 def _extent(pieces: list[Piece], group: list[int], offset: int) -> Extent:
-    first, last = pieces[group[0]], pieces[group[-1]]
+    first, last_stop = pieces[group[0]], max(pieces[index].stop for index in group)
     lead = first.start % ALIGNMENT
     if all(lead % pieces[index].entry.item_bytes == 0 for index in group):
-        start, stop = first.start - lead, _up(last.stop)
-        return Extent(first.entry.file, start, stop, last.stop, offset, direct=True)
+        start, stop = first.start - lead, _up(last_stop)
+        return Extent(first.entry.file, start, stop, last_stop, offset, direct=True)
     # An odd header length puts elements at odd addresses, where no tensor can lie. Such a file
     # is read without O_DIRECT, to an offset that is right for the elements.
-    return Extent(first.entry.file, first.start, last.stop, last.stop, offset, direct=False)
+    return Extent(first.entry.file, first.start, last_stop, last_stop, offset, direct=False)
 
 
 def _append(blocks: list[Window], window: Window) -> None:
@@ -142,6 +162,7 @@ def _append(blocks: list[Window], window: Window) -> None:
         last = blocks[-1]
         end = last.offset + last.dtype.itemsize * torch.Size(last.shape).numel()
         same = last.dtype == window.dtype and last.shape[1:] == window.shape[1:]
+        same = same and last.strides is None and window.strides is None
         if same and end == window.offset:
             rows = last.shape[0] + window.shape[0]
             blocks[-1] = Window(last.offset, last.dtype, (rows, *last.shape[1:]))

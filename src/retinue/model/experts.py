@@ -21,6 +21,7 @@ from retinue.memory.mover import Urgency
 from retinue.metrics import Metrics
 from retinue.model.expert_map import ExpertsModule
 from retinue.model.linear import product
+from retinue.model.routing import Router
 from retinue.policy.base import Ahead, Policies
 from retinue.types import Demand, FloatArray, IntArray
 
@@ -35,7 +36,7 @@ class ExpertHost:
     def __init__(
         self,
         modules: Sequence[ExpertsModule],
-        routers: Sequence[nn.Module | None],
+        routers: Sequence[Router | None],
         cache: ExpertCache,
         policies: Policies,
         metrics: Metrics,
@@ -210,7 +211,9 @@ class _Work:
         start, stop = self._spans[expert]
         rows = self._order[start:stop]
         if self._tokens == 1:
-            self._rows[rows[0]] = apply_expert(self._module, self._hidden, views)[0]
+            output = apply_expert(self._module, self._hidden, views)[0]
+            for row in rows.tolist():  # more than one where a router names an expert twice
+                self._rows[row] = output
             return
         at = torch.from_numpy(rows)
         padding = padded_tokens(len(rows)) - len(rows)
@@ -258,8 +261,8 @@ def apply_expert(module: nn.Module, inputs: torch.Tensor, views: Views) -> torch
     up_name = "gate_up_proj" if module.has_gate else "up_proj"
     up = _linear(module, inputs, views, up_name)
     activate = module._apply_gate if module.has_gate else module.act_fn
-    hidden = activate(up)  # type: ignore[operator]
-    return _linear(module, hidden, views, "down_proj")
+    out = _linear(module, activate(up), views, "down_proj")  # type: ignore[operator]
+    return module.post_expert_norm(out) if module.has_post_expert_norm else out  # type: ignore[operator]
 
 
 def _linear(module: nn.Module, inputs: torch.Tensor, views: Views, name: str) -> torch.Tensor:
