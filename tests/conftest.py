@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import models
+import quantised
 from retinue.config import ENVIRONMENT_KEYS, ENVIRONMENT_PREFIX
 
 
@@ -44,3 +45,20 @@ def olmoe_bf16(checkpoints: Path) -> Path:
 def qwen_holes(checkpoints: Path) -> Path:
     """qwen3_moe in bfloat16, whose layers 0 and 2 have no experts."""
     return models.make(checkpoints / "qwen-holes", "qwen3_moe", torch.bfloat16, **models.HOLES)
+
+
+@pytest.fixture(scope="session")
+def fp8(checkpoints: Path) -> Path:
+    source = models.make(checkpoints / "odd-qwen", "qwen3_moe", **quantised.ODD)
+    return quantised.to_fp8(source, checkpoints / "fp8")
+
+
+@pytest.fixture(scope="session")
+def mxfp4(checkpoints: Path) -> Path:
+    source = models.make(checkpoints / "gpt-oss", "gpt_oss", num_hidden_layers=2)
+    return quantised.to_mxfp4(source, checkpoints / "mxfp4")
+
+
+@pytest.fixture(scope="session", params=("fp8", "mxfp4"))
+def checkpoint(request: pytest.FixtureRequest) -> Path:
+    return request.getfixturevalue(request.param)

@@ -142,3 +142,19 @@ def test_too_few_experts_do_not_change_the_smallest_budget() -> None:
     assert found.smallest == NEEDED + 2 * MB
     assert "`--experts 1%` leaves room for 1 experts" in found.reasons[0]
     assert "`--experts 2000000`" in found.reasons[1]
+
+
+@pytest.mark.usefixtures("round_numbers")
+def test_experts_in_a_format_of_their_own_are_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """20 experts of 5 MB a token, by two cores: 0.1 s at worst and 0.025 s at best."""
+    monkeypatch.setattr(plan, "CORE_DECODED_BYTES_PER_S", (0.5 * GB, 2 * GB))
+    config = Config(memory=NEEDED + 200 * MB, context=1000)
+    plain = make_plan(FACTS, config, SPEEDS, threads=2)
+    facts = dataclasses.replace(FACTS, stored="mxfp4", decoded_bytes=5 * MB)
+    packed = make_plan(facts, config, SPEEDS, threads=2)
+    assert 1 / packed.decode.low == pytest.approx(1 / plain.decode.low + 0.1)
+    assert 1 / packed.decode.high == pytest.approx(1 / plain.decode.high + 0.025)
+    assert packed.reasons == [
+        "the experts stay in mxfp4, and are decoded when they are used",
+        *plain.reasons,
+    ]

@@ -45,6 +45,7 @@ def execute(options: Namespace) -> int:
     )
     stats = with_bound(stats, facts, speeds)
     document = _document(options, config, stats, threads, prompt_tokens)
+    document |= {"stored": facts.stored or facts.dtype}
     print(_text(document, stats, before, after), file=audience(options.json))
     if stats.peak_rss_bytes > stats.budget_bytes:
         note("the peak is over the budget: please report this with the model's name", "red")

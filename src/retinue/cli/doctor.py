@@ -152,6 +152,7 @@ def _model(folder: Path, config: Config) -> list[Finding]:
             facts, split = llm.assembly.facts, llm.assembly.split
             return [
                 Finding("family", f"{facts.family}, {facts.dtype}"),
+                Finding("precision", f"as-is ({facts.stored or facts.dtype} experts)"),
                 Finding("fits", f"{split.slots} of {facts.total_experts} experts resident"),
                 Finding("self-check", "passed" if config.self_check else "skipped"),
                 *(Finding("note", text, good=False) for text in llm.assembly.notes),

@@ -58,8 +58,9 @@ def _document(plan: Plan) -> dict[str, object]:
 
 def _text(plan: Plan) -> str:
     facts, split = plan.facts, plan.split
+    stored = f" ({facts.stored} experts)" if facts.stored else ""
     lines = [
-        f"{facts.name}: {facts.family}, {facts.dtype}, {facts.total_experts} experts of"
+        f"{facts.name}: {facts.family}, {facts.dtype}{stored}, {facts.total_experts} experts of"
         f" {format_size(facts.expert_bytes)} in {facts.moe_layers} layers, {facts.top_k} a token",
         "",
     ]

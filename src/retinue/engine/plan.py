@@ -13,6 +13,7 @@ from retinue.types import Facts
 # floating-point operations a second in the matrix products of prefill. See docs/LOG.md.
 EFFICIENCY = (0.55, 1.05)
 CORE_FLOPS = (0.05e12, 0.7e12)
+CORE_DECODED_BYTES_PER_S = (1e9, 4e9)  # of experts that are stored in a format of their own
 # Misses at best: measured with 37 % resident were 23 % of the experts used, 0.63 ** 3.2.
 REPETITION = 4
 PROMPT_TOKENS = 512  # for which the prefill speed is given
@@ -52,7 +53,7 @@ def make_plan(facts: Facts, config: Config, speeds: Speeds, threads: int) -> Pla
         limits.budget,
         limits.smallest,
         limits,
-        _decode(facts, limits, speeds),
+        _decode(facts, limits, speeds, threads),
         _prefill(facts, limits, speeds, threads),
         _reasons(facts, limits),
     )
@@ -66,19 +67,21 @@ def _smallest(facts: Facts, config: Config) -> int:
         return error.smallest_bytes
 
 
-def _decode(facts: Facts, limits: Split, speeds: Speeds) -> Band:
+def _decode(facts: Facts, limits: Split, speeds: Speeds, threads: int) -> Band:
     """Between routing that is uniform, the worst for a cache, and routing that repeats itself."""
     share = limits.slots / facts.total_experts
     used = facts.top_k * facts.moe_layers
     rates = []
-    for miss_rate, efficiency in zip(
-        (1 - share, (1 - share) ** REPETITION), EFFICIENCY, strict=True
+    misses = (1 - share, (1 - share) ** REPETITION)
+    for miss_rate, efficiency, decoded in zip(
+        misses, EFFICIENCY, CORE_DECODED_BYTES_PER_S, strict=True
     ):
         cost = TokenCost(
             read_bytes=used * miss_rate * facts.expert_bytes,
             weight_bytes=facts.dense_bytes_per_token + used * facts.expert_bytes,
         )
-        rates.append(cost.tokens_per_s(speeds) * efficiency)
+        decode_s = used * facts.decoded_bytes / (decoded * threads)
+        rates.append(1 / (1 / (cost.tokens_per_s(speeds) * efficiency) + decode_s))
     return Band(*rates)
 
 
@@ -95,11 +98,14 @@ def _prefill(facts: Facts, limits: Split, speeds: Speeds, threads: int) -> Band:
 
 def _reasons(facts: Facts, limits: Split) -> list[str]:
     share = limits.slots / facts.total_experts
+    reasons = []
+    if facts.stored:
+        reasons.append(f"the experts stay in {facts.stored}, and are decoded when they are used")
     if limits.slots == facts.total_experts:
-        return ["every expert stays in memory"]
-    reasons = [
+        return [*reasons, "every expert stays in memory"]
+    reasons.append(
         f"{share:.0%} of the experts stay in memory; the others are read when they are needed"
-    ]
+    )
     missing = (facts.total_experts - limits.slots) * facts.slot_bytes
     reasons.append(f"{format_size(missing)} more would hold every expert")
     if limits.slots < 2 * facts.top_k * facts.moe_layers:

@@ -15,10 +15,9 @@ from contextlib import contextmanager
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from retinue.errors import RetinueError
-from retinue.memory.layout import ExpertLayout
+from retinue.memory.layout import Block, ExpertLayout
 from retinue.memory.mover import Mover, Ticket, TicketState, Urgency
 from retinue.memory.tier import Tier
 from retinue.policy.base import Ahead, Evictor, View
@@ -28,7 +27,7 @@ ABSENT, LOADING = -1, -2
 RECENT_STEPS = 4
 HEAT_DECAY = 0.98  # per step of the layer, see docs/LOG.md
 
-Views = dict[str, tuple[torch.Tensor, ...]]
+Views = dict[str, tuple[Block, ...]]
 
 
 class ExpertCache:

@@ -24,6 +24,7 @@ from transformers.core_model_loading import (
 from retinue.errors import CheckpointError, Unsupported
 from retinue.memory.checkpoint import WEIGHT_DTYPES, Checkpoint, TensorEntry
 from retinue.memory.layout import ExpertLayout, Piece, lay_out
+from retinue.memory.quantised import PackedEntry, packed_piece
 from retinue.model.conversion import Block, Experts, Joined, convert, unstack
 
 
@@ -227,6 +228,8 @@ def _pieces(parameter: str, expert: Joined) -> Iterator[Piece]:
 
 def _piece(parameter: str, block: Block, rows: bool) -> Piece:
     entry, view = block.entry, block.view
+    if isinstance(entry, PackedEntry):
+        return packed_piece(parameter, entry, view)
     if entry.dtype not in WEIGHT_DTYPES:
         raise Unsupported(
             f"the expert tensor `{entry.name}` has the type `{entry.dtype}`",

@@ -17,6 +17,8 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from retinue.errors import Cancelled
 from retinue.memory.cache import LOADING, ExpertCache, Views
+from retinue.memory.formats import Packed
+from retinue.memory.layout import Block
 from retinue.memory.mover import Urgency
 from retinue.metrics import Metrics
 from retinue.model.expert_map import ExpertsModule
@@ -267,20 +269,25 @@ def apply_expert(module: nn.Module, inputs: torch.Tensor, views: Views) -> torch
 
 def _linear(module: nn.Module, inputs: torch.Tensor, views: Views, name: str) -> torch.Tensor:
     biases = views.get(f"{name}_bias")
-    bias = _whole(biases).to(inputs.dtype) if biases is not None else None
+    bias = _whole(biases, inputs.dtype) if biases is not None else None
     blocks = [_product(inputs, block, module.is_transposed) for block in views[name]]
     out = blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=-1)
     return out if bias is None else out + bias
 
 
-def _product(inputs: torch.Tensor, weight: torch.Tensor, transposed: Any) -> torch.Tensor:
-    if weight.dtype != inputs.dtype:
-        weight = weight.to(inputs.dtype)
-    return product(inputs, weight.T if transposed else weight)
+def _product(inputs: torch.Tensor, weight: Block, transposed: Any) -> torch.Tensor:
+    numbers = in_type(weight, inputs.dtype)
+    return product(inputs, numbers.T if transposed else numbers)
 
 
-def _whole(blocks: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+def in_type(block: Block, dtype: torch.dtype) -> torch.Tensor:
+    """`block` in the type that is computed with. What was packed lives until it was used."""
+    return block.decode(dtype) if isinstance(block, Packed) else block.to(dtype)
+
+
+def _whole(blocks: tuple[Block, ...], dtype: torch.dtype) -> torch.Tensor:
+    numbers = [in_type(block, dtype) for block in blocks]
+    return numbers[0] if len(numbers) == 1 else torch.cat(numbers)
 
 
 def _forward(

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +26,20 @@ from transformers.utils import logging as transformers_logging
 from retinue.errors import CheckpointError, Unsupported
 from retinue.memory.checkpoint import Checkpoint, TensorEntry
 from retinue.memory.files import ALIGNMENT, Reader
-from retinue.memory.layout import TORCH_DTYPES
+from retinue.memory.layout import STORED_DTYPES, TORCH_DTYPES
+from retinue.memory.quantised import PackedEntry, explain
 from retinue.model.architecture import model_class
 from retinue.model.expert_map import ExpertMap, map_experts
 from retinue.model.linear import use_row_linears
 from retinue.model.routing import top_k
 
 # Besides weights there are tables: which experts a token goes to, say.
-_ALL_DTYPES = TORCH_DTYPES | {
+_ALL_DTYPES = STORED_DTYPES | {
     "F64": torch.float64,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
     "I8": torch.int8,
-    "U8": torch.uint8,
     "BOOL": torch.bool,
 }
 
@@ -69,6 +70,10 @@ def build(checkpoint: Checkpoint) -> Network:
     except (ValueError, KeyError, OSError, TypeError) as error:
         reason = str(error).splitlines()[0] if str(error) else repr(error)
         raise Unsupported(f"transformers cannot read `{checkpoint.folder}`: {reason}") from error
+    checkpoint = explain(checkpoint)
+    # The skeleton is the plain model's; what is stored otherwise is decoded when it is used.
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
     chosen = model_class(config)
     dtype = _dtype(config, checkpoint)
     with _parameters_on_meta(), no_init_weights():
@@ -86,7 +91,7 @@ def load_dense(network: Network, reader: Reader) -> None:
     """
     model = network.model
     wanted = {key: network.checkpoint.tensors[key] for key in network.experts.dense_keys}
-    state = {key: _LazyTensor(entry, reader) for key, entry in wanted.items()}
+    state = {key: _LazyTensor(entry, reader, model.dtype) for key, entry in wanted.items()}
     config = LoadStateDictConfig(
         dtype=model.dtype,
         dtype_plan=model._get_dtype_plan(model.dtype),
@@ -119,10 +124,12 @@ def _check_loaded(model: PreTrainedModel, experts: ExpertMap, info: Any) -> None
 class _LazyTensor:
     """What transformers' loader sees of a tensor: its bytes are read when it is indexed."""
 
-    def __init__(self, entry: TensorEntry, reader: Reader) -> None:
-        self._entry, self._reader = entry, reader
+    def __init__(self, entry: TensorEntry, reader: Reader, dtype: torch.dtype) -> None:
+        self._entry, self._reader, self._dtype = entry, reader, dtype
 
     def __getitem__(self, index: Any) -> torch.Tensor:
+        if isinstance(self._entry, PackedEntry):
+            return self._entry.decode(partial(read_tensor, reader=self._reader), self._dtype)[index]
         return read_tensor(self._entry, self._reader)[index]
 
     def get_shape(self) -> list[int]:

@@ -12,7 +12,8 @@ from torch import nn
 
 from retinue.errors import NotFinite, SelfCheckFailed
 from retinue.memory.cache import Views
-from retinue.memory.layout import ExpertLayout, Piece
+from retinue.memory.formats import Packed
+from retinue.memory.layout import Block, ExpertLayout, Piece
 from retinue.model.expert_map import ExpertsModule
 from retinue.model.experts import ExpertHost, apply_expert
 
@@ -20,12 +21,19 @@ TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 DAMAGED = "the checkpoint is damaged; download the file again"
 
 
-def read_expert(layout: ExpertLayout) -> dict[str, tuple[torch.Tensor, ...]]:
+def read_expert(layout: ExpertLayout) -> Views:
     """One expert's parameters, read by the safetensors library."""
-    result: dict[str, list[torch.Tensor]] = {}
+    result: dict[str, list[Block]] = {}
     for piece in layout.pieces:
-        result.setdefault(piece.parameter, []).append(_read(piece))
+        result.setdefault(piece.parameter, []).append(_block(piece))
     return {name: tuple(blocks) for name, blocks in result.items()}
+
+
+def _block(piece: Piece) -> Block:
+    numbers = _read(piece)
+    if piece.format is None or piece.scales is None:
+        return numbers
+    return Packed(piece.format, numbers, _read(piece.scales))
 
 
 def _read(piece: Piece) -> torch.Tensor:
@@ -69,13 +77,18 @@ def reference_experts(
 def damaged_expert(layer: int, expert: int, layout: ExpertLayout, views: Views) -> NotFinite | None:
     """The error that names the expert, if one of its weights is NaN or infinite."""
     for name, blocks in views.items():
-        if not all(bool(torch.isfinite(block).all()) for block in blocks):
+        if not all(_is_finite(block) for block in blocks):
             return NotFinite(
                 f"expert {expert} of layer {layer} holds NaN or infinite values:"
                 f" `{name}` in `{layout.extents[0].file.name}`",
                 hint=DAMAGED,
             )
     return None
+
+
+def _is_finite(block: Block) -> bool:
+    numbers = block.decode(torch.bfloat16) if isinstance(block, Packed) else block
+    return bool(torch.isfinite(numbers).all())
 
 
 @torch.inference_mode()

@@ -81,7 +81,8 @@ def facts_of(network: "Network") -> Facts:
     state = state_size(model)
     modules = network.experts.modules
     expert_bytes = max(layout.weight_bytes for layout in layouts)
-    per_token = dense_per_token + network.top_k * len(modules) * expert_bytes
+    stored, decoded = stored_precision(network)
+    per_token = dense_per_token + network.top_k * len(modules) * (decoded or expert_bytes)
     return Facts(
         name=network.checkpoint.folder.name,
         family=model.config.model_type,
@@ -98,13 +99,28 @@ def facts_of(network: "Network") -> Facts:
         kv_bytes_per_token=state.per_token,
         max_context=_max_context(config),
         vocab_size=config.vocab_size,
-        workspace_bytes=(48 << 20) + config.vocab_size * 4 * 6,
+        workspace_bytes=(48 << 20) + config.vocab_size * 4 * 6 + decoded,
         workspace_bytes_per_context=2 * heads * head_dim * item,
         workspace_bytes_per_token=_workspace_per_token(network, heads, head_dim),
         workspace_bytes_per_pair=3 + item,
         flops_per_token=2 * per_token // item,
         state_bytes=state.fixed,
+        stored=stored,
+        decoded_bytes=decoded,
     )
+
+
+def stored_precision(network: "Network") -> tuple[str, int]:
+    """The format of the experts, and the bytes of one when it is decoded; nothing if plain."""
+    layouts = [layout for row in network.experts.layouts for layout in row]
+    names = {p.format.name for layout in layouts for p in layout.pieces if p.format}
+    if not names:
+        return "", 0
+    sizes = [
+        sum(p.numel() for p in found.module.parameters(recurse=False)) // found.experts
+        for found in network.experts.modules
+    ]
+    return ", ".join(sorted(names)), max(sizes) * network.model.dtype.itemsize
 
 
 def _attention(config: Any) -> tuple[int, int]:
