@@ -67,6 +67,12 @@ class Config:
     )
     context: int | None = _option(None, "longest sequence to make room for, in tokens", "TOKENS")
     preset: str = _option("auto", "a named combination of policies, see `retinue presets`", "NAME")
+    task: str | None = _option(
+        None, "the kind of work that a request belongs to, for presets that know tasks", "NAME"
+    )
+    profile: str | None = _option(
+        None, "what `retinue profile` wrote; default: what it remembered of this model", "FILE"
+    )
     precision: str = _option("as-is", "of weights in memory: as-is", "NAME")
     threads: int | None = _option(None, "cores that may be used", "N")
     self_check: bool = _option(True, "compare with the reference at load")

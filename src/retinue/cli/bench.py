@@ -70,7 +70,7 @@ def _measure(llm: LLM, options: Namespace, facts: Facts, config: Config) -> tupl
             )
         forced = [ids.randrange(facts.vocab_size) for _ in range(count + 1)]
         params = SamplingParams(max_new_tokens=count + 1, ignore_eos=True)
-        request = new_request(prompt, params, None, forced=forced)
+        request = new_request(prompt, params, None, forced=forced, task=config.task)
         for _ in llm.run(request):
             pass
     return llm.stats(request), len(request.prompt)

@@ -7,7 +7,10 @@ from typing import Any
 from retinue.config import Config, load_config
 
 MODEL_HELP = "a checkpoint folder, or `sample`, the small trained model that ships along"
-ENGINE = ("memory", "experts", "context", "preset", "precision", "threads", "self_check")
+ENGINE = (
+    *("memory", "experts", "context", "preset", "task", "profile"),
+    *("precision", "threads", "self_check"),
+)
 SAMPLING = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop")
 
 

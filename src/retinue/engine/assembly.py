@@ -10,6 +10,8 @@ import torch
 
 from retinue.config import Config
 from retinue.engine.engine import Engine
+from retinue.engine.residents import Residents, check_room
+from retinue.errors import UsageError
 from retinue.memory.budget import Split, split
 from retinue.memory.cache import ExpertCache
 from retinue.memory.checkpoint import open_checkpoint
@@ -21,11 +23,14 @@ from retinue.memory.tier import Tier
 from retinue.metrics import Metrics
 from retinue.model.experts import IMPLEMENTATION, ExpertHost
 from retinue.model.load import Network, build, end_tokens, load_dense, load_tokenizer
+from retinue.model.profiles import find_profile
 from retinue.model.reference import self_check
 from retinue.model.routing import find_routers
 from retinue.model.runner import Runner
 from retinue.model.survey import facts_of, survey
+from retinue.policy.base import Placement
 from retinue.policy.presets import Preset, preset
+from retinue.policy.profile import Profile
 from retinue.types import Facts
 
 
@@ -43,7 +48,9 @@ class Assembly:
     tier: Tier
     mover: Mover
     cache: ExpertCache
+    host: ExpertHost
     engine: Engine
+    residents: Residents | None
     metrics: Metrics
     load_s: float
     notes: list[str]
@@ -69,6 +76,10 @@ def assemble(model: str | Path, config: Config) -> Assembly:
     threads = config.threads or cores()
     facts = survey(folder)
     limits = split(facts, memory=config.memory, context=config.context, experts=config.experts)
+    policies = chosen.build()
+    if policies.placement.fixed:
+        check_room(facts, limits)
+    known = _profile(folder, facts, policies.placement, config)
     torch.set_num_threads(threads)
     with ExitStack() as undo:
         tier = Tier(limits.slots, limits.slot_bytes)
@@ -77,7 +88,7 @@ def assemble(model: str | Path, config: Config) -> Assembly:
         network = build(open_checkpoint(folder))
         network.model.set_experts_implementation(IMPLEMENTATION)
         facts = facts_of(network)
-        reader, metrics, policies = Reader(), Metrics(), chosen.build()
+        reader, metrics = Reader(), Metrics()
         undo.callback(reader.close)
         load_dense(network, reader)
         mover = Mover(reader)
@@ -98,10 +109,17 @@ def assemble(model: str | Path, config: Config) -> Assembly:
             end_tokens=end_tokens(network),
         )
         tokenizer = load_tokenizer(folder)
+        residents = None
+        if policies.placement.fixed:
+            there = network.experts.there
+            residents = Residents(host, policies.placement, known, there, metrics)
+            residents.start(config.task)
         undo.pop_all()
     notes = [reader.note] if reader.note else []
     if policies.predictor.needs and None in routers:
         notes.append("no look-ahead: some routers of this model cannot be asked")
+    if not policies.exact:
+        notes.append(f"`{chosen.name}` is approximate: its tokens are not those of the plain model")
     load_s = time.perf_counter() - started
     return Assembly(
         facts,
@@ -114,8 +132,22 @@ def assemble(model: str | Path, config: Config) -> Assembly:
         tier,
         mover,
         cache,
+        host,
         engine,
+        residents,
         metrics,
         load_s,
         notes,
     )
+
+
+def _profile(folder: Path, facts: Facts, placement: Placement, config: Config) -> Profile | None:
+    """The profile, if the placement asks for one. Raises UsageError for one that nobody reads."""
+    if placement.needs_profile:
+        return find_profile(folder, facts, config.profile)
+    if config.profile is not None:
+        raise UsageError(
+            f"the preset `{config.preset}` reads no profile: `{config.profile}`",
+            hint="leave `--profile` out, or use a preset that does, such as `popular`",
+        )
+    return None

@@ -128,6 +128,7 @@ class Engine:
         return request
 
     def _advance(self, request: Request) -> str:
+        self._runner.host.begin([request.task])
         if request.state is State.DECODE:
             logits = self._run([request.token_ids[-1]], "decode")
             return self._accept(request, logits)

@@ -35,6 +35,8 @@ class LLM:
         memory: str | int | None = None,
         experts: str | int | None = None,
         preset: str | None = None,
+        task: str | None = None,
+        profile: str | Path | None = None,
         precision: str | None = None,
         threads: int | None = None,
         context: int | None = None,
@@ -44,6 +46,8 @@ class LLM:
             "memory": memory,
             "experts": experts,
             "preset": preset,
+            "task": task,
+            "profile": None if profile is None else str(profile),
             "precision": precision,
             "threads": threads,
             "context": context,
@@ -82,9 +86,11 @@ class LLM:
         params: SamplingParams | None = None,
         *,
         progress: bool = True,
+        task: str | None = None,
     ) -> list[Output]:
         """Answer each prompt, a text or a list of token ids; a progress bar goes to stderr.
 
+        `task` names the kind of work, for presets that know tasks; default: the model's own.
         Raises UsageError for a prompt that is empty or too long, and whatever made an answer
         fail; the model stays usable.
         """
@@ -95,20 +101,26 @@ class LLM:
         outputs = []
         with _bar(len(ids), progress) as bar:
             for prompt in ids:
-                *_, last = self._stream(prompt, params or SamplingParams(), reuse=False)
+                *_, last = self._stream(prompt, params or SamplingParams(), task=task)
                 outputs.append(last)
                 bar.update()
         return outputs
 
     def stream(
-        self, prompt: Prompt, params: SamplingParams | None = None, *, reuse: bool = False
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        reuse: bool = False,
+        task: str | None = None,
     ) -> Iterator[Output]:
         """Yield the answer as it grows; the last Output has a finish_reason and stats.
 
         `reuse` keeps what the last sequence computed for the prefix that both share, as a
         conversation does. Its logits may differ by rounding from those of a fresh prompt.
         """
-        return self._stream(self._checked(prompt), params or SamplingParams(), reuse=reuse)
+        ids = self._checked(prompt)
+        return self._stream(ids, params or SamplingParams(), reuse=reuse, task=task)
 
     def cancel(self) -> None:
         """End the running answer as soon as its layer allows. From any thread or a signal."""
@@ -180,8 +192,16 @@ class LLM:
         self.assembly.engine.check(ids)
         return ids
 
-    def _stream(self, ids: list[int], params: SamplingParams, *, reuse: bool) -> Iterator[Output]:
-        request = new_request(ids, params, self.tokenizer, reuse=reuse)
+    def _stream(
+        self,
+        ids: list[int],
+        params: SamplingParams,
+        *,
+        reuse: bool = False,
+        task: str | None = None,
+    ) -> Iterator[Output]:
+        task = self.config.task if task is None else task
+        request = new_request(ids, params, self.tokenizer, reuse=reuse, task=task)
         for delta in self.run(request):
             if delta or request.state.final:
                 yield self._output(request, delta)
@@ -222,6 +242,7 @@ def _stats(assembly: Assembly, request: Request) -> Stats:
         bytes_read_per_token=_rate(decode.bytes_read, decode.tokens),
         read_bytes_per_s=_rate(decode.bytes_read, decode.seconds),
         stall_s=decode.stall_s,
+        degraded_share=decode.degraded_share,
         used_bytes_read=decode.used_bytes_read,
         prefill_bytes_read=prefill.bytes_read,
         reused_tokens=request.reused,

@@ -33,7 +33,8 @@ class Request:
     """A prompt of token ids with its sampling, and what has become of it.
 
     `forced` replaces sampling by given ids, which benchmarks need for equal work. `reuse` lets
-    the sequence of the request before serve the prefix that both share.
+    the sequence of the request before serve the prefix that both share. `task` names the kind of
+    work, for presets that know tasks.
     """
 
     prompt: list[int]
@@ -42,6 +43,7 @@ class Request:
     text: TextStream
     reuse: bool = False
     forced: list[int] | None = None
+    task: str | None = None
     arrived: float = field(default_factory=time.perf_counter)
     state: State = State.WAITING
     token_ids: list[int] = field(default_factory=list)
@@ -66,7 +68,8 @@ def new_request(
     *,
     reuse: bool = False,
     forced: list[int] | None = None,
+    task: str | None = None,
 ) -> Request:
     """A request that waits."""
     text = TextStream(tokenizer, params.stop)
-    return Request(prompt, params, Sampler(params), text, reuse=reuse, forced=forced)
+    return Request(prompt, params, Sampler(params), text, reuse=reuse, forced=forced, task=task)

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -48,6 +50,12 @@ class ExpertMap:
     layouts: list[list[ExpertLayout]]
     dense_keys: list[str]
     transforms: list[Any]  # transformers' renamings and converters
+
+    @property
+    def there(self) -> npt.NDArray[np.bool_]:
+        """Which experts the model has: `[layers, experts]`."""
+        counts = np.array([len(row) for row in self.layouts])
+        return np.arange(counts.max()) < counts[:, None]
 
 
 def find_experts(model: PreTrainedModel) -> list[ExpertsModule]:

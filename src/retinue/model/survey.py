@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 def survey(folder: Path) -> Facts:
     """The facts of the checkpoint in `folder`; from the cache if its files are unchanged."""
-    store = cache_folder() / f"facts-{_fingerprint(folder)}.json"
+    store = cache_folder() / f"facts-{fingerprint(folder, __version__)}.json"
     with suppress(OSError, ValueError, TypeError):
         return Facts(**json.loads(store.read_text()))
     from retinue.memory.checkpoint import open_checkpoint
@@ -95,14 +95,17 @@ def _workspace_per_token(network: "Network", head_dim: int) -> int:
     return int(stream + max(attention, experts))
 
 
-def _fingerprint(folder: Path) -> str:
-    """Changes whenever a file of the checkpoint, or retinue, does."""
+def fingerprint(folder: Path, salt: str = "") -> str:
+    """Changes whenever a file of the checkpoint, its place or `salt` does.
+
+    Raises CheckpointError where there is no such folder.
+    """
     if not folder.is_dir():
         raise CheckpointError(
             f"no such folder: `{folder}`",
             hint="give a local checkpoint folder, or `sample` for the model that ships along",
         )
-    digest = hashlib.sha256(f"{__version__} {folder.resolve()}".encode())
+    digest = hashlib.sha256(f"{salt} {folder.resolve()}".encode())
     for file in sorted(folder.iterdir()):
         if file.suffix in (".json", ".safetensors"):
             status = file.stat()
