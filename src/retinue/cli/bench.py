@@ -124,6 +124,8 @@ def _text(document: dict[str, Any], stats: Stats, before: Speeds, after: Speeds)
     looked_up = f"{stats.hits} hits, {stats.pending} pending, {stats.misses} misses"
     experts = f"{stats.resident_experts} of {stats.total_experts} experts resident"
     peak = f"{format_size(stats.peak_rss_bytes)} of {format_size(stats.budget_bytes)}"
+    if stats.degraded_share:
+        rows.append(("degraded", f"{stats.degraded_share:.1%}", "of routing weight"))
     rows += [
         ("hit rate", f"{stats.hit_rate:.1%}", looked_up),
         (

@@ -78,7 +78,7 @@ def _add_doctor(verbs: object) -> None:
         "retinue doctor ./OLMoE-1B-7B",
     )
     doctor.add_argument("model", metavar="MODEL", nargs="?", help=MODEL_HELP)
-    add_config_options(doctor, ENGINE)
+    add_config_options(doctor, tuple(name for name in ENGINE if name not in ("task", "profile")))
 
 
 def _add_bench(verbs: object) -> None:

@@ -10,8 +10,7 @@ import torch
 
 from retinue.config import Config
 from retinue.engine.engine import Engine
-from retinue.engine.residents import Residents, check_room
-from retinue.errors import UsageError
+from retinue.engine.residents import Residents, known_beforehand
 from retinue.memory.budget import Split, split
 from retinue.memory.cache import ExpertCache
 from retinue.memory.checkpoint import open_checkpoint
@@ -23,15 +22,15 @@ from retinue.memory.tier import Tier
 from retinue.metrics import Metrics
 from retinue.model.experts import IMPLEMENTATION, ExpertHost
 from retinue.model.load import Network, build, end_tokens, load_dense, load_tokenizer
-from retinue.model.profiles import find_profile
 from retinue.model.reference import self_check
 from retinue.model.routing import find_routers
 from retinue.model.runner import Runner
 from retinue.model.survey import facts_of, survey
-from retinue.policy.base import Placement
 from retinue.policy.presets import Preset, preset
-from retinue.policy.profile import Profile
 from retinue.types import Facts
+
+BLIND = "no look-ahead: some routers of this model cannot be asked"
+APPROXIMATE = "this preset is approximate: its tokens are not those of the plain model"
 
 
 @dataclass(slots=True)
@@ -75,11 +74,15 @@ def assemble(model: str | Path, config: Config) -> Assembly:
     chosen = preset(config.preset)
     threads = config.threads or cores()
     facts = survey(folder)
-    limits = split(facts, memory=config.memory, context=config.context, experts=config.experts)
     policies = chosen.build()
-    if policies.placement.fixed:
-        check_room(facts, limits)
-    known = _profile(folder, facts, policies.placement, config)
+    limits = split(
+        facts,
+        memory=config.memory,
+        context=config.context,
+        experts=config.experts,
+        each_layer=policies.placement.fixed,
+    )
+    known = known_beforehand(folder, facts, policies.placement, config)
     torch.set_num_threads(threads)
     with ExitStack() as undo:
         tier = Tier(limits.slots, limits.slot_bytes)
@@ -111,15 +114,12 @@ def assemble(model: str | Path, config: Config) -> Assembly:
         tokenizer = load_tokenizer(folder)
         residents = None
         if policies.placement.fixed:
-            there = network.experts.there
-            residents = Residents(host, policies.placement, known, there, metrics)
+            residents = Residents(host, policies.placement, known, network.experts.there)
             residents.start(config.task)
         undo.pop_all()
     notes = [reader.note] if reader.note else []
-    if policies.predictor.needs and None in routers:
-        notes.append("no look-ahead: some routers of this model cannot be asked")
-    if not policies.exact:
-        notes.append(f"`{chosen.name}` is approximate: its tokens are not those of the plain model")
+    notes += [BLIND] if policies.predictor.needs and None in routers else []
+    notes += [APPROXIMATE] if not chosen.exact else []
     load_s = time.perf_counter() - started
     return Assembly(
         facts,
@@ -139,15 +139,3 @@ def assemble(model: str | Path, config: Config) -> Assembly:
         load_s,
         notes,
     )
-
-
-def _profile(folder: Path, facts: Facts, placement: Placement, config: Config) -> Profile | None:
-    """The profile, if the placement asks for one. Raises UsageError for one that nobody reads."""
-    if placement.needs_profile:
-        return find_profile(folder, facts, config.profile)
-    if config.profile is not None:
-        raise UsageError(
-            f"the preset `{config.preset}` reads no profile: `{config.profile}`",
-            hint="leave `--profile` out, or use a preset that does, such as `popular`",
-        )
-    return None

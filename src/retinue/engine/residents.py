@@ -7,15 +7,15 @@ or evicts while its preset restricts the routers.
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from retinue.config import format_size
-from retinue.errors import DoesNotFit
-from retinue.memory.budget import Split
-from retinue.metrics import Metrics
+from retinue.config import Config
+from retinue.errors import UsageError
 from retinue.model.experts import ExpertHost
+from retinue.model.profiles import find_profile
 from retinue.policy.base import BoolArray, Placement, Popularity
 from retinue.policy.place.even import even_rooms
 from retinue.policy.profile import Profile
@@ -24,20 +24,22 @@ from retinue.types import Facts
 log = logging.getLogger("retinue")
 
 
-def check_room(facts: Facts, limits: Split) -> None:
-    """Raise DoesNotFit unless every layer gets the experts of one token."""
-    least = facts.top_k * facts.moe_layers
-    if limits.slots >= least:
-        return
-    lacking = (least - limits.slots) * facts.slot_bytes
-    smallest = max(limits.budget, limits.smallest) + lacking
-    raise DoesNotFit(
-        f"there is room for {limits.slots} experts; a preset that fetches nothing needs"
-        f" {facts.top_k} in each of {facts.moe_layers} layers, {least} in all",
-        smallest_bytes=smallest,
-        hint=f"use `--experts {least * facts.slot_bytes}` or more, and"
-        f" `--memory {smallest}` ({format_size(smallest)}), or an exact preset",
-    )
+def known_beforehand(
+    folder: Path, facts: Facts, placement: Placement, config: Config
+) -> Profile | None:
+    """The profile that `placement` needs, before anything is loaded.
+
+    Raises Unsupported where there is no profile, UsageError for one that is damaged, another
+    model's, or read by nobody.
+    """
+    if placement.needs_profile:
+        return find_profile(folder, facts, config.profile)
+    if config.profile is not None:
+        raise UsageError(
+            f"the preset `{config.preset}` reads no profile: `{config.profile}`",
+            hint="leave `--profile` out, or use a preset that does, such as `popular`",
+        )
+    return None
 
 
 class Residents:
@@ -49,9 +51,8 @@ class Residents:
         placement: Placement,
         known: Profile | None,
         there: BoolArray,
-        metrics: Metrics,
     ) -> None:
-        self._host, self._placement, self._metrics = host, placement, metrics
+        self._host, self._placement = host, placement
         self._known: Popularity = known if known is not None else _Nothing()
         self._names = frozenset(known.tasks) if known is not None else frozenset()
         self._there = there
@@ -81,7 +82,7 @@ class Residents:
             log.warning("%s: the popularity of all tasks together decides", what)
         before = self.bytes_read
         self._change(wanted)
-        self._metrics.prefill.bytes_read += self.bytes_read - before
+        self._host.metrics.prefill.bytes_read += self.bytes_read - before
 
     @contextmanager
     def away(self) -> Iterator[None]:

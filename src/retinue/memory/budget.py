@@ -89,8 +89,13 @@ def split(
     memory: str | int,
     context: int | None = None,
     experts: str | int | None = None,
+    each_layer: bool = False,
 ) -> Split:
-    """Divide `memory`, or raise DoesNotFit with the smallest budget that would work."""
+    """Divide `memory`, or raise DoesNotFit with the smallest budget that would work.
+
+    `each_layer` says that one token's experts of every layer must be resident at once.
+    """
+    least = facts.min_slots * (facts.moe_layers if each_layer else 1)
     budget = budget_bytes(memory)
     tokens = context_tokens(facts, context)
     chunk = chunk_tokens(tokens)
@@ -98,7 +103,7 @@ def split(
     kv = facts.kv_bytes_per_token * tokens
     workspace = _workspace(facts, chunk, tokens)
     needed = fixed + kv + workspace
-    smallest = needed + facts.min_slots * facts.slot_bytes
+    smallest = needed + least * facts.slot_bytes
     if budget < smallest:
         raise DoesNotFit(
             f"`{facts.name}` does not fit into {format_size(budget)}:"
@@ -108,7 +113,7 @@ def split(
         )
     slots = min((budget - needed) // facts.slot_bytes, facts.total_experts)
     if experts is not None:
-        slots = min(slots, _slot_limit(facts, experts))
+        slots = min(slots, _slot_limit(facts, experts, least))
     return Split(budget, fixed, kv, workspace, slots, facts.slot_bytes, tokens, chunk, smallest)
 
 
@@ -121,16 +126,17 @@ def _hint(smallest: int) -> str:
     return f"use `--memory {smallest}` or more, or a smaller `--context`"
 
 
-def _slot_limit(facts: Facts, experts: str | int) -> int:
+def _slot_limit(facts: Facts, experts: str | int, least: int) -> int:
     """`--experts` in slots: a share of all experts, or a size."""
     whole = facts.total_experts * facts.slot_bytes
     slots = parse_size(experts, whole=whole) // facts.slot_bytes
-    if slots < facts.min_slots:
-        least = facts.min_slots * facts.slot_bytes
+    if slots < least:
+        whole = facts.min_slots < least
         raise DoesNotFit(
             f"`--experts {experts}` leaves room for {slots} experts; one token needs"
-            f" {facts.min_slots} at once",
-            smallest_bytes=least,
-            hint=f"use `--experts {least}` or more",
+            f" {least} at once" + " over all layers, since this preset fetches none" * whole,
+            smallest_bytes=least * facts.slot_bytes,
+            hint=f"use `--experts {least * facts.slot_bytes}` or more"
+            + ", or an exact preset" * whole,
         )
     return int(slots)

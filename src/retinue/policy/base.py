@@ -112,10 +112,10 @@ class Routing(Protocol):
 
 
 class Popularity(Protocol):
-    """How often each expert is chosen; `profile.Profile`, or nothing known."""
+    """How much each expert is used; `profile.Profile`, or nothing known."""
 
     def shares(self, task: str | None) -> npt.NDArray[np.float64]:
-        """Per layer the share of choices that fell on each expert: `[layers, experts]`.
+        """Per layer the share of routing weight that fell on each expert: `[layers, experts]`.
 
         Of all tasks together where `task` is None or unknown.
         """

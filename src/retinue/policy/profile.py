@@ -48,15 +48,17 @@ class Profile:
     tasks: Mapping[str, TaskCounts]
 
     def shares(self, task: str | None) -> npt.NDArray[np.float64]:
-        """Per layer the share of choices of each expert; see `policy.base.Popularity`."""
-        if task is not None and task in self.tasks:
-            counts = self.tasks[task].choices.astype(np.float64)
-        else:
-            counts = np.zeros((self.layers, self.experts))
-            for known in self.tasks.values():
-                counts += known.choices
-        shares: npt.NDArray[np.float64] = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-        return shares
+        """Per layer the share of routing weight of each expert; see `policy.base.Popularity`.
+
+        Weight tells more than the number of choices: of a set of the same size it kept more
+        agreement in every measurement.
+        """
+        chosen = [self.tasks[task]] if task in self.tasks else list(self.tasks.values())
+        weight = np.zeros((self.layers, self.experts))
+        for counts in chosen:
+            weight += counts.weight
+        whole = weight.sum(axis=1, keepdims=True)
+        return np.divide(weight, whole, out=np.zeros_like(weight), where=whole > 0)
 
     def plus(self, other: "Profile") -> "Profile":
         """The counts of both. Raises UsageError for profiles of different models."""
