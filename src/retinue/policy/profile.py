@@ -53,12 +53,13 @@ class Profile:
         Weight tells more than the number of choices: of a set of the same size it kept more
         agreement in every measurement.
         """
-        chosen = [self.tasks[task]] if task in self.tasks else list(self.tasks.values())
+        known = self.tasks.get(task) if task is not None else None
+        chosen = list(self.tasks.values()) if known is None else [known]
         weight = np.zeros((self.layers, self.experts))
         for counts in chosen:
             weight += counts.weight
         whole = weight.sum(axis=1, keepdims=True)
-        return np.divide(weight, whole, out=np.zeros_like(weight), where=whole > 0)
+        return np.asarray(weight / np.where(whole > 0, whole, 1))
 
     def plus(self, other: "Profile") -> "Profile":
         """The counts of both. Raises UsageError for profiles of different models."""
