@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from signal import SIGINT, SIGTERM
+from signal import SIGINT, SIGTERM, Signals
 from threading import Event
 from typing import Any
 
@@ -15,7 +15,7 @@ from retinue.cli.terminal import note
 from retinue.config import Config
 from retinue.engine.assembly import Assembly, assemble
 from retinue.engine.tasks import TaskIds, TaskText, as_ids, cut_to, read_texts
-from retinue.errors import UsageError
+from retinue.errors import Cancelled, UsageError
 from retinue.memory.budget import MAX_CHUNK_TOKENS
 from retinue.memory.home import locate, sample_tasks
 from retinue.model.load import load_tokenizer
@@ -49,8 +49,11 @@ def measured(options: Namespace, config: Config) -> Iterator[tuple[Assembly, lis
             )
         stop = Event()
         assembly.host.stop = stop.is_set
-        with cancel_on(stop.set, SIGINT, SIGTERM):
-            yield assembly, ids
+        with cancel_on(stop.set, SIGINT, SIGTERM) as came:
+            try:
+                yield assembly, ids
+            except Cancelled as error:
+                raise Cancelled(f"stopped by {Signals(came[0]).name}, nothing is kept") from error
     finally:
         assembly.close()
 

@@ -41,7 +41,7 @@ def read_texts(file: Path, per_task: int | None = None) -> list[TaskText]:
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read `{file}`: {error}") from error
+        raise UsageError(f"cannot read `{file}`: {error}", hint=f"write {FORM}") from error
     seen: Counter[str] = Counter()
     texts = []
     for number, line in enumerate(lines, 1):
