@@ -162,6 +162,7 @@ def decoded(folder: Path, preset: str, share: str, monkeypatch: pytest.MonkeyPat
     """Misses, reads and bytes of decoding every text token by token, each read awaited."""
     with models.open_llm(folder, preset=preset, experts=share, self_check=False) as llm:
         assembly = llm.assembly
+        assembly.tier._toucher.join()  # then slots are taken in order, as in the replay
         host, cache, runner = assembly.host, assembly.cache, assembly.engine._runner
         look_ahead, submit, reads = host._look_ahead, assembly.mover.submit, []
 

@@ -46,20 +46,24 @@ class Replay:
                 self._run_layer(now, after, token)
 
     def _run_layer(self, now: LayerRouting, after: LayerRouting | None, token: int) -> None:
-        self._layer = now.layer
-        self._expected[now.layer] = False
         demand = _demand(now, token, self._read_bytes.shape[1])
         resident = self._slot_of[now.layer, demand.experts] >= 0
         self.misses += len(resident) - int(resident.sum())
-        if not (self._whole and resident.all()):
-            pinned = np.zeros_like(self._expected)
-            pinned[now.layer, demand.experts] = True
-            view = self._view()
-            self._policies.predictor.observe(demand, view)
-            for expert in self._policies.miss.fetch(demand, resident, view).tolist():
-                self._read(now.layer, expert, pinned, spare_expected=False)
-            self._look_ahead(now, after, token, pinned)
+        if self._whole and self._has_all(now.layer):
+            return  # nothing ever has to leave, so nobody asks
+        self._layer = now.layer
+        self._expected[now.layer] = False
+        pinned = np.zeros_like(self._expected)
+        pinned[now.layer, demand.experts] = True
+        view = self._view()
+        self._policies.predictor.observe(demand, view)
+        for expert in self._policies.miss.fetch(demand, resident, view).tolist():
+            self._read(now.layer, expert, pinned, spare_expected=False)
+        self._look_ahead(now, after, token, pinned)
         self._touch(demand)
+
+    def _has_all(self, layer: int) -> bool:
+        return bool(((self._slot_of[layer] >= 0) | (self._read_bytes[layer] == 0)).all())
 
     def _look_ahead(
         self, now: LayerRouting, after: LayerRouting | None, token: int, pinned: BoolArray
@@ -68,8 +72,8 @@ class Replay:
         if after is None or predictor.depth < 1:
             return
         scores = None
-        known = (self._slot_of[after.layer] >= 0) | (self._read_bytes[after.layer] == 0)
-        if "next_scores" in predictor.needs and not known.all() and now.next_scores is not None:
+        asked = "next_scores" in predictor.needs and not self._has_all(after.layer)
+        if asked and now.next_scores is not None:
             scores = now.next_scores[token : token + 1]
         for want in predictor.forecast(self._view((Ahead(after.layer, scores),))):
             self._expected[want.layer, want.experts] = True

@@ -105,7 +105,7 @@ class ExpertHost:
         demand = work.demand(layer)
         cache.begin_layer(layer)
         slots = cache.lookup(layer, demand.experts)
-        self._count(layer, slots)
+        self._count(slots)
         with cache.lease(layer, demand.experts) as lease:
             missing = self._start_reads(demand, slots, hidden)
             cache.touch(demand, len(hidden))
@@ -125,12 +125,13 @@ class ExpertHost:
 
     def _run_resident(self, layer: int, work: "_Work") -> torch.Tensor:
         """A layer that nothing can evict: there is nothing to ask and no book to keep."""
-        slots = self.cache.lookup(layer, work.experts)
-        assert (slots >= 0).all(), "a restricted router chose an expert that is not resident"
+        if self.restricted:
+            self._count_rerouted(layer, work.experts)
+        else:
+            self.metrics.now.hits += len(work.experts)
         self.cache.mark_used(layer, work.experts)
         for expert in work.experts.tolist():
             work.compute(expert, self.cache.use(layer, expert))
-        self._count(layer, slots)
         return work.result()
 
     def _start_reads(self, demand: Demand, slots: IntArray, hidden: torch.Tensor) -> IntArray:
@@ -192,15 +193,22 @@ class ExpertHost:
         there = self.cache.slot_of[layer] >= 0
         return np.broadcast_to(there, (tokens, len(there)))
 
-    def _count(self, layer: int, slots: IntArray) -> None:
-        counters = self.metrics.now
+    def _count_rerouted(self, layer: int, experts: IntArray) -> None:
+        """Count what the router asked for, not the `experts` that it got."""
+        there = self.cache.lookup(layer, experts) >= 0
+        assert there.all(), "a restricted router chose an expert that is not resident"
         rerouted = self.restriction.take(layer) if self.restriction is not None else None
-        if rerouted is not None:
-            # What the routers asked for counts, not what they got.
-            slots = self.cache.lookup(layer, rerouted.experts)
-            counters.routed_weight += rerouted.weight
-            counters.degraded_weight += rerouted.degraded
-            counters.rerouted += rerouted.missing
+        if rerouted is None:  # these did not come from a router: nothing was replaced
+            self.metrics.now.hits += len(experts)
+            return
+        self._count(self.cache.lookup(layer, rerouted.experts))
+        counters = self.metrics.now
+        counters.routed_weight += rerouted.weight
+        counters.degraded_weight += rerouted.degraded
+        counters.rerouted += rerouted.missing
+
+    def _count(self, slots: IntArray) -> None:
+        counters = self.metrics.now
         hits, pending = int((slots >= 0).sum()), int((slots == LOADING).sum())
         counters.hits += hits
         counters.pending += pending
