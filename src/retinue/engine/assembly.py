@@ -26,7 +26,9 @@ from retinue.model.reference import self_check
 from retinue.model.routing import find_routers
 from retinue.model.runner import Runner
 from retinue.model.survey import facts_of, survey
+from retinue.policy.base import Policies
 from retinue.policy.presets import Preset, preset
+from retinue.policy.profile import Profile
 from retinue.types import Facts
 
 BLIND = "no look-ahead: some routers of this model cannot be asked"
@@ -75,13 +77,7 @@ def assemble(model: str | Path, config: Config) -> Assembly:
     threads = config.threads or cores()
     facts = survey(folder)
     policies = chosen.build()
-    limits = split(
-        facts,
-        memory=config.memory,
-        context=config.context,
-        experts=config.experts,
-        each_layer=policies.placement.fixed,
-    )
+    limits = _limits(facts, config, policies)
     known = known_beforehand(folder, facts, policies.placement, config)
     torch.set_num_threads(threads)
     with ExitStack() as undo:
@@ -96,13 +92,10 @@ def assemble(model: str | Path, config: Config) -> Assembly:
         load_dense(network, reader)
         mover = Mover(reader)
         undo.callback(mover.close)
-        layouts = network.experts.layouts
-        cache = ExpertCache(layouts, tier, mover, policies.evictor, network.top_k)
-        routers = find_routers(network.model, network.experts.modules)
-        host = ExpertHost(network.experts.modules, routers, cache, policies, metrics)
+        host = _host(network, tier, mover, policies, metrics)
         if config.self_check:
-            hidden = network.text_config.hidden_size
-            self_check(host, network.experts.modules, layouts, hidden, network.model.dtype)
+            hidden, experts = network.text_config.hidden_size, network.experts
+            self_check(host, experts.modules, experts.layouts, hidden, network.model.dtype)
         engine = Engine(
             Runner(network, host, mover, metrics),
             metrics,
@@ -112,13 +105,10 @@ def assemble(model: str | Path, config: Config) -> Assembly:
             end_tokens=end_tokens(network),
         )
         tokenizer = load_tokenizer(folder)
-        residents = None
-        if policies.placement.fixed:
-            residents = Residents(host, policies.placement, known, network.experts.there)
-            residents.start(config.task)
+        residents = _residents(host, policies, known, network, config)
         undo.pop_all()
     notes = [reader.note] if reader.note else []
-    notes += [BLIND] if policies.predictor.needs and None in routers else []
+    notes += [BLIND] if policies.predictor.needs and not host.sees_ahead else []
     notes += [APPROXIMATE] if not chosen.exact else []
     load_s = time.perf_counter() - started
     return Assembly(
@@ -131,7 +121,7 @@ def assemble(model: str | Path, config: Config) -> Assembly:
         reader,
         tier,
         mover,
-        cache,
+        host.cache,
         host,
         engine,
         residents,
@@ -139,3 +129,33 @@ def assemble(model: str | Path, config: Config) -> Assembly:
         load_s,
         notes,
     )
+
+
+def _limits(facts: Facts, config: Config, policies: Policies) -> Split:
+    return split(
+        facts,
+        memory=config.memory,
+        context=config.context,
+        experts=config.experts,
+        each_layer=policies.placement.fixed,
+    )
+
+
+def _host(
+    network: Network, tier: Tier, mover: Mover, policies: Policies, metrics: Metrics
+) -> ExpertHost:
+    modules, layouts = network.experts.modules, network.experts.layouts
+    cache = ExpertCache(layouts, tier, mover, policies.evictor, network.top_k)
+    routers = find_routers(network.model, modules)
+    return ExpertHost(modules, routers, cache, policies, metrics)
+
+
+def _residents(
+    host: ExpertHost, policies: Policies, known: Profile | None, network: Network, config: Config
+) -> Residents | None:
+    """The set that stays, loaded and serving, if the preset has one."""
+    if not policies.placement.fixed:
+        return None
+    residents = Residents(host, policies.placement, known, network.experts.there)
+    residents.start(config.task)
+    return residents

@@ -68,6 +68,11 @@ class ExpertHost:
         """Whether residents serve every token now, and nothing is fetched."""
         return self.restriction is not None and self.restriction.active
 
+    @property
+    def sees_ahead(self) -> bool:
+        """Whether every layer's router can be asked."""
+        return None not in self._routers.values()
+
     def next_scores(self, layer: int, hidden: torch.Tensor) -> FloatArray | None:
         """What the router after `layer` says of `layer`'s input: probabilities [tokens, experts].
 
