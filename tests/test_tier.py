@@ -26,7 +26,8 @@ def test_touching_loses_no_slot_and_overwrites_none() -> None:
         held[taken] = source.randrange(1, 256)
         tier.memory(taken)[:] = bytes([held[taken]]) * SLOT_BYTES
     while tier.free:
-        assert (slot := tier.take()) is not None
+        slot = tier.take()
+        assert slot is not None
         held[slot] = 0
     assert len(held) == SLOTS
     assert tier.take() is None

@@ -15,7 +15,18 @@ from retinue.errors import UsageError
 from retinue.types import SamplingParams
 
 ENVIRONMENT_PREFIX = "RETINUE_"
-ENVIRONMENT_KEYS = ("memory", "experts", "context", "preset", "precision", "threads", "self_check")
+ENVIRONMENT_KEYS = (
+    "memory",
+    "experts",
+    "context",
+    "kv_tokens",
+    "batch",
+    "chunk",
+    "preset",
+    "precision",
+    "threads",
+    "self_check",
+)
 PRECISIONS = ("as-is",)
 
 _UNITS = {"": 1, "B": 1}
@@ -66,6 +77,11 @@ class Config:
         None, "upper bound for the resident routed experts: a share of all, or a size", "SHARE"
     )
     context: int | None = _option(None, "longest sequence to make room for, in tokens", "TOKENS")
+    kv_tokens: int | None = _option(
+        None, "tokens of all running requests together (default: the context)", "TOKENS"
+    )
+    batch: int = _option(8, "requests that run at once", "N")
+    chunk: int = _option(2048, "tokens of prompts that one pass takes at most", "TOKENS")
     preset: str = _option("auto", "a named combination of policies, see `retinue presets`", "NAME")
     task: str | None = _option(
         None, "the kind of work that a request belongs to, for presets that know tasks", "NAME"
@@ -90,11 +106,16 @@ class Config:
                 f"unknown precision: `{self.precision}`",
                 hint=f"this version serves: {', '.join(PRECISIONS)}",
             )
-        for name in ("context", "threads"):
+        for name in ("context", "threads", "kv_tokens", "batch", "chunk"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name} is out of range: `{value}`", hint="1 or more")
         self.sampling()
+
+    def room(self) -> dict[str, Any]:
+        """What `memory.budget.split` is asked for under this configuration."""
+        names = ("memory", "context", "experts", "kv_tokens", "chunk")
+        return {name: getattr(self, name) for name in names}
 
     def sampling(self) -> SamplingParams:
         """The sampling parameters of a request under this configuration."""

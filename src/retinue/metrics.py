@@ -1,13 +1,13 @@
 """Every counter of the engine, named once. Plain numbers, written by the engine thread."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from retinue.types import Phase
 
 
 @dataclass(slots=True)
 class PhaseCounters:
-    """What one phase of one request cost."""
+    """What forward passes of one phase cost."""
 
     tokens: int = 0
     seconds: float = 0.0
@@ -33,20 +33,39 @@ class PhaseCounters:
         """The part of routing weight that another expert served; 0 where nothing was rerouted."""
         return self.degraded_weight / self.routed_weight if self.routed_weight else 0.0
 
+    def add(self, other: "PhaseCounters", *, tokens: int | None = None) -> None:
+        """Count `other` as well; `tokens` instead of its own, where a request had a part in it."""
+        for item in fields(self):
+            setattr(self, item.name, getattr(self, item.name) + getattr(other, item.name))
+        if tokens is not None:
+            self.tokens += tokens - other.tokens
+
 
 @dataclass(slots=True)
-class Metrics:
-    """Counters by phase since the last `reset`; `phase` is the one that runs."""
+class Costs:
+    """Counters by phase: of a request (all of the passes that it took part in), or of a process."""
 
     prefill: PhaseCounters = field(default_factory=PhaseCounters)
     decode: PhaseCounters = field(default_factory=PhaseCounters)
+
+    def of(self, phase: Phase) -> PhaseCounters:
+        """The counters of `phase`."""
+        return self.prefill if phase == "prefill" else self.decode
+
+
+@dataclass(slots=True)
+class Metrics:
+    """`now` counts the forward pass that runs, `total` all that succeeded."""
+
+    now: PhaseCounters = field(default_factory=PhaseCounters)
+    total: Costs = field(default_factory=Costs)
     phase: Phase = "prefill"
 
-    @property
-    def now(self) -> PhaseCounters:
-        """The counters of the running phase."""
-        return self.prefill if self.phase == "prefill" else self.decode
+    def begin(self, phase: Phase) -> PhaseCounters:
+        """A pass of `phase` starts; returns its counters."""
+        self.phase, self.now = phase, PhaseCounters()
+        return self.now
 
-    def reset(self) -> None:
-        """Start counting again, for a new request."""
-        self.prefill, self.decode = PhaseCounters(), PhaseCounters()
+    def finish(self) -> None:
+        """The pass succeeded."""
+        self.total.of(self.phase).add(self.now)

@@ -15,6 +15,7 @@ from retinue.errors import UsageError
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float32]
 Phase = Literal["prefill", "decode"]
+BLOCK_TOKENS = 16  # of the key/value pool: what is shared between sequences is shared by blocks
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 

@@ -30,7 +30,7 @@ def execute(options: Namespace) -> int:
     config = config_from(options, context=None if options.prompts else needed)
     folder = locate(options.model)
     facts = survey(folder)
-    limits = split(facts, memory=config.memory, context=config.context, experts=config.experts)
+    limits = split(facts, **config.room())
     # Nothing is loaded yet, so the probe may take what the model will.
     room = min(384 << 20, limits.budget - limits.fixed)
     files = sorted(folder.glob("*.safetensors"))

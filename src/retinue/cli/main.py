@@ -10,6 +10,7 @@ from retinue import __version__
 from retinue.cli.options import (
     ENGINE,
     MODEL_HELP,
+    ROOM,
     SAMPLING,
     add_config_options,
     config_from,
@@ -67,7 +68,7 @@ def _add_plan(verbs: object) -> None:
         "retinue plan ./OLMoE-1B-7B --memory 4GiB",
     )
     plan.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    add_config_options(plan, ("memory", "experts", "context", "preset", "precision", "threads"))
+    add_config_options(plan, (*ROOM, "preset", "precision", "threads"))
 
 
 def _add_doctor(verbs: object) -> None:

@@ -16,7 +16,6 @@ from retinue.config import Config
 from retinue.engine.assembly import Assembly, assemble
 from retinue.engine.tasks import TaskIds, TaskText, as_ids, cut_to, read_texts
 from retinue.errors import Cancelled, UsageError
-from retinue.memory.budget import MAX_CHUNK_TOKENS
 from retinue.memory.home import locate, sample_tasks
 from retinue.model.load import load_tokenizer
 from retinue.model.survey import survey
@@ -35,7 +34,7 @@ def measured(options: Namespace, config: Config) -> Iterator[tuple[Assembly, lis
     ids = as_ids(texts, _encoder(folder, texts), facts.vocab_size)
     if config.context is None:
         longest = max(len(text.ids) for text in ids)
-        config = replace(config, context=min(longest, facts.max_context, MAX_CHUNK_TOKENS))
+        config = replace(config, context=min(longest, facts.max_context, config.chunk))
     assembly = assemble(folder, config)
     try:
         for text in assembly.notes:

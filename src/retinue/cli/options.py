@@ -7,8 +7,9 @@ from typing import Any
 from retinue.config import Config, load_config
 
 MODEL_HELP = "a checkpoint folder, or `sample`, the small trained model that ships along"
+ROOM = ("memory", "experts", "context", "kv_tokens", "chunk")
 ENGINE = (
-    *("memory", "experts", "context", "preset", "task", "profile"),
+    *(*ROOM, "batch", "preset", "task", "profile"),
     *("precision", "threads", "self_check"),
 )
 SAMPLING = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop")
@@ -48,7 +49,16 @@ def add_config_options(parser: ArgumentParser, names: tuple[str, ...]) -> None:
 
 
 def _kind(name: str) -> Any:
-    if name in ("context", "threads", "max_new_tokens", "top_k", "seed"):
+    if name in (
+        "context",
+        "kv_tokens",
+        "batch",
+        "chunk",
+        "threads",
+        "max_new_tokens",
+        "top_k",
+        "seed",
+    ):
         return int
     if name in ("temperature", "top_p", "min_p"):
         return float

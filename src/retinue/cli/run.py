@@ -37,9 +37,7 @@ def execute(options: Namespace) -> int:
 def _speeds(model: str, config: Config) -> Speeds:
     """The machine's speeds, for the bound: the remembered ones, or measured before loading."""
     folder = locate(model)
-    limits = split(
-        survey(folder), memory=config.memory, context=config.context, experts=config.experts
-    )
+    limits = split(survey(folder), **config.room())
     return known_speeds(folder, at_most_bytes=limits.budget - limits.fixed)
 
 

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 
 from retinue.config import Config
+from retinue.engine.blocks import BlockPool
 from retinue.engine.engine import Engine
 from retinue.engine.residents import Residents, known_beforehand
+from retinue.engine.scheduler import Limits
 from retinue.memory.budget import Split, split
 from retinue.memory.cache import ExpertCache
 from retinue.memory.checkpoint import open_checkpoint
@@ -20,7 +22,9 @@ from retinue.memory.machine import cores
 from retinue.memory.mover import Mover
 from retinue.memory.tier import Tier
 from retinue.metrics import Metrics
+from retinue.model.attention import install
 from retinue.model.experts import IMPLEMENTATION, ExpertHost
+from retinue.model.kv import Store
 from retinue.model.load import Network, build, end_tokens, load_dense, load_tokenizer
 from retinue.model.reference import self_check
 from retinue.model.routing import find_routers
@@ -29,7 +33,7 @@ from retinue.model.survey import facts_of, survey
 from retinue.policy.base import Policies
 from retinue.policy.presets import Preset, preset
 from retinue.policy.profile import Profile
-from retinue.types import Facts
+from retinue.types import BLOCK_TOKENS, Facts
 
 BLIND = "no look-ahead: some routers of this model cannot be asked"
 APPROXIMATE = "this preset is approximate: its tokens are not those of the plain model"
@@ -77,7 +81,7 @@ def assemble(model: str | Path, config: Config) -> Assembly:
     threads = config.threads or cores()
     facts = survey(folder)
     policies = chosen.build()
-    limits = _limits(facts, config, policies)
+    limits = split(facts, **config.room(), each_layer=policies.placement.fixed)
     known = known_beforehand(folder, facts, policies.placement, config)
     torch.set_num_threads(threads)
     with ExitStack() as undo:
@@ -96,11 +100,13 @@ def assemble(model: str | Path, config: Config) -> Assembly:
         if config.self_check:
             hidden, experts = network.text_config.hidden_size, network.experts
             self_check(host, experts.modules, experts.layouts, hidden, network.model.dtype)
+        store = Store(network.model.config, limits.kv_tokens)
+        if store.shareable:
+            install(network.model, store)
         engine = Engine(
-            Runner(network, host, mover, metrics),
-            metrics,
-            context=limits.context,
-            chunk=limits.chunk,
+            Runner(network, host, mover, metrics, store),
+            BlockPool(store.tokens // BLOCK_TOKENS),
+            Limits(limits.context, limits.chunk, config.batch, sharing=store.packable),
             vocabulary=facts.vocab_size,
             end_tokens=end_tokens(network),
         )
@@ -128,16 +134,6 @@ def assemble(model: str | Path, config: Config) -> Assembly:
         metrics,
         load_s,
         notes,
-    )
-
-
-def _limits(facts: Facts, config: Config, policies: Policies) -> Split:
-    return split(
-        facts,
-        memory=config.memory,
-        context=config.context,
-        experts=config.experts,
-        each_layer=policies.placement.fixed,
     )
 
 

@@ -1,21 +1,24 @@
-"""The one loop: take a request, run a chunk or a token, update it, hand out what is new.
+"""The one loop: admit requests, run a pass for all that are ready, update them.
 
-One request runs at a time; others wait in the order of arrival. One thread calls `step`; `cancel`
-may come from any. The engine knows neither files nor slots.
+One thread calls `step`; `cancel` may come from any. The engine knows neither files nor slots.
 """
 
 import time
-from collections import deque
+from collections.abc import Sequence as Items
 from typing import Protocol
 
 import torch
 
+from retinue.engine.blocks import BlockPool
 from retinue.engine.request import Request, State
+from retinue.engine.scheduler import Limits, Scheduler, Work
 from retinue.errors import Cancelled, RetinueError, UsageError
-from retinue.metrics import Metrics
+from retinue.metrics import PhaseCounters
 from retinue.model.experts import ExpertHost
-from retinue.model.kv import SequenceCache
-from retinue.types import Phase
+from retinue.model.kv import Segment, Sequence
+from retinue.types import FinishReason, Phase
+
+Part = tuple[Request, list[int]]
 
 
 class Runner(Protocol):
@@ -24,47 +27,49 @@ class Runner(Protocol):
     @property
     def host(self) -> ExpertHost: ...
 
-    def new_sequence(self, context: int) -> SequenceCache: ...
+    def new_sequence(self, blocks: list[int], length: int) -> Sequence: ...
 
-    def run(self, tokens: list[int], sequence: SequenceCache, phase: Phase) -> torch.Tensor: ...
+    def groups(self, segments: Items[Segment]) -> list[list[int]]: ...
+
+    def run(self, segments: Items[Segment], phase: Phase) -> tuple[torch.Tensor, PhaseCounters]: ...
 
 
 class Engine:
-    """Runs requests. `context` bounds prompt and answer together, `chunk` one prefill pass."""
+    """Runs requests, many at once. `vocabulary` bounds token ids, `end_tokens` end an answer."""
 
     def __init__(
         self,
         runner: Runner,
-        metrics: Metrics,
+        pool: BlockPool,
+        limits: Limits,
         *,
-        context: int,
-        chunk: int,
         vocabulary: int,
         end_tokens: frozenset[int],
     ) -> None:
-        self._runner, self.metrics = runner, metrics
-        self.context, self._chunk, self._vocabulary = context, chunk, vocabulary
-        self._end_tokens = end_tokens
-        self._waiting: deque[Request] = deque()
-        self._running: Request | None = None
-        self._sequence = runner.new_sequence(context)
-        self._stored: list[int] = []  # the ids whose keys and values the sequence holds
-        self._runner.host.stop = self._stopped
+        self._runner, self._vocabulary, self._end_tokens = runner, vocabulary, end_tokens
+        self.limits = limits
+        self.scheduler = Scheduler(pool, limits)
 
     def add(self, request: Request) -> None:
         """Queue `request`. Raises UsageError for a prompt that can never run."""
         self.check(request.prompt)
-        self._waiting.append(request)
+        self.scheduler.waiting.append(request)
 
     def check(self, prompt: list[int]) -> None:
         """Raise UsageError for a prompt that can never run."""
-        length = len(prompt)
+        length, limits = len(prompt), self.limits
         if length == 0:
             raise UsageError("the prompt is empty", hint="give at least one token")
-        if length >= self.context:
+        if length >= limits.context:
             raise UsageError(
-                f"the prompt has {length} tokens, the context only {self.context}",
+                f"the prompt has {length} tokens, the context only {limits.context}",
                 hint="shorten the prompt, or use a larger `--context`",
+            )
+        if limits.whole_prompts and length > limits.chunk:
+            raise UsageError(
+                f"the prompt has {length} tokens; this family takes prompts in one piece, and a"
+                f" piece has {limits.chunk}",
+                hint="shorten the prompt, or use a larger `--chunk`",
             )
         wrong = [token for token in prompt if not 0 <= token < self._vocabulary]
         if wrong:
@@ -79,73 +84,86 @@ class Engine:
     @property
     def busy(self) -> bool:
         """Whether `step` has anything to do."""
-        return self._running is not None or bool(self._waiting)
+        return self.scheduler.busy
 
-    def step(self) -> tuple[Request, str] | None:
-        """Advance one request by a chunk or a token; returns it with the text that is new."""
-        request = self._running or self._start()
-        if request is None:
-            return None
-        delta = ""
-        try:
-            if self._stopped():
-                raise Cancelled("the request was cancelled")
-            delta = self._advance(request)
-        except Cancelled:
-            request.end(State.CANCELLED, "cancelled")
-        except RetinueError as error:
-            request.end(State.FAILED, "error", error)
-        except BaseException:
-            request.end(State.FAILED, "error")
-            self._running = None
-            raise
-        if request.state.final:
-            delta += request.text.finish()
-            self._running = None
-        return request, delta
+    def step(self) -> list[Request]:
+        """One pass of the network; returns the requests that got further, or ended."""
+        moved = self.end_cancelled()
+        while (request := self.scheduler.admit()) is not None:
+            self._start(request)
+        work = self.scheduler.next()
+        if work is not None:
+            moved += self._run(work)
+        return moved
 
     def idle(self) -> None:
         """Assert that the books balance; for when nothing runs."""
-        assert self._running is None
+        assert not self.busy
         self._runner.host.cache.check()
-        assert self._sequence.length == len(self._stored)
+        self.scheduler.check()
 
     def close(self) -> None:
         """Let go of the network."""
         self._runner.host.close()
 
-    def _start(self) -> Request | None:
-        if not self._waiting:
-            return None
-        request = self._running = self._waiting.popleft()
+    def _start(self, request: Request) -> None:
         request.state = State.PREFILL
-        self.metrics.reset()
-        keep = _common_prefix(self._stored, request.prompt) if request.reuse else 0
-        # The last prompt token always runs: its logits choose the first new one.
-        request.reused = min(keep, len(request.prompt) - 1)
-        self._sequence.truncate(request.reused)
-        del self._stored[request.reused :]
-        return request
+        if request.sequence is None:
+            assert request.table is not None
+            request.sequence = self._runner.new_sequence(request.table.blocks, request.done)
 
-    def _advance(self, request: Request) -> str:
-        self._runner.host.begin([request.task])
-        if request.state is State.DECODE:
-            logits = self._run([request.token_ids[-1]], "decode")
-            return self._accept(request, logits)
-        done = len(self._stored)
-        tokens = request.prompt[done : done + self._chunk]
-        logits = self._run(tokens, "prefill")
-        if len(self._stored) < len(request.prompt):
-            return ""
-        request.state = State.DECODE
-        return self._accept(request, logits)
+    def end_cancelled(self) -> list[Request]:
+        """End the requests that were cancelled; returns them. `step` does so as well."""
+        waiting, running = self.scheduler.waiting, self.scheduler.running
+        cancelled = [request for request in [*waiting, *running] if request.cancelled.is_set()]
+        for request in cancelled:
+            self._end(request, State.CANCELLED)
+        return cancelled
 
-    def _run(self, tokens: list[int], phase: Phase) -> torch.Tensor:
-        logits = self._runner.run(tokens, self._sequence, phase)
-        self._stored.extend(tokens)
-        return logits
+    def _run(self, work: Work) -> list[Request]:
+        """Run the passes of `work`, one for all requests where the family allows it."""
+        segments = [_segment(part) for part in work.parts]
+        for group in self._runner.groups(segments):
+            self._pass([work.parts[index] for index in group], work.phase)
+        return [request for request, _ in work.parts]
 
-    def _accept(self, request: Request, logits: torch.Tensor) -> str:
+    def _pass(self, parts: list[Part], phase: Phase) -> None:
+        """One forward pass. If it fails for several requests, each one gets a pass of its own."""
+        requests = [request for request, _ in parts]
+        # A pass stops in its middle if nobody wants it any more.
+        self._runner.host.stop = lambda: all(request.cancelled.is_set() for request in requests)
+        try:
+            read = self._runner.host.begin([request.task for request in self.scheduler.running])
+            logits, counters = self._runner.run([_segment(part) for part in parts], phase)
+            counters.bytes_read += read
+        except Cancelled:
+            for request in requests:
+                self._end(request, State.CANCELLED)
+        except RetinueError as error:
+            if len(parts) == 1:
+                self._end(requests[0], State.FAILED, error)
+                return
+            for part in parts:
+                self._pass([part], phase)
+        except BaseException:
+            for request in requests:
+                self._end(request, State.FAILED)
+            raise
+        else:
+            for row, (request, tokens) in enumerate(parts):
+                request.costs.of(phase).add(counters, tokens=len(tokens))
+                request.done += len(tokens)
+                self._advance(request, logits[row])
+
+    def _advance(self, request: Request, logits: torch.Tensor) -> None:
+        if request.done < len(request.prompt):
+            return
+        if request.state is State.PREFILL:
+            request.state = State.DECODE
+            self.scheduler.share(request)
+        self._accept(request, logits)
+
+    def _accept(self, request: Request, logits: torch.Tensor) -> None:
         """Choose the next token from `logits` and see whether the answer ends with it."""
         params, count = request.params, len(request.token_ids)
         if request.forced is not None:
@@ -157,23 +175,37 @@ class Engine:
         request.token_ids.append(token)
         if (logprob := request.sampler.logprob(logits, token)) is not None:
             request.logprobs.append(logprob)
-        delta = request.text.push(token)
-        full = len(request.prompt) + len(request.token_ids) >= self.context
+        request.tell(request.text.push(token))
+        full = len(request.tokens) >= self.limits.context
         ended = token in self._end_tokens and not params.ignore_eos
         if ended or request.text.stopped:
-            request.end(State.DONE, "stop")
+            self._end(request, State.DONE, reason="stop")
         elif len(request.token_ids) >= params.max_new_tokens or full:
-            request.end(State.DONE, "length")
-        return delta
+            self._end(request, State.DONE, reason="length")
 
-    def _stopped(self) -> bool:
-        return self._running is not None and self._running.cancelled.is_set()
+    def _end(
+        self,
+        request: Request,
+        state: State,
+        error: RetinueError | None = None,
+        reason: FinishReason | None = None,
+    ) -> None:
+        """Enter a final state, and free what the request holds."""
+        if request.state is State.WAITING:
+            self.scheduler.waiting.remove(request)
+        else:
+            # A cache of the model's own is damaged by a pass that stopped in its middle.
+            lost = request.sequence is not None and request.sequence.own is not None
+            intact = state is State.DONE or (state is State.CANCELLED and not lost)
+            self.scheduler.leave(request, intact=intact)
+        request.end(state, reason or ENDED_BY[state], error)
+        request.tell(request.text.finish())
 
 
-def _common_prefix(left: list[int], right: list[int]) -> int:
-    count = 0
-    for a, b in zip(left, right, strict=False):
-        if a != b:
-            break
-        count += 1
-    return count
+ENDED_BY: dict[State, FinishReason] = {State.CANCELLED: "cancelled", State.FAILED: "error"}
+
+
+def _segment(part: Part) -> Segment:
+    request, tokens = part
+    assert request.sequence is not None
+    return Segment(request.sequence, tokens)

@@ -72,7 +72,7 @@ def evaluate(
     else:
         with assembly.residents.away():
             plain = [_score(scorer, text, advance) for text in texts]
-        scored, cost = _restricted(assembly, scorer, texts, advance)
+        scored, cost = _restricted(assembly, _scorer(assembly), texts, advance)
     tasks = {}
     for name in dict.fromkeys(text.task for text in texts):
         at = [i for i, text in enumerate(texts) if text.task == name]
@@ -142,16 +142,15 @@ def _restricted(
     texts: Sequence[TaskIds],
     advance: Callable[[], object],
 ) -> tuple[list[Scored], _Cost]:
-    residents, metrics = assembly.residents, assembly.metrics
+    residents = assembly.residents
     assert residents is not None
     residents.begin([texts[0].task])  # the first placement is not the pass's
-    metrics.reset()
     before = residents.bytes_read
     scored = []
     for text in texts:
         residents.begin([text.task])
         scored.append(_score(scorer, text, advance))
-    counters = metrics.prefill
+    counters = scorer.costs
     read = residents.bytes_read - before
     return scored, _Cost(counters.degraded_share, counters.rerouted, 0, read)
 

@@ -1,7 +1,6 @@
 """The offline interface: `LLM(model, memory="4GiB").generate(prompts, SamplingParams(...))`."""
 
 import statistics
-import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -40,6 +39,9 @@ class LLM:
         precision: str | None = None,
         threads: int | None = None,
         context: int | None = None,
+        kv_tokens: int | None = None,
+        batch: int | None = None,
+        chunk: int | None = None,
         self_check: bool | None = None,
     ) -> None:
         flags = {
@@ -51,6 +53,9 @@ class LLM:
             "precision": precision,
             "threads": threads,
             "context": context,
+            "kv_tokens": kv_tokens,
+            "batch": batch,
+            "chunk": chunk,
             "self_check": self_check,
         }
         self._open(model, load_config(flags))
@@ -65,8 +70,7 @@ class LLM:
     def _open(self, model: str | Path, config: Config) -> None:
         self.config = config
         self._assembly: Assembly | None = assemble(model, config)
-        self._lock = threading.Lock()
-        self._current: Request | None = None
+        self._running: list[Request] = []
 
     @property
     def assembly(self) -> Assembly:
@@ -85,26 +89,34 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | None = None,
         *,
+        reuse: bool | None = None,
         progress: bool = True,
         task: str | None = None,
     ) -> list[Output]:
         """Answer each prompt, a text or a list of token ids; a progress bar goes to stderr.
 
         `task` names the kind of work, for presets that know tasks; default: the model's own.
+        Prompts are answered together, as many as `batch` and `kv_tokens` allow. `reuse` lets those
+        that begin alike compute that part once: by default where there are several. Alone, a
+        prompt's answer does not depend on others; together, logits may differ by rounding.
+
         Raises UsageError for a prompt that is empty or too long, and whatever made an answer
-        fail; the model stays usable.
+        fail, after the other prompts were answered; the model stays usable.
         """
         single = isinstance(prompts, str) or (bool(prompts) and isinstance(prompts[0], int))
         batch: Sequence[Any] = [prompts] if single else prompts
         # All are checked before the first one runs.
         ids = [self._checked(prompt) for prompt in batch]
-        outputs = []
+        params = params or SamplingParams()
+        shared = len(ids) > 1 if reuse is None else reuse
+        task = self.config.task if task is None else task
+        requests = [
+            new_request(each, params, self.tokenizer, reuse=shared, task=task) for each in ids
+        ]
         with _bar(len(ids), progress) as bar:
-            for prompt in ids:
-                *_, last = self._stream(prompt, params or SamplingParams(), task=task)
-                outputs.append(last)
-                bar.update()
-        return outputs
+            for _ in self.serve(requests):
+                bar.update(sum(1 for request in requests if request.state.final) - bar.n)
+        return [self._output(request, request.take_delta()) for request in requests]
 
     def stream(
         self,
@@ -116,17 +128,19 @@ class LLM:
     ) -> Iterator[Output]:
         """Yield the answer as it grows; the last Output has a finish_reason and stats.
 
-        `reuse` keeps what the last sequence computed for the prefix that both share, as a
-        conversation does. Its logits may differ by rounding from those of a fresh prompt.
+        `reuse` lets what other sequences computed serve the prefix that both share, as in a
+        conversation. Its logits may differ by rounding from those of a fresh prompt. Several
+        streams may be open at once; each step of one serves them all.
         """
         ids = self._checked(prompt)
-        return self._stream(ids, params or SamplingParams(), reuse=reuse, task=task)
+        task = self.config.task if task is None else task
+        params = params or SamplingParams()
+        return self._stream(new_request(ids, params, self.tokenizer, reuse=reuse, task=task))
 
     def cancel(self) -> None:
-        """End the running answer as soon as its layer allows. From any thread or a signal."""
-        request = self._current
-        if request is not None:
-            self.assembly.engine.cancel(request)
+        """End all running answers as soon as their layer allows. From any thread or a signal."""
+        for request in tuple(self._running):
+            request.cancelled.set()
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a text with the tokenizer's own special tokens; ids stay as they are."""
@@ -156,35 +170,39 @@ class LLM:
         self.close()
 
     def run(self, request: Request) -> Iterator[str]:
-        """Run a request that was made by hand to its end; yields the text that is new.
+        """Run a request that was made by hand to its end; yields the text that is new."""
+        for _ in self.serve([request]):
+            yield request.take_delta()
 
-        Raises UsageError while another one runs: a stream that was left open, say.
+    def serve(self, requests: Sequence[Request]) -> Iterator[None]:
+        """Run requests to their ends; yields after each step in which one of them got further.
+
+        Raises what made one of them fail, when all have ended. Those that still run when the
+        caller leaves early are cancelled.
         """
         engine = self.assembly.engine
-        if not self._lock.acquire(blocking=False):
-            raise UsageError(
-                "the model is giving another answer", hint="let that stream end, or close it"
-            )
-        try:
+        for request in requests:
             engine.add(request)
-            self._current = request
-            while not request.state.final:
-                step = self.assembly.engine.step()  # asked anew: it may have been closed
-                if step is not None:
-                    yield step[1]
-            engine.idle()
+        self._running += requests
+        try:
+            while not all(request.state.final for request in requests):
+                moved = self.assembly.engine.step()  # asked anew: it may have been closed
+                if any(request in moved for request in requests):
+                    yield
+            if not engine.busy:
+                engine.idle()
         finally:
-            # The consumer may have left early: the request ends all the same.
-            if self._current is not None and not request.state.final:
-                engine.cancel(request)
-                engine.step()
-            self._current = None
-            self._lock.release()
-        if request.state is State.FAILED and request.error is not None:
-            raise request.error
+            for request in requests:
+                self._running.remove(request)
+                request.cancelled.set()
+            if self._assembly is not None and not all(r.state.final for r in requests):
+                engine.end_cancelled()
+        for request in requests:
+            if request.state is State.FAILED and request.error is not None:
+                raise request.error
 
     def stats(self, request: Request) -> Stats:
-        """What `request`, the last one that ran, has cost."""
+        """What `request` has cost. Passes that served several requests count for each of them."""
         return _stats(self.assembly, request)
 
     def _checked(self, prompt: Prompt) -> list[int]:
@@ -192,16 +210,7 @@ class LLM:
         self.assembly.engine.check(ids)
         return ids
 
-    def _stream(
-        self,
-        ids: list[int],
-        params: SamplingParams,
-        *,
-        reuse: bool = False,
-        task: str | None = None,
-    ) -> Iterator[Output]:
-        task = self.config.task if task is None else task
-        request = new_request(ids, params, self.tokenizer, reuse=reuse, task=task)
+    def _stream(self, request: Request) -> Iterator[Output]:
         for delta in self.run(request):
             if delta or request.state.final:
                 yield self._output(request, delta)
@@ -220,7 +229,7 @@ class LLM:
 
 
 def _stats(assembly: Assembly, request: Request) -> Stats:
-    prefill, decode = assembly.metrics.prefill, assembly.metrics.decode
+    prefill, decode = request.costs.prefill, request.costs.decode
     steps = decode.steps_s
     return Stats(
         load_s=assembly.load_s,

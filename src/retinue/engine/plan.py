@@ -44,13 +44,7 @@ def make_plan(facts: Facts, config: Config, speeds: Speeds, threads: int) -> Pla
     """Divide the budget and estimate speeds."""
     none, fixed = Band(0.0, 0.0), preset(config.preset).build().placement.fixed
     try:
-        limits = split(
-            facts,
-            memory=config.memory,
-            context=config.context,
-            experts=config.experts,
-            each_layer=fixed,
-        )
+        limits = split(facts, **config.room(), each_layer=fixed)
     except DoesNotFit as error:
         budget, smallest = budget_bytes(config.memory), _smallest(facts, config, fixed)
         return Plan(facts, budget, smallest, None, none, none, [str(error), error.hint])
@@ -68,7 +62,8 @@ def make_plan(facts: Facts, config: Config, speeds: Speeds, threads: int) -> Pla
 def _smallest(facts: Facts, config: Config, fixed: bool) -> int:
     """The smallest budget, whether that or `--experts` is what is too small."""
     try:
-        return split(facts, memory=config.memory, context=config.context, each_layer=fixed).smallest
+        room = config.room() | {"experts": None}
+        return split(facts, **room, each_layer=fixed).smallest
     except DoesNotFit as error:
         return error.smallest_bytes
 

@@ -6,8 +6,11 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+from retinue.engine.blocks import Table
 from retinue.engine.text import TextStream
 from retinue.errors import RetinueError
+from retinue.metrics import Costs
+from retinue.model.kv import Sequence
 from retinue.model.sampler import Sampler
 from retinue.types import FinishReason, SamplingParams, TokenLogprob
 
@@ -28,13 +31,12 @@ class State(Enum):
         return self in (State.DONE, State.FAILED, State.CANCELLED)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Request:
     """A prompt of token ids with its sampling, and what has become of it.
 
     `forced` replaces sampling by given ids, which benchmarks need for equal work. `reuse` lets
-    the sequence of the request before serve the prefix that both share. `task` names the kind of
-    work, for presets that know tasks.
+    what others have computed serve the prefix that they share. `task` is the kind of work.
     """
 
     prompt: list[int]
@@ -48,11 +50,35 @@ class Request:
     state: State = State.WAITING
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
-    reused: int = 0
+    done: int = 0  # tokens of prompt and answer whose keys and values are computed
+    reused: int = 0  # of those, computed for another request
+    table: Table | None = None
+    sequence: Sequence | None = None
+    costs: Costs = field(default_factory=Costs)
     first_token_s: float = 0.0
     finish_reason: FinishReason | None = None
     error: RetinueError | None = None
     cancelled: threading.Event = field(default_factory=threading.Event)
+    _delta: str = ""
+
+    @property
+    def decoding(self) -> bool:
+        """Whether it runs, and its prompt is done."""
+        return self.state is State.DECODE
+
+    @property
+    def tokens(self) -> list[int]:
+        """Prompt and answer so far."""
+        return self.prompt + self.token_ids
+
+    def tell(self, delta: str) -> None:
+        """Put text that is new where `take_delta` finds it."""
+        self._delta += delta
+
+    def take_delta(self) -> str:
+        """The text that is new since the last call."""
+        delta, self._delta = self._delta, ""
+        return delta
 
     def end(self, state: State, reason: FinishReason, error: RetinueError | None = None) -> None:
         """Enter a final state, once."""

@@ -68,21 +68,21 @@ class Residents:
         self._host.restriction.active = True
         self._host.begin = self.begin
 
-    def begin(self, tasks: Sequence[str | None]) -> None:
+    def begin(self, tasks: Sequence[str | None]) -> int:
         """Requests of `tasks`, one each, run next: load their set where it is another.
 
-        Counted as read by the prefill. Raises the error of a read that failed.
+        Returns the bytes read. Raises the error of a read that failed.
         """
         wanted = tuple(sorted(tasks, key=str)) if self._placement.by_task else ()
         if self._tasks == wanted:
-            return
+            return 0
         for task in set(wanted) - self._said - self._names:
             self._said.add(task)
             what = "no task was given" if task is None else f"the profile has no task `{task}`"
             log.warning("%s: the popularity of all tasks together decides", what)
         before = self.bytes_read
         self._change(wanted)
-        self._host.metrics.prefill.bytes_read += self.bytes_read - before
+        return self.bytes_read - before
 
     @contextmanager
     def away(self) -> Iterator[None]:

@@ -2,7 +2,7 @@
 
     runtime      interpreter, libraries, threads: what is there with no model at all
     dense        every weight that is not a routed expert
-    kv           keys and values for the longest sequence
+    kv           keys and values of all sequences that run at once
     workspace    activations of the largest prefill chunk
     experts      slots, whatever the rest leaves
 
@@ -13,7 +13,7 @@ would work. A control group also charges kernel memory, hence the reserve within
 from dataclasses import dataclass
 from pathlib import Path
 
-from retinue.config import DEFAULT_CONTEXT, format_size, parse_size
+from retinue.config import DEFAULT_CONTEXT, Config, format_size, parse_size
 from retinue.errors import DoesNotFit, UsageError
 from retinue.memory.machine import available_bytes, resident_bytes
 from retinue.types import Facts
@@ -22,7 +22,7 @@ from retinue.types import Facts
 # libraries imported and its threads started, and page tables, file handles and stacks.
 RUNTIME_BYTES = 470 << 20
 RESERVE_BYTES = 48 << 20
-MAX_CHUNK_TOKENS = 2048
+CHUNK_TOKENS: int = Config().chunk
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +36,7 @@ class Split:
     slots: int
     slot_bytes: int
     context: int
+    kv_tokens: int
     chunk: int
     smallest: int
 
@@ -56,13 +57,19 @@ def context_tokens(facts: Facts, context: int | None) -> int:
     return context
 
 
-def chunk_tokens(context: int) -> int:
-    """Tokens of a prefill chunk. Depends on nothing that residency could change: not on memory."""
-    return min(context, MAX_CHUNK_TOKENS)
+def pool_tokens(context: int, kv_tokens: int | None) -> int:
+    """Tokens of all sequences together. Raises UsageError if the longest one has no room."""
+    if kv_tokens is not None and kv_tokens < context:
+        raise UsageError(
+            f"kv_tokens is out of range: `{kv_tokens}`", hint=f"the context alone has {context}"
+        )
+    return kv_tokens or context
 
 
-def _workspace(facts: Facts, chunk: int, context: int) -> int:
-    count = facts.workspace_bytes + facts.workspace_bytes_per_context * context
+def _workspace(facts: Facts, chunk: int, context: int, pool: int) -> int:
+    count = facts.workspace_bytes + facts.workspace_bytes_per_context * pool
+    # Sequences whose blocks are not neighbours are copied together, layer by layer.
+    count += facts.kv_bytes_per_token * pool // facts.layers
     count += facts.workspace_bytes_per_token * chunk
     return count + facts.workspace_bytes_per_pair * chunk * context
 
@@ -89,6 +96,8 @@ def split(
     memory: str | int,
     context: int | None = None,
     experts: str | int | None = None,
+    kv_tokens: int | None = None,
+    chunk: int = CHUNK_TOKENS,
     each_layer: bool = False,
 ) -> Split:
     """Divide `memory`, or raise DoesNotFit with the smallest budget that would work.
@@ -98,10 +107,12 @@ def split(
     least = facts.min_slots * (facts.moe_layers if each_layer else 1)
     budget = budget_bytes(memory)
     tokens = context_tokens(facts, context)
-    chunk = chunk_tokens(tokens)
+    pool = pool_tokens(tokens, kv_tokens)
+    # Depends on nothing that residency could change: not on the memory.
+    chunk = min(tokens, chunk)
     fixed = RUNTIME_BYTES + RESERVE_BYTES + facts.dense_bytes
-    kv = facts.kv_bytes_per_token * tokens
-    workspace = _workspace(facts, chunk, tokens)
+    kv = facts.kv_bytes_per_token * pool
+    workspace = _workspace(facts, chunk, tokens, pool)
     needed = fixed + kv + workspace
     smallest = needed + least * facts.slot_bytes
     if budget < smallest:
@@ -114,7 +125,9 @@ def split(
     slots = min((budget - needed) // facts.slot_bytes, facts.total_experts)
     if experts is not None:
         slots = min(slots, _slot_limit(facts, experts, least))
-    return Split(budget, fixed, kv, workspace, slots, facts.slot_bytes, tokens, chunk, smallest)
+    return Split(
+        budget, fixed, kv, workspace, slots, facts.slot_bytes, tokens, pool, chunk, smallest
+    )
 
 
 def _hint(smallest: int) -> str:

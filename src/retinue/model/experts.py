@@ -35,7 +35,7 @@ SUM_BLOCK_TOKENS = 64  # bounds the rows that are held in fp32
 class ExpertHost:
     """Runs the experts of one model out of one cache. `stop` is asked once a layer and in waits.
 
-    `begin` is told the tasks of the requests that run next, before a step of theirs.
+    `begin` is told the tasks of the requests that run, before a step; returns bytes it read.
     `restriction` stands between the routers and an approximate preset's routing; nothing is
     fetched while it is active. Raises Unsupported where the routers do not obey it.
     """
@@ -50,7 +50,7 @@ class ExpertHost:
     ) -> None:
         self.cache, self.metrics = cache, metrics
         self.stop: Callable[[], bool] = lambda: False
-        self.begin: Callable[[Sequence[str | None]], None] = lambda tasks: None
+        self.begin: Callable[[Sequence[str | None]], int] = lambda tasks: 0
         self.watch: Watch | None = None
         self.restriction: Restriction | None = None
         if not policies.routing.exact:
@@ -88,7 +88,7 @@ class ExpertHost:
         if self.restriction is not None:
             self.restriction.close()
         self.watch = None
-        self.begin = lambda tasks: None
+        self.begin = lambda tasks: 0
         self.stop = lambda: False
 
     def run(

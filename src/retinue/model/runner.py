@@ -1,68 +1,111 @@
-"""Runs the network on the next tokens of a sequence. Knows no requests and no text."""
+"""Runs the network on the next tokens of sequences. Knows no requests and no text."""
 
 import time
+from collections.abc import Sequence as Items
 
 import numpy as np
 import torch
 
 from retinue.errors import NotFinite
 from retinue.memory.mover import Mover
-from retinue.metrics import Metrics
+from retinue.metrics import Metrics, PhaseCounters
 from retinue.model.experts import ExpertHost
-from retinue.model.kv import SequenceCache
+from retinue.model.kv import Segment, Sequence, Store
 from retinue.model.load import Network
 from retinue.model.reference import DAMAGED, damaged_expert, read_expert
 from retinue.types import Phase
 
 
 class Runner:
-    """`run` is one forward pass; it fills the sequence's cache and returns the last logits."""
+    """`run` appends tokens to sequences and returns the logits after each one's last."""
 
-    def __init__(self, network: Network, host: ExpertHost, mover: Mover, metrics: Metrics) -> None:
+    def __init__(
+        self, network: Network, host: ExpertHost, mover: Mover, metrics: Metrics, store: Store
+    ) -> None:
         self._network, self._host, self._mover, self._metrics = network, host, mover, metrics
-        self._model = network.model
+        self._model, self._store = network.model, store
 
     @property
     def host(self) -> ExpertHost:
         """The experts' side of the network."""
         return self._host
 
-    def new_sequence(self, context: int) -> SequenceCache:
-        """An empty sequence with room for `context` tokens."""
-        return SequenceCache(self._network.text_config.num_hidden_layers, context)
+    def new_sequence(self, blocks: list[int], length: int = 0) -> Sequence:
+        """A sequence over `blocks` of the pool, whose first `length` tokens are there already."""
+        return Sequence(blocks, length)
+
+    def groups(self, segments: Items[Segment]) -> list[list[int]]:
+        """Indices of the segments that can share a forward pass.
+
+        Running states advance row by row, so families with them share passes of one token each.
+        """
+        everyone = list(range(len(segments)))
+        single = all(len(segment.tokens) == 1 and segment.sequence.length for segment in segments)
+        if self._store.packable or (self._store.shareable and single):
+            return [everyone]
+        return [[index] for index in everyone]
 
     @torch.inference_mode()
-    def run(self, tokens: list[int], sequence: SequenceCache, phase: Phase) -> torch.Tensor:
-        """Append `tokens` to `sequence`; returns the logits after the last: [vocabulary].
+    def run(self, segments: Items[Segment], phase: Phase) -> tuple[torch.Tensor, PhaseCounters]:
+        """One pass: the logits after each segment [segments, vocabulary], and what it cost.
 
-        Raises NotFinite, Cancelled, or the error of a read; the sequence is then as before.
+        `segments` are a group of `groups`, so that an expert is read once for all of them. Raises
+        NotFinite, Cancelled, or the error of a read; the sequences are then as before (but for
+        those with a cache of their own, which are lost).
         """
-        before, read = sequence.length, self._mover.bytes_read
-        used = self._host.cache.used_bytes_read
+        read, used = self._mover.bytes_read, self._host.cache.used_bytes_read
         started = time.perf_counter()
-        self._metrics.phase = phase
+        counters = self._metrics.begin(phase)
         self._host.cache.begin_step(phase)
         try:
-            logits = self._model(
-                input_ids=torch.tensor([tokens]),
-                past_key_values=sequence,
-                use_cache=True,
-                logits_to_keep=1,
-            ).logits[0, -1]
+            shared = self._store.shareable
+            logits = self._shared(segments) if shared else self._alone(segments[0])
             if not bool(torch.isfinite(logits).all()):
                 raise self._not_finite()
+            self._store.commit()
         except BaseException:
-            sequence.truncate(before)
+            self._store.end()
             self._host.cache.cancel_all()
             raise
-        counters = self._metrics.now
-        elapsed = time.perf_counter() - started
-        counters.tokens += len(tokens)
-        counters.seconds += elapsed
-        counters.steps_s.append(elapsed)
-        counters.bytes_read += self._mover.bytes_read - read
-        counters.used_bytes_read += self._host.cache.used_bytes_read - used
+        counters.tokens = sum(len(segment.tokens) for segment in segments)
+        counters.seconds = time.perf_counter() - started
+        counters.steps_s.append(counters.seconds)
+        counters.bytes_read = self._mover.bytes_read - read
+        counters.used_bytes_read = self._host.cache.used_bytes_read - used
+        self._metrics.finish()
+        return logits, counters
+
+    def _shared(self, segments: Items[Segment]) -> torch.Tensor:
+        """A pass over the store: one row of tokens, or a column where states advance by row."""
+        store, column = self._store, not self._store.packable and len(segments) > 1
+        tokens = torch.tensor([token for segment in segments for token in segment.tokens])
+        positions = torch.cat([_positions(segment) for segment in segments])
+        shape = (-1, 1) if column else (1, -1)
+        ends = torch.tensor([len(segment.tokens) for segment in segments]).cumsum(0) - 1
+        store.begin(segments)
+        logits = self._model(
+            input_ids=tokens.view(shape),
+            position_ids=positions.view(shape),
+            past_key_values=store,
+            use_cache=True,
+            logits_to_keep=1 if column or len(segments) == 1 else ends,
+        ).logits
+        logits = logits[:, -1] if column else logits[0]
+        assert len(logits) == len(segments), (logits.shape, len(segments))
         return torch.as_tensor(logits)
+
+    def _alone(self, segment: Segment) -> torch.Tensor:
+        """A pass over one sequence and the cache that the model makes for it."""
+        sequence = segment.sequence
+        output = self._model(
+            input_ids=torch.tensor([list(segment.tokens)]),
+            past_key_values=sequence.own,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        sequence.own = output.past_key_values
+        sequence.length += len(segment.tokens)
+        return torch.as_tensor(output.logits[:, -1])
 
     def _not_finite(self) -> NotFinite:
         """Find out which weight made the logits NaN or infinite."""
@@ -80,3 +123,8 @@ class Runner:
             "the model computed NaN or infinite logits from finite weights",
             hint="a float16 checkpoint may overflow; use its bfloat16 or float32 form",
         )
+
+
+def _positions(segment: Segment) -> torch.Tensor:
+    start = segment.sequence.length
+    return torch.arange(start, start + len(segment.tokens))

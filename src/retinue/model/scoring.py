@@ -13,7 +13,7 @@ import torch
 
 from retinue.errors import NotFinite
 from retinue.memory.mover import Mover
-from retinue.metrics import Metrics
+from retinue.metrics import Metrics, PhaseCounters
 from retinue.model.experts import ExpertHost
 from retinue.model.load import Network
 from retinue.types import FloatArray, IntArray
@@ -45,6 +45,7 @@ class Scorer:
     def __init__(self, network: Network, host: ExpertHost, mover: Mover, metrics: Metrics) -> None:
         self._model, self._host = network.model, host
         self._mover, self._metrics = mover, metrics
+        self.costs = PhaseCounters()  # of all texts so far
 
     @torch.inference_mode()
     def score(self, ids: list[int], count: int) -> Scored:
@@ -54,7 +55,7 @@ class Scorer:
         """
         assert 1 <= count < len(ids)
         read = self._mover.bytes_read
-        self._metrics.phase = "prefill"
+        counters = self._metrics.begin("prefill")
         self._host.cache.begin_step("prefill")
         try:
             logits = self._model(
@@ -63,9 +64,9 @@ class Scorer:
         except BaseException:
             self._host.cache.cancel_all()
             raise
-        counters = self._metrics.now
-        counters.tokens += len(ids)
-        counters.bytes_read += self._mover.bytes_read - read
+        counters.tokens = len(ids)
+        counters.bytes_read = self._mover.bytes_read - read
+        self.costs.add(counters)
         return _scored(logits, torch.tensor(ids[-count:]))
 
     @contextmanager
