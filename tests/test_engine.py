@@ -27,6 +27,8 @@ class Host:
     def __init__(self) -> None:
         self.cache, self.closed = Books(), False
         self.stop: Callable[[], bool] = lambda: False
+        self.tasks: list[list[str | None]] = []
+        self.begin = self.tasks.append
 
     def close(self) -> None:
         self.closed = True

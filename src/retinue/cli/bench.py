@@ -71,7 +71,7 @@ def _measure(llm: LLM, options: Namespace, facts: Facts, config: Config) -> tupl
             )
         forced = [ids.randrange(facts.vocab_size) for _ in range(count + 1)]
         params = SamplingParams(max_new_tokens=count + 1, ignore_eos=True)
-        request = new_request(prompt, params, None, forced=forced)
+        request = new_request(prompt, params, None, forced=forced, task=config.task)
         for _ in llm.run(request):
             pass
     return llm.stats(request), len(request.prompt)
@@ -125,6 +125,8 @@ def _text(document: dict[str, Any], stats: Stats, before: Speeds, after: Speeds)
     looked_up = f"{stats.hits} hits, {stats.pending} pending, {stats.misses} misses"
     experts = f"{stats.resident_experts} of {stats.total_experts} experts resident"
     peak = f"{format_size(stats.peak_rss_bytes)} of {format_size(stats.budget_bytes)}"
+    if stats.degraded_share:
+        rows.append(("degraded", f"{stats.degraded_share:.1%}", "of routing weight"))
     rows += [
         ("hit rate", f"{stats.hit_rate:.1%}", looked_up),
         (

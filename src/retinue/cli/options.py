@@ -8,7 +8,7 @@ from retinue.config import Config, load_config
 
 MODEL_HELP = "a checkpoint folder, or `sample`, the small trained model that ships along"
 ROOM = ("memory", "experts", "context", "kv_tokens", "chunk", "batch")
-ENGINE = (*ROOM, "preset", "precision", "threads", "self_check")
+ENGINE = (*ROOM, "preset", "task", "profile", "precision", "threads", "self_check")
 SAMPLING = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop")
 
 

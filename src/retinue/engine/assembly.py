@@ -12,6 +12,7 @@ from retinue.config import Config
 from retinue.engine.blocks import BlockPool
 from retinue.engine.cohort import Cohort
 from retinue.engine.engine import Engine
+from retinue.engine.residents import Residents, known_beforehand
 from retinue.engine.scheduler import Limits
 from retinue.memory.budget import Split, split
 from retinue.memory.cache import ExpertCache
@@ -30,8 +31,13 @@ from retinue.model.reference import self_check
 from retinue.model.routing import find_routers
 from retinue.model.runner import Runner
 from retinue.model.survey import facts_of, survey
+from retinue.policy.base import Policies
 from retinue.policy.presets import Preset, preset
+from retinue.policy.profile import Profile
 from retinue.types import BLOCK_TOKENS, Facts
+
+BLIND = "no look-ahead: some routers of this model cannot be asked"
+APPROXIMATE = "this preset is approximate: its tokens are not those of the plain model"
 
 
 @dataclass(slots=True)
@@ -48,7 +54,9 @@ class Assembly:
     tier: Tier
     mover: Mover
     cache: ExpertCache
+    host: ExpertHost
     engine: Engine
+    residents: Residents | None
     metrics: Metrics
     load_s: float
     notes: list[str]
@@ -73,7 +81,9 @@ def assemble(model: str | Path, config: Config) -> Assembly:
     chosen = preset(config.preset)
     threads = config.threads or cores()
     facts = survey(folder)
-    limits = split(facts, **config.room())
+    policies = chosen.build()
+    limits = split(facts, **config.room(), each_layer=policies.placement.fixed)
+    known = known_beforehand(folder, facts, policies.placement, config)
     torch.set_num_threads(threads)
     with ExitStack() as undo:
         tier = Tier(limits.slots, limits.slot_bytes)
@@ -82,17 +92,15 @@ def assemble(model: str | Path, config: Config) -> Assembly:
         network = build(open_checkpoint(folder))
         network.model.set_experts_implementation(IMPLEMENTATION)
         facts = facts_of(network)
-        reader, metrics, policies = Reader(), Metrics(), chosen.build()
+        reader, metrics = Reader(), Metrics()
         undo.callback(reader.close)
         load_dense(network, reader)
         mover = Mover(reader)
         undo.callback(mover.close)
-        layouts = network.experts.layouts
-        cache = ExpertCache(layouts, tier, mover, policies.evictor, network.top_k)
-        routers = find_routers(network.model, network.experts.modules)
-        host = ExpertHost(network.experts.modules, routers, cache, policies, metrics)
+        host = _host(network, tier, mover, policies, metrics)
         if config.self_check:
-            self_check(host, network.experts.modules, layouts, network.model.dtype)
+            experts = network.experts
+            self_check(host, experts.modules, experts.layouts, network.model.dtype)
         store = Store(network.model.config, limits.kv_tokens)
         if store.shareable:
             install(network.model, store)
@@ -111,10 +119,11 @@ def assemble(model: str | Path, config: Config) -> Assembly:
             end_tokens=end_tokens(network),
         )
         tokenizer = load_tokenizer(folder)
+        residents = _residents(host, policies, known, network, config)
         undo.pop_all()
     notes = [reader.note] if reader.note else []
-    if policies.predictor.needs and None in routers:
-        notes.append("no look-ahead: some routers of this model cannot be asked")
+    notes += [BLIND] if policies.predictor.needs and not host.sees_ahead else []
+    notes += [APPROXIMATE] if not chosen.exact else []
     load_s = time.perf_counter() - started
     return Assembly(
         facts,
@@ -126,9 +135,31 @@ def assemble(model: str | Path, config: Config) -> Assembly:
         reader,
         tier,
         mover,
-        cache,
+        host.cache,
+        host,
         engine,
+        residents,
         metrics,
         load_s,
         notes,
     )
+
+
+def _host(
+    network: Network, tier: Tier, mover: Mover, policies: Policies, metrics: Metrics
+) -> ExpertHost:
+    modules, layouts = network.experts.modules, network.experts.layouts
+    cache = ExpertCache(layouts, tier, mover, policies.evictor, network.top_k)
+    routers = find_routers(network.model, modules)
+    return ExpertHost(modules, routers, cache, policies, metrics)
+
+
+def _residents(
+    host: ExpertHost, policies: Policies, known: Profile | None, network: Network, config: Config
+) -> Residents | None:
+    """The set that stays, loaded and serving, if the preset has one."""
+    if not policies.placement.fixed:
+        return None
+    residents = Residents(host, policies.placement, known, network.experts.there)
+    residents.start(config.task)
+    return residents

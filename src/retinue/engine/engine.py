@@ -140,7 +140,9 @@ class Engine:
         # A pass stops in its middle if nobody wants it any more.
         self._runner.host.stop = lambda: all(request.cancelled.is_set() for request in requests)
         try:
+            read = self._runner.host.begin([request.task for request in self.scheduler.running])
             logits, counters = self._runner.run([_segment(part) for part in parts], phase)
+            counters.bytes_read += read
         except Cancelled:
             for request in requests:
                 self._end(request, State.CANCELLED)

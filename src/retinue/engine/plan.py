@@ -7,6 +7,7 @@ from retinue.engine.bound import TokenCost
 from retinue.errors import DoesNotFit
 from retinue.memory.budget import Split, budget_bytes, split
 from retinue.memory.machine import Speeds
+from retinue.policy.presets import preset
 from retinue.types import Facts
 
 # A decode step reaches this share of its bound, at worst and at best; a core does this many
@@ -42,34 +43,38 @@ class Plan:
 
 def make_plan(facts: Facts, config: Config, speeds: Speeds, threads: int) -> Plan:
     """Divide the budget and estimate speeds."""
-    none = Band(0.0, 0.0)
+    none, fixed = Band(0.0, 0.0), preset(config.preset).build().placement.fixed
     try:
-        limits = split(facts, **config.room())
+        limits = split(facts, **config.room(), each_layer=fixed)
     except DoesNotFit as error:
-        budget, smallest = budget_bytes(config.memory), _smallest(facts, config)
+        budget, smallest = budget_bytes(config.memory), _smallest(facts, config, fixed)
         return Plan(facts, budget, smallest, None, none, none, [str(error), error.hint])
     return Plan(
         facts,
         limits.budget,
         limits.smallest,
         limits,
-        _decode(facts, limits, speeds, threads),
-        _prefill(facts, limits, speeds, threads),
-        _reasons(facts, limits),
+        _decode(facts, limits, speeds, threads, fixed),
+        _prefill(facts, limits, speeds, threads, fixed),
+        _reasons(facts, limits, fixed),
     )
 
 
-def _smallest(facts: Facts, config: Config) -> int:
+def _smallest(facts: Facts, config: Config, fixed: bool) -> int:
     """The smallest budget, whether that or `--experts` is what is too small."""
     try:
-        return split(facts, **(config.room() | {"experts": None})).smallest
+        room = config.room() | {"experts": None}
+        return split(facts, **room, each_layer=fixed).smallest
     except DoesNotFit as error:
         return error.smallest_bytes
 
 
-def _decode(facts: Facts, limits: Split, speeds: Speeds, threads: int) -> Band:
-    """Between routing that is uniform, the worst for a cache, and routing that repeats itself."""
-    share = limits.slots / facts.total_experts
+def _decode(facts: Facts, limits: Split, speeds: Speeds, threads: int, fixed: bool) -> Band:
+    """Between routing that is uniform, the worst for a cache, and routing that repeats itself.
+
+    `fixed`: what is resident never changes, so that nothing is read.
+    """
+    share = 1.0 if fixed else limits.slots / facts.total_experts
     used = facts.top_k * facts.moe_layers
     rates = []
     misses = (1 - share, (1 - share) ** REPETITION)
@@ -85,29 +90,29 @@ def _decode(facts: Facts, limits: Split, speeds: Speeds, threads: int) -> Band:
     return Band(*rates)
 
 
-def _prefill(facts: Facts, limits: Split, speeds: Speeds, threads: int) -> Band:
+def _prefill(facts: Facts, limits: Split, speeds: Speeds, threads: int, fixed: bool) -> Band:
     """A prompt of PROMPT_TOKENS: reading the experts it touches against computing it."""
     tokens = min(PROMPT_TOKENS, limits.context)
     touched = 1 - (1 - facts.top_k / facts.experts_per_layer) ** tokens
-    cold = touched * facts.total_experts
+    cold = 0.0 if fixed else touched * facts.total_experts
     warm = max(0.0, cold - limits.slots)
     read_s = [count * facts.expert_bytes / speeds.disk_bytes_per_s for count in (cold, warm)]
     compute_s = [facts.flops_per_token * tokens / (flops * threads) for flops in CORE_FLOPS]
     return Band(tokens / (read_s[0] + compute_s[0]), tokens / max(read_s[1], compute_s[1]))
 
 
-def _reasons(facts: Facts, limits: Split) -> list[str]:
+def _reasons(facts: Facts, limits: Split, fixed: bool) -> list[str]:
     share = limits.slots / facts.total_experts
     reasons = []
     if facts.stored:
         reasons.append(f"the experts stay in {facts.stored}, and are decoded when they are used")
     if limits.slots == facts.total_experts:
         return [*reasons, "every expert stays in memory"]
-    reasons.append(
-        f"{share:.0%} of the experts stay in memory; the others are read when they are needed"
-    )
+    others = "serve for the others" if fixed else "the others are read when they are needed"
+    joined = " and " if fixed else "; "
+    reasons.append(f"{share:.0%} of the experts stay in memory{joined}{others}")
     missing = (facts.total_experts - limits.slots) * facts.slot_bytes
     reasons.append(f"{format_size(missing)} more would hold every expert")
-    if limits.slots < 2 * facts.top_k * facts.moe_layers:
+    if not fixed and limits.slots < 2 * facts.top_k * facts.moe_layers:
         reasons.append("fewer slots than two tokens use: decoding reads almost every expert")
     return reasons

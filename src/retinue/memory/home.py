@@ -35,3 +35,8 @@ def sample_folder() -> Path:
 def sample_tasks() -> Path:
     """Texts of eight tasks for the sample model: JSON lines."""
     return Path(str(files("retinue"))) / "data" / "sample-tasks.jsonl"
+
+
+def sample_profile() -> Path:
+    """What `retinue profile sample` learnt from these texts."""
+    return Path(str(files("retinue"))) / "data" / "sample-profile.json"

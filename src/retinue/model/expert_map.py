@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from math import prod
 
+import numpy as np
+import numpy.typing as npt
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -64,6 +66,12 @@ class ExpertMap:
         owner, _, _ = parameter.rpartition(".")
         routed = any(owner == found.name for found in self.modules)
         return not routed and not parameter.startswith(self.unread)
+
+    @property
+    def there(self) -> npt.NDArray[np.bool_]:
+        """Which experts the model has: `[layers, experts]`."""
+        counts = np.array([len(row) for row in self.layouts])
+        return np.arange(counts.max()) < counts[:, None]
 
 
 def find_experts(model: PreTrainedModel) -> list[ExpertsModule]:

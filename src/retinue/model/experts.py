@@ -23,17 +23,25 @@ from retinue.memory.mover import Urgency
 from retinue.metrics import Metrics
 from retinue.model.expert_map import ExpertsModule
 from retinue.model.linear import product
+from retinue.model.restriction import Restriction
 from retinue.model.routing import Router
-from retinue.policy.base import Ahead, Policies
+from retinue.policy.base import Ahead, BoolArray, Policies
 from retinue.types import Demand, FloatArray, IntArray
 
 IMPLEMENTATION = "retinue"
+# Sees (layer, hidden, index, weights) of every layer that runs.
+Watch = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], None]
 WAIT_S = 0.1  # how often a stalled layer looks whether its request was cancelled
 SUM_BLOCK_TOKENS = 64  # bounds the rows that are held in fp32
 
 
 class ExpertHost:
-    """Runs the experts of one model out of one cache. `stop` is asked once a layer and in waits."""
+    """Runs the experts of one model out of one cache. `stop` is asked once a layer and in waits.
+
+    `begin` is told the tasks of the requests that run, before a step; returns bytes it read.
+    `restriction` stands between the routers and an approximate preset's routing; nothing is
+    fetched while it is active. Raises Unsupported where the routers do not obey it.
+    """
 
     def __init__(
         self,
@@ -45,6 +53,11 @@ class ExpertHost:
     ) -> None:
         self.cache, self.metrics = cache, metrics
         self.stop: Callable[[], bool] = lambda: False
+        self.begin: Callable[[Sequence[str | None]], int] = lambda tasks: 0
+        self.watch: Watch | None = None
+        self.restriction: Restriction | None = None
+        if not policies.routing.exact:
+            self.restriction = Restriction(routers, modules, policies.routing, self._resident)
         self._policies = policies
         self._modules = {found.layer: found.module for found in modules}
         order = [found.layer for found in modules]
@@ -53,10 +66,32 @@ class ExpertHost:
         for found in modules:
             found.module.retinue_run = _Layer(self, found)  # type: ignore[assignment]
 
+    @property
+    def restricted(self) -> bool:
+        """Whether residents serve every token now, and nothing is fetched."""
+        return self.restriction is not None and self.restriction.active
+
+    @property
+    def sees_ahead(self) -> bool:
+        """Whether every layer's router can be asked."""
+        return None not in self._routers.values()
+
+    def next_scores(self, layer: int, hidden: torch.Tensor) -> FloatArray | None:
+        """What the router after `layer` says of `layer`'s input: probabilities [tokens, experts].
+
+        None after the last layer and where that router cannot be asked.
+        """
+        router = self._routers.get(self._following.get(layer, -1))
+        return _probabilities(router, hidden) if router is not None else None
+
     def close(self) -> None:
         """Let go of the network. Without that the weights live until a garbage collection."""
         for module in self._modules.values():
             module.retinue_run = None  # type: ignore[assignment]
+        if self.restriction is not None:
+            self.restriction.close()
+        self.watch = None
+        self.begin = lambda tasks: 0
         self.stop = lambda: False
 
     def run(
@@ -70,8 +105,10 @@ class ExpertHost:
         """
         if self.stop():
             raise Cancelled("the request was cancelled")
+        if self.watch is not None:
+            self.watch(layer, hidden, index, weights)
         cache, work = self.cache, _Work(self._modules[layer], hidden, index, weights)
-        if cache.holds_everything and cache.has_all(layer):
+        if self.restricted or (cache.holds_everything and cache.has_all(layer)):
             return self._run_resident(layer, work)
         demand = work.demand(layer)
         cache.begin_layer(layer)
@@ -97,10 +134,13 @@ class ExpertHost:
 
     def _run_resident(self, layer: int, work: "_Work") -> torch.Tensor:
         """A layer that nothing can evict: there is nothing to ask and no book to keep."""
+        if self.restricted:
+            self._count_rerouted(layer, work.experts)
+        else:
+            self.metrics.now.hits += len(work.experts)
         self.cache.mark_used(layer, work.experts)
         for expert in work.experts.tolist():
             work.compute(expert, self.cache.use(layer, expert))
-        self.metrics.now.hits += len(work.experts)
         return work.result()
 
     def _start_reads(self, demand: Demand, slots: IntArray, hidden: torch.Tensor) -> IntArray:
@@ -144,8 +184,7 @@ class ExpertHost:
         wanted = "next_scores" in self._policies.predictor.needs
         if router is None or not wanted or self.cache.has_all(layer):
             return None
-        scores: FloatArray = torch.softmax(router(hidden)[0].float(), dim=-1).numpy()
-        return scores
+        return _probabilities(router, hidden)
 
     def _stall(self, layer: int, todo: set[int], missing: IntArray) -> IntArray:
         cache = self.cache
@@ -158,12 +197,36 @@ class ExpertHost:
         cache.raise_failure(layer, todo)
         return missing
 
+    def _resident(self, layer: int, tokens: int) -> BoolArray:
+        """Which experts may serve each token of a restricted layer: [tokens, experts]."""
+        there = self.cache.slot_of[layer] >= 0
+        return np.broadcast_to(there, (tokens, len(there)))
+
+    def _count_rerouted(self, layer: int, experts: IntArray) -> None:
+        """Count what the router asked for, not the `experts` that it got."""
+        there = self.cache.lookup(layer, experts) >= 0
+        assert there.all(), "a restricted router chose an expert that is not resident"
+        rerouted = self.restriction.take(layer) if self.restriction is not None else None
+        if rerouted is None:  # these did not come from a router: nothing was replaced
+            self.metrics.now.hits += len(experts)
+            return
+        self._count(self.cache.lookup(layer, rerouted.experts))
+        counters = self.metrics.now
+        counters.routed_weight += rerouted.weight
+        counters.degraded_weight += rerouted.degraded
+        counters.rerouted += rerouted.missing
+
     def _count(self, slots: IntArray) -> None:
         counters = self.metrics.now
         hits, pending = int((slots >= 0).sum()), int((slots == LOADING).sum())
         counters.hits += hits
         counters.pending += pending
         counters.misses += len(slots) - hits - pending
+
+
+def _probabilities(router: Router, hidden: torch.Tensor) -> FloatArray:
+    scores: FloatArray = torch.softmax(router(hidden)[0].float(), dim=-1).numpy()
+    return scores
 
 
 class _Layer:

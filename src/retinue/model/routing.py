@@ -65,15 +65,17 @@ def _router(model: nn.Module, found: ExpertsModule) -> Router | None:
 
 @torch.inference_mode()
 def _answers(router: Router, experts: int) -> bool:
-    weight = next((p for p in router.module.parameters() if p.ndim == 2), None)
-    if weight is None:
-        return False
-    probe = torch.zeros(1, weight.shape[1], dtype=weight.dtype, device=weight.device)
     try:
-        logits = router(probe)[0]
-    except (TypeError, RuntimeError, IndexError, AttributeError, ValueError):
+        logits = router(router_input(router, 1))[0]
+    except (StopIteration, TypeError, RuntimeError, IndexError, AttributeError, ValueError):
         return False
     return isinstance(logits, torch.Tensor) and logits.shape == (1, experts)
+
+
+def router_input(router: Router, tokens: int) -> torch.Tensor:
+    """Zeros of the shape and type that `router` takes: [tokens, hidden]."""
+    weight = next(p for p in router.module.parameters() if p.ndim == 2)
+    return torch.zeros(tokens, weight.shape[1], dtype=weight.dtype, device=weight.device)
 
 
 def top_k(model: nn.Module, config: Any, modules: list[ExpertsModule]) -> int:

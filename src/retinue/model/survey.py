@@ -52,7 +52,8 @@ def _remembered(
     kind: str, folder: Path, record: type[_Record], ask: Callable[[], _Record]
 ) -> _Record:
     """The record of this kind that is on disk for `folder`, or else what `ask` finds out."""
-    store = cache_folder() / f"{kind}-{_fingerprint(folder)}.json"
+    salt = f"{__version__} {version('transformers')}"
+    store = cache_folder() / f"{kind}-{fingerprint(folder, salt)}.json"
     with suppress(OSError, ValueError, TypeError):
         return record(**json.loads(store.read_text()))
     found: Any = ask()
@@ -155,15 +156,17 @@ def _workspace_per_token(network: "Network", heads: int, head_dim: int) -> int:
     return int(stream + max(attention, experts))
 
 
-def _fingerprint(folder: Path) -> str:
-    """Changes whenever a file of the checkpoint, retinue or transformers does."""
+def fingerprint(folder: Path, salt: str = "") -> str:
+    """Changes whenever a file of the checkpoint, its place or `salt` does.
+
+    Raises CheckpointError where there is no such folder.
+    """
     if not folder.is_dir():
         raise CheckpointError(
             f"no such folder: `{folder}`",
             hint="give a local checkpoint folder, or `sample` for the model that ships along",
         )
-    versions = f"{__version__} {version('transformers')}"
-    digest = hashlib.sha256(f"{versions} {folder.resolve()}".encode())
+    digest = hashlib.sha256(f"{salt} {folder.resolve()}".encode())
     for file in sorted(folder.iterdir()):
         if file.suffix in (".json", ".safetensors"):
             status = file.stat()
