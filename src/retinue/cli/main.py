@@ -37,6 +37,8 @@ def build_parser() -> ArgumentParser:
     _add_doctor(verbs)
     _add_bench(verbs)
     new_verb(verbs, "presets", "every preset with its source and parts", "retinue presets --json")
+    new_verb(verbs, "list", "the models in the hub's cache", "retinue list --json")
+    _add_rm(verbs)
     return parser
 
 
@@ -91,6 +93,16 @@ def _add_bench(verbs: object) -> None:
     bench.add_argument("--new-tokens", type=int, default=32, metavar="N", help="(default: 32)")
     bench.add_argument("--prompts", metavar="FILE", help="texts, one a line, instead of random ids")
     add_config_options(bench, (*ENGINE, "seed"))
+
+
+def _add_rm(verbs: object) -> None:
+    remove = new_verb(
+        verbs, "rm", "delete a model from the hub's cache", "retinue rm allenai/OLMoE-1B-7B-0924"
+    )
+    remove.add_argument(
+        "name", metavar="NAME", help="as `retinue list` names it; `cache` is what retinue remembers"
+    )
+    remove.add_argument("--yes", action="store_true", help="do not ask")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

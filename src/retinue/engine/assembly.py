@@ -64,7 +64,8 @@ class Assembly:
 def assemble(model: str | Path, config: Config) -> Assembly:
     """Load `model` under `config`. Refuses before loading what cannot fit."""
     started = time.perf_counter()
-    folder = locate(model)
+    notes: list[str] = []
+    folder = locate(model, notes.append)
     chosen = preset(config.preset)
     threads = config.threads or cores()
     facts = survey(folder)
@@ -99,7 +100,8 @@ def assemble(model: str | Path, config: Config) -> Assembly:
         )
         tokenizer = load_tokenizer(folder)
         undo.pop_all()
-    notes = [reader.note] if reader.note else []
+    if reader.note:
+        notes.append(reader.note)
     if policies.predictor.needs and None in routers:
         notes.append("no look-ahead: some routers of this model cannot be asked")
     load_s = time.perf_counter() - started
