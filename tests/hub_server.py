@@ -7,8 +7,9 @@ demand a token, cut a transfer, or send wrong bytes.
 import hashlib
 import json
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -31,6 +32,7 @@ class Hub:
     private: bool = False
     status: int = 0
     cut_after: dict[str, int] = field(default_factory=dict)
+    pause_at: dict[str, int] = field(default_factory=dict)
     damaged: set[str] = field(default_factory=set)
     ranges: bool = True
     url: str = ""
@@ -52,10 +54,10 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, format: str, *arguments: Any) -> None:
         pass
 
-    def do_HEAD(self) -> None:  # noqa: N802
+    def do_HEAD(self) -> None:
         self._answer()
 
-    def do_GET(self) -> None:  # noqa: N802
+    def do_GET(self) -> None:
         self._answer()
 
     def _answer(self) -> None:
@@ -118,8 +120,14 @@ class _Handler(BaseHTTPRequestHandler):
         if (limit := self.hub.cut_after.pop(name, None)) is not None:
             content = content[:limit]
             self.close_connection = True
+        if (limit := self.hub.pause_at.pop(name, None)) is not None:
+            self.wfile.write(content[:limit])
+            self.hub.sent[name] = limit
+            time.sleep(3)  # for whoever interrupts the client
+            content = content[limit:]
         self.hub.sent[name] = self.hub.sent.get(name, 0) + len(content)
-        self.wfile.write(content)
+        with suppress(OSError):  # the client has left
+            self.wfile.write(content)
 
     def _refuse(self, status: int, code: str) -> None:
         self.send_response(status)
