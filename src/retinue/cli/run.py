@@ -32,7 +32,7 @@ def execute(options: Namespace) -> int:
         if prompt is None:
             from retinue.cli.chat import chat
 
-            return chat(llm, params)
+            return chat(llm, params, options.system or "")
         return _answer(llm, prompt, params, speeds)
 
 
@@ -60,7 +60,10 @@ def _open(folder: Path, config: Config) -> LLM:
 def _prompt(options: Namespace) -> Prompt | None:
     """The prompt from the command line or a pipe; None asks for a chat."""
     text: str | None = options.prompt
-    if text is None and sys.stdin is not None and sys.stdin.isatty():
+    chatting = text is None and sys.stdin is not None and sys.stdin.isatty()
+    if options.system is not None and not chatting:
+        raise UsageError("only a chat has a --system", hint="a PROMPT is fed as it is")
+    if chatting:
         if options.json or options.token_ids:
             raise UsageError("a chat has no --json and no --token-ids", hint="give a PROMPT")
         return None
