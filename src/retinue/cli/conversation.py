@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -132,7 +133,7 @@ def save(
     path: Path, conversation: Conversation, settings: dict[str, Any], *, overwrite: bool = False
 ) -> None:
     """Write everything that was said, whole or not at all. Raises UsageError if it cannot be."""
-    if path.exists() and not overwrite:
+    if os.path.lexists(path) and not overwrite:
         raise UsageError(f"`{path}` exists", hint=f"overwrite it with `/save! {path}`")
     document = {
         "format": FORMAT,
@@ -150,7 +151,8 @@ def save(
         draft.write_text(text + "\n", encoding="utf-8", errors="replace")
         draft.replace(path)
     except OSError as error:
-        draft.unlink(missing_ok=True)
+        with suppress(OSError):
+            draft.unlink()
         raise UsageError(
             f"cannot write `{path}`: {error.strerror}", hint="name another file"
         ) from error

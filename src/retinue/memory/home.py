@@ -1,5 +1,6 @@
 """From what the user calls a model to the folder that holds it."""
 
+import os
 from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
@@ -33,12 +34,12 @@ def locate_headers(model: str | Path, say: Callable[[str], None] = silent) -> Pa
 
 
 def _look_up(model: str | Path) -> Path | Repository:
-    folder = Path(model).expanduser()
-    if folder.is_dir():
+    folder = Path(os.path.expanduser(model))  # noqa: PTH111  pathlib raises for `~nobody`
+    if os.path.isdir(folder):  # noqa: PTH112  and for names that are too long
         return folder
     if str(model) == SAMPLE:
         return sample_folder()
-    repository = parse_id(model) if isinstance(model, str) and not folder.exists() else None
+    repository = parse_id(model) if isinstance(model, str) and not os.path.lexists(folder) else None
     if repository is None:
         raise CheckpointError(
             f"no such folder: `{model}`",
