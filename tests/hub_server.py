@@ -31,6 +31,7 @@ class Hub:
     gated: bool = False
     private: bool = False
     status: int = 0
+    reason: str = ""
     cut_after: dict[str, int] = field(default_factory=dict)
     pause_at: dict[str, int] = field(default_factory=dict)
     damaged: set[str] = field(default_factory=set)
@@ -66,7 +67,7 @@ class _Handler(BaseHTTPRequestHandler):
         token = self.headers.get("Authorization")
         self.hub.tokens.append(token)
         if self.hub.status:
-            return self._refuse(self.hub.status, "")
+            return self._refuse(self.hub.status, "", self.hub.reason)
         if self.hub.private and token is None:
             return self._refuse(401, "RepoNotFound")
         if self.hub.gated and token is None and "/resolve/" in path:
@@ -129,11 +130,11 @@ class _Handler(BaseHTTPRequestHandler):
         with suppress(OSError):  # the client has left
             self.wfile.write(content)
 
-    def _refuse(self, status: int, code: str) -> None:
+    def _refuse(self, status: int, code: str, reason: str = "") -> None:
         self.send_response(status)
-        if code:
-            self.send_header("X-Error-Code", code)
-            self.send_header("X-Error-Message", code)
+        for key, value in (("X-Error-Code", code), ("X-Error-Message", reason or code)):
+            if value:
+                self.send_header(key, value)
         self.send_header("Content-Length", "0")
         self.end_headers()
 

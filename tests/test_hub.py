@@ -18,7 +18,7 @@ from retinue.errors import CheckpointError, DownloadError, Refused, RetinueError
 from retinue.memory import hub as hub_module
 from retinue.memory import hub_cache
 from retinue.memory.checkpoint import open_checkpoint
-from retinue.memory.home import locate, locate_headers, sample_folder, weights_near
+from retinue.memory.home import locate, locate_headers
 
 __all__ = ["hub", "repositories"]
 OFFLINE = "HF_HUB_OFFLINE"
@@ -333,7 +333,9 @@ def test_what_is_not_there(hub: Hub, model: str, what: str, hint: str) -> None:
     [
         ({"gated": True}, "is gated", "accept its licence"),
         ({"private": True}, "no such repository", "HF_TOKEN"),
+        ({"status": 401, "reason": "Invalid credentials in Authorization header"}, "token", "new"),
         ({"status": 403}, "forbidden", "HF_TOKEN"),
+        ({"status": 429}, "more requests", "wait"),
         ({"status": 404}, "no such repository", "spelling"),
         ({"status": 418}, "answered 418", "again"),
     ],
@@ -347,7 +349,20 @@ def test_what_the_hub_refuses(hub: Hub, setting: dict[str, Any], what: str, hint
 
 
 @pytest.mark.parametrize(
-    "model", ["nothing", "./a/b", "/a/b", "a/b/c", "a//b", "a/b@", "../b", "a/b..c", "a b/c"]
+    "model",
+    [
+        "nothing",
+        "./a/b",
+        "/a/b",
+        "a/b/c",
+        "a//b",
+        "a/b@",
+        "../b",
+        "a/b..c",
+        "a b/c",
+        "~nobody/b",
+        "a" * 300,
+    ],
 )
 def test_what_is_no_repository_is_a_folder_that_lacks(hub: Hub, model: str) -> None:
     assert "no such folder" in str(failing(model, CheckpointError))
@@ -359,54 +374,3 @@ def test_ids() -> None:
     assert (parsed.name, parsed.revision) == ("acme/tiny.moe-1", "refs/pr/2")
     assert str(parsed) == "acme/tiny.moe-1@refs/pr/2"
     assert str(hub_cache.parse_id("a/b@main")) == "a/b"
-
-
-# --- headers alone
-
-
-def test_headers_of_a_repository(hub: Hub) -> None:
-    folder = locate_headers(NAME)
-    weights = sum((hub.root / NAME / name).stat().st_size for name in shards(hub.root))
-    ours, whole = open_checkpoint(folder), open_checkpoint(locate(NAME))
-    assert [(e.name, e.shape, e.start, e.stop) for e in ours.tensors.values()] == [
-        (e.name, e.shape, e.start, e.stop) for e in whole.tensors.values()
-    ]
-    assert hub_cache.name_of(folder) == NAME
-    assert hub_cache.used_bytes(folder) < weights
-
-
-def test_headers_fetch_nothing_else_and_only_once(hub: Hub, monkeypatch: Any) -> None:
-    monkeypatch.setattr("retinue.memory.headers._FIRST_BYTES", 64)
-    locate_headers(NAME)
-    for name in shards(hub.root):
-        assert hub.sent[name] < (hub.root / NAME / name).stat().st_size / 4
-    hub.forget()
-    locate_headers(NAME)
-    assert hub.fetched() == set()
-
-
-def test_headers_from_a_server_without_ranges(hub: Hub, monkeypatch: Any) -> None:
-    monkeypatch.setattr("retinue.memory.headers._FIRST_BYTES", 64)
-    hub.ranges = False
-    assert open_checkpoint(locate_headers(NAME)).tensors
-
-
-def test_headers_of_what_is_here_are_its_own(hub: Hub) -> None:
-    folder = locate(NAME)
-    hub.forget()
-    assert locate_headers(NAME) == folder
-    assert hub.fetched() == set()
-    assert weights_near(folder) == folder
-
-
-def test_the_disk_is_measured_with_real_weights(hub: Hub) -> None:
-    stand_in = locate_headers(NAME)
-    assert weights_near(stand_in) == sample_folder()
-    whole = locate(NAME)
-    assert weights_near(stand_in) == whole
-
-
-def test_headers_of_a_gated_repository(hub: Hub) -> None:
-    hub.gated = True
-    with pytest.raises(DownloadError, match="is gated"):
-        locate_headers(NAME)

@@ -3,6 +3,7 @@
 import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from retinue.errors import DownloadError, RetinueError, UsageError
 from retinue.memory.hub_cache import Repository, cache_root
@@ -58,7 +59,13 @@ def _refusal(error: BaseException, repository: Repository) -> DownloadError:
     from huggingface_hub import constants, errors
 
     page = f"{constants.ENDPOINT}/{repository.name}"
-    status = getattr(getattr(error, "response", None), "status_code", 0)
+    response: Any = getattr(error, "response", None)
+    status = response.status_code if response is not None else 0
+    reason = str(response.headers.get("X-Error-Message", "")) if response is not None else ""
+    if status == 401 and "credentials" in reason:
+        return DownloadError(
+            "the hub does not accept the token", hint="put a new one into HF_TOKEN, or unset it"
+        )
     if isinstance(error, errors.GatedRepoError):
         return DownloadError(
             f"`{repository.name}` is gated",
