@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+import models
 from retinue import LLM
 from retinue.cli.commands import COMMANDS, run
 from retinue.cli.main import main
@@ -38,6 +39,12 @@ class Parrot:
 
     def cancel(self) -> None:
         pass
+
+
+@pytest.fixture(scope="module")
+def sample() -> Iterator[LLM]:
+    with models.open_llm("sample") as llm:
+        yield llm
 
 
 def new_session(model: Parrot | None = None, **settings: Any) -> Session:
@@ -255,6 +262,15 @@ def test_a_full_context_leaves_out_the_oldest_turns(capsys: Captured) -> None:
         assert prompt.startswith("<system>Be kind.<user>question ")
     assert prompts(session)[-1].endswith("<user>question 11<assistant>")
     assert len(session.conversation.messages) == 24
+
+
+def test_a_question_that_is_too_long_costs_nothing(sample: LLM, capsys: Captured) -> None:
+    session = Session(sample, SamplingParams(max_new_tokens=4))
+    do(session, "Hello", "one two " * 2000)
+    err = capsys.readouterr().err
+    assert "error: the prompt has " in err
+    assert "is full" not in err
+    assert (len(session.conversation.messages), session.conversation.left_out) == (2, 0)
 
 
 def test_system_is_for_a_chat_alone(capsys: Captured) -> None:

@@ -187,6 +187,18 @@ def test_a_part_that_is_too_long_is_dropped(hub: Hub) -> None:
     assert (folder / file.name).read_bytes() == (hub.root / NAME / file.name).read_bytes()
 
 
+def test_a_file_of_another_size_is_replaced(hub: Hub) -> None:
+    folder = locate(NAME)
+    name = shards(hub.root)[0]
+    for damaged in (name, "config.json"):
+        os.truncate(folder / damaged, 100)
+    hub.forget()
+    assert locate(NAME) == folder
+    assert hub.fetched() == {name, "config.json"}
+    for damaged in (name, "config.json"):
+        assert (folder / damaged).read_bytes() == (hub.root / NAME / damaged).read_bytes()
+
+
 def test_interrupt_keeps_what_has_arrived(
     hub: Hub, monkeypatch: pytest.MonkeyPatch, said: list[str]
 ) -> None:

@@ -42,9 +42,13 @@ class Conversation:
         while self.messages:
             message = self.messages.pop()
             if message["role"] == "user":
-                self.left_out = min(self.left_out, len(self.messages))
+                self.left_out = 0  # there may be room again
                 return message["content"]
         return None
+
+    def copy(self) -> "Conversation":
+        """One that does not change with this one."""
+        return Conversation(self.system, list(self.messages), self.left_out)
 
     def clear(self) -> None:
         """Forget what was said; the system prompt stays."""

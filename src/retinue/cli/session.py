@@ -38,25 +38,22 @@ class Session:
 
     def say(self, text: str) -> bool:
         """Ask `text` and print the answer. Both join the conversation, or neither: then False."""
-        conversation = self.conversation
-        conversation.ask(text)
+        before = self.conversation.copy()
+        self.conversation.ask(text)
         try:
             rendered = self._rendered()
             output = self._print_answer(rendered)
         except RetinueError as error:
-            conversation.undo()
+            self.conversation = before
             fail(str(error), error.hint)
             return False
-        except BaseException:
-            conversation.undo()
-            raise
         said = output.text.strip() if output else ""
         if output is None or not (said or output.finish_reason != "cancelled"):
-            conversation.undo()
+            self.conversation = before
             note("(stopped before the first word: the question is forgotten)")
             return False
         # The template has opened the thoughts itself; in the history they must not stand open.
-        conversation.answer(f"{THINKING}\n{said}" if rendered.thinking else said)
+        self.conversation.answer(f"{THINKING}\n{said}" if rendered.thinking else said)
         self.last = output
         _remark(output)
         if self.speed:
@@ -65,14 +62,14 @@ class Session:
 
     def retry(self) -> None:
         """Ask the last question again. The answer that was there goes only if another comes."""
-        before = list(self.conversation.messages)
+        before = self.conversation.copy()
         question = self.conversation.undo()
         if question is None:
             raise UsageError("nothing was asked yet")
         if self.params.temperature == 0:
             note("(at temperature 0 the answer is the same again: `/set temperature 0.7`)")
         if not self.say(question):
-            self.conversation.messages[:] = before
+            self.conversation = before
 
     def set(self, name: str, value: str) -> None:
         """Change a sampling setting. Raises UsageError for an unknown name or a wrong value."""
@@ -103,7 +100,7 @@ class Session:
         rendered = render_all()
         if len(rendered.ids) + answer > context:
             rendered, dropped = fit(conversation, render_all, int(context * _KEPT_SHARE) - answer)
-            if dropped:
+            if dropped and len(rendered.ids) < context:
                 turns = "turn is" if dropped == 1 else f"{dropped} turns are"
                 note(
                     f"(the context of {context} tokens is full: the oldest {turns} left out)",

@@ -168,12 +168,11 @@ def download(remote: Remote, say: Say) -> Path:
     try:
         with explained(remote.repository):
             for name in texts:
-                if not (remote.snapshot / name).is_file():
+                if _lacks(remote, remote.files[name]):
                     _link(remote, name)
             names = weight_names(remote, remote.snapshot)
-            missing = [
-                remote.files[name] for name in names if not (remote.snapshot / name).is_file()
-            ]
+            wanted = [remote.files[name] for name in names]
+            missing = [file for file in wanted if _lacks(remote, file)]
             if missing:
                 _download_weights(remote, missing, say)
     except KeyboardInterrupt:
@@ -181,6 +180,18 @@ def download(remote: Remote, say: Say) -> Path:
         raise
     hub_cache.remember(remote.repository, remote.commit)
     return remote.snapshot
+
+
+def _lacks(remote: Remote, file: RemoteFile) -> bool:
+    """Whether `file` has to come; one of another size, which no hub has given, is deleted."""
+    here = remote.snapshot / file.name
+    if not here.is_file():
+        return True
+    if _size_of(here) == file.size:
+        return False
+    here.resolve().unlink()
+    here.unlink(missing_ok=True)
+    return True
 
 
 def _link(remote: Remote, name: str) -> None:
