@@ -240,7 +240,7 @@ def test_offline_with_a_complete_cache(hub: Hub, monkeypatch: Any, said: list[st
 
 def test_offline_with_nothing(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, OFFLINE, True)
-    assert "not in the cache" in str(failing(NAME))
+    assert "no complete copy in the cache" in str(failing(NAME))
     assert hub.asked == []
 
 
@@ -248,7 +248,7 @@ def test_offline_with_a_part(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = locate(NAME)
     (folder / shards(hub.root)[0]).unlink()
     monkeypatch.setattr(constants, OFFLINE, True)
-    assert "not complete" in str(failing(NAME))
+    assert "no complete copy" in str(failing(NAME))
 
 
 def test_no_network(hub: Hub, monkeypatch: pytest.MonkeyPatch, said: list[str]) -> None:
@@ -292,6 +292,21 @@ def test_a_complete_cache_is_not_written(hub: Hub, monkeypatch: pytest.MonkeyPat
 
 
 # --- refusals and errors
+
+
+def test_weights_without_an_index(hub: Hub, tmp_path: Path) -> None:
+    hub.root = Path(shutil.copytree(hub.root, tmp_path / "single"))
+    folder = hub.root / NAME
+    names = set(shards(hub.root))
+    (folder / "model.safetensors.index.json").unlink()
+    locate(NAME)
+    assert {name for name in hub.fetched() if name.endswith(".safetensors")} == names
+    # Where there is the usual one, the others are copies.
+    (folder / "model.safetensors").write_bytes(b"another")
+    hub.commit = "d" * 40
+    hub.forget()
+    locate(NAME)
+    assert hub.fetched() == {"model.safetensors"}
 
 
 def test_no_safetensors(hub: Hub) -> None:

@@ -49,7 +49,7 @@ def _explain(error: BaseException, repository: Repository) -> RetinueError | Non
 def offline(repository: Repository) -> DownloadError:
     """Nothing complete is in the cache, and the network must not be used."""
     return DownloadError(
-        f"`{repository}` is not in the cache, or not complete, and HF_HUB_OFFLINE is set",
+        f"no such folder: `{repository}`, no complete copy in the cache, and HF_HUB_OFFLINE is set",
         hint=f"unset it to download; the cache is `{cache_root()}`, `retinue list` shows it",
     )
 
@@ -99,7 +99,8 @@ def _unreachable(error: BaseException, repository: Repository) -> DownloadError:
     what = str(error) or type(error).__name__
     return DownloadError(
         f"cannot get `{repository}` from {constants.ENDPOINT}: {what}",
-        hint=f"check the network, and HF_ENDPOINT if it is set; {AGAIN}",
+        hint=f"a folder of that name is not here either; check the network, and HF_ENDPOINT if it"
+        f" is set; {AGAIN}",
     )
 
 
