@@ -9,6 +9,8 @@ from huggingface_hub import constants
 
 import models
 from hub_server import Hub, serving
+from retinue.errors import DownloadError, RetinueError
+from retinue.memory.home import locate
 
 NAME = "acme/tiny-moe"
 # What lies beside the weights in real repositories, and is never needed.
@@ -62,3 +64,10 @@ def hub(repositories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def shards(root: Path) -> list[str]:
     index = json.loads((root / NAME / "model.safetensors.index.json").read_text())
     return sorted(set(index["weight_map"].values()))
+
+
+def failing(model: str, kind: type[RetinueError] = DownloadError) -> RetinueError:
+    with pytest.raises(kind) as caught:
+        locate(model)
+    assert caught.value.hint
+    return caught.value

@@ -18,7 +18,7 @@ from retinue.cli.options import (
 from retinue.cli.terminal import fail
 from retinue.errors import RetinueError
 from retinue.memory.budget import fits_whole
-from retinue.memory.home import locate
+from retinue.memory.home import find_here
 from retinue.memory.process import prepare
 
 LOADING = ("run", "bench")  # verbs that load a model
@@ -134,7 +134,8 @@ def _lies_in_memory(options: Namespace) -> bool:
     if options.verb not in LOADING or options.experts is not None:
         return False
     config = config_from(options)
-    return fits_whole(locate(options.model), config.memory)
+    folder = find_here(options.model)  # what has yet to be downloaded is not waited for
+    return folder is not None and fits_whole(folder, config.memory)
 
 
 def _forget_output() -> None:

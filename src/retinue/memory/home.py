@@ -8,7 +8,7 @@ from pathlib import Path
 from retinue.errors import CheckpointError
 from retinue.memory.headers import fetch_headers, is_stand_in
 from retinue.memory.hub import fetch
-from retinue.memory.hub_cache import Repository, cache_root, is_complete, parse_id
+from retinue.memory.hub_cache import Repository, cache_root, find, is_complete, parse_id
 
 SAMPLE = "sample"
 
@@ -31,6 +31,15 @@ def locate_headers(model: str | Path, say: Callable[[str], None] = silent) -> Pa
     """The same for who reads headers alone: of a repository, nothing else is downloaded."""
     found = _look_up(model)
     return fetch_headers(found, say) if isinstance(found, Repository) else found
+
+
+def find_here(model: str | Path) -> Path | None:
+    """The folder of `model` if that is on this disk already; asks nobody and raises nothing."""
+    try:
+        found = _look_up(model)
+    except CheckpointError:
+        return None
+    return find(found) if isinstance(found, Repository) else found
 
 
 def _look_up(model: str | Path) -> Path | Repository:
