@@ -133,11 +133,15 @@ def test_list_says_what_cannot_be_run(hub: Hub, call: Call) -> None:
     make_cached("a/empty", {})
     hub_cache.Repository("a/bare").folder.mkdir()
     models.make_dense(make_cached("a/dense", {}))
+    cut = make_cached("a/cut", {"config.json": b"{}"}).parents[1] / "blobs"
+    cut.mkdir()
+    (cut / "abc.retinue.incomplete").write_bytes(b"x")
     broken = locate(NAME)
     (broken / shards(hub.root)[0]).unlink()
     rows = {model["name"]: model["state"] for model in call("list", "--json").document["models"]}
     assert rows == {
         "a/bare": "incomplete",
+        "a/cut": "incomplete",
         "a/damaged": "damaged, or of a type that is not served",
         "a/dense": "no experts",
         "a/diffusion": "not a model of transformers",

@@ -179,8 +179,13 @@ def _describe(folder: Path) -> Cached:
         revision=shown,
         bytes=used_bytes(folder),
         last_used=_last_used(folder),
-        state=_state(newest),
+        state="incomplete" if _is_arriving(folder) else _state(newest),
     )
+
+
+def _is_arriving(folder: Path) -> bool:
+    """Whether a download was cut, or is under way."""
+    return any((folder / "blobs").glob("*.incomplete"))
 
 
 def _references(folder: Path) -> dict[str, str]:
