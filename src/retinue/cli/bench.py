@@ -28,7 +28,7 @@ def execute(options: Namespace) -> int:
         raise UsageError("--prompt-tokens must be 1 or more, --new-tokens 0 or more")
     needed = prompt_tokens + new_tokens + 1
     config = config_from(options, context=None if options.prompts else needed)
-    folder = locate(options.model)
+    folder = locate(options.model, note)
     facts = survey(folder)
     limits = split(facts, **config.room())
     # Nothing is loaded yet, so the probe may take what the model will.

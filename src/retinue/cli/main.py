@@ -19,7 +19,7 @@ from retinue.cli.options import (
 from retinue.cli.terminal import fail
 from retinue.errors import RetinueError
 from retinue.memory.budget import fits_whole
-from retinue.memory.home import locate
+from retinue.memory.home import find_here
 from retinue.memory.process import prepare
 
 LOADING = ("run", "bench")  # verbs that load a model
@@ -40,6 +40,8 @@ def build_parser() -> ArgumentParser:
     _add_profile(verbs)
     _add_eval(verbs)
     new_verb(verbs, "presets", "every preset with its source and parts", "retinue presets --json")
+    new_verb(verbs, "list", "the models in the hub's cache", "retinue list --json")
+    _add_rm(verbs)
     return parser
 
 
@@ -57,6 +59,7 @@ def _add_run(verbs: object) -> None:
     )
     run.add_argument("--logprobs", type=int, metavar="N", help="with --json: N alternatives each")
     run.add_argument("--ignore-eos", action="store_true", help="go on after an end token")
+    run.add_argument("--system", metavar="TEXT", help="of the chat: the role that the model plays")
     add_config_options(run, ENGINE + SAMPLING)
 
 
@@ -133,6 +136,16 @@ def _add_texts(parser: ArgumentParser) -> None:
     parser.add_argument("--per-task", type=int, metavar="N", help="only N texts of each task")
 
 
+def _add_rm(verbs: object) -> None:
+    remove = new_verb(
+        verbs, "rm", "delete a model from the hub's cache", "retinue rm allenai/OLMoE-1B-7B-0924"
+    )
+    remove.add_argument(
+        "name", metavar="NAME", help="as `retinue list` names it; `cache` is what retinue remembers"
+    )
+    remove.add_argument("--yes", action="store_true", help="do not ask")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit code."""
     options = _parse(arguments)
@@ -161,7 +174,8 @@ def _lies_in_memory(options: Namespace) -> bool:
     if options.verb not in LOADING or options.experts is not None:
         return False
     config = config_from(options)
-    return fits_whole(locate(options.model), config.memory)
+    folder = find_here(options.model)  # what has yet to be downloaded is not waited for
+    return folder is not None and fits_whole(folder, config.memory)
 
 
 def _forget_output() -> None:

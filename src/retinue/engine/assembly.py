@@ -30,13 +30,12 @@ from retinue.model.load import Network, build, end_tokens, load_dense, load_toke
 from retinue.model.reference import self_check
 from retinue.model.routing import find_routers
 from retinue.model.runner import Runner
-from retinue.model.survey import facts_of, survey
+from retinue.model.survey import survey, survey_abilities
 from retinue.policy.base import Policies
 from retinue.policy.presets import Preset, preset
 from retinue.policy.profile import Profile
 from retinue.types import BLOCK_TOKENS, Facts
 
-BLIND = "no look-ahead: some routers of this model cannot be asked"
 APPROXIMATE = "this preset is approximate: its tokens are not those of the plain model"
 
 
@@ -77,7 +76,8 @@ class Assembly:
 def assemble(model: str | Path, config: Config) -> Assembly:
     """Load `model` under `config`. Refuses before loading what cannot fit."""
     started = time.perf_counter()
-    folder = locate(model)
+    notes: list[str] = []
+    folder = locate(model, notes.append)
     chosen = preset(config.preset)
     threads = config.threads or cores()
     facts = survey(folder)
@@ -91,7 +91,7 @@ def assemble(model: str | Path, config: Config) -> Assembly:
         tier.touch()  # while the network is built and its other weights are read
         network = build(open_checkpoint(folder))
         network.model.set_experts_implementation(IMPLEMENTATION)
-        facts = facts_of(network)
+        abilities = survey_abilities(network)
         reader, metrics = Reader(), Metrics()
         undo.callback(reader.close)
         load_dense(network, reader)
@@ -101,7 +101,7 @@ def assemble(model: str | Path, config: Config) -> Assembly:
         if config.self_check:
             experts = network.experts
             self_check(host, experts.modules, experts.layouts, network.model.dtype)
-        store = Store(network.model.config, limits.kv_tokens)
+        store = Store(network.model.config, limits.kv_tokens, shareable=abilities.batching)
         if store.shareable:
             install(network.model, store)
         cohort = Cohort(
@@ -113,7 +113,13 @@ def assemble(model: str | Path, config: Config) -> Assembly:
         engine = Engine(
             Runner(network, host, mover, metrics, store),
             BlockPool(store.tokens // BLOCK_TOKENS),
-            Limits(limits.context, limits.chunk, config.batch, sharing=store.packable),
+            Limits(
+                limits.context,
+                limits.chunk,
+                config.batch,
+                whole_prompts=not abilities.chunked_prefill,
+                sharing=store.packable,
+            ),
             cohort,
             vocabulary=facts.vocab_size,
             end_tokens=end_tokens(network),
@@ -121,8 +127,8 @@ def assemble(model: str | Path, config: Config) -> Assembly:
         tokenizer = load_tokenizer(folder)
         residents = _residents(host, policies, known, network, config)
         undo.pop_all()
-    notes = [reader.note] if reader.note else []
-    notes += [BLIND] if policies.predictor.needs and not host.sees_ahead else []
+    notes += [reader.note] if reader.note else []
+    notes += abilities.notes
     notes += [APPROXIMATE] if not chosen.exact else []
     load_s = time.perf_counter() - started
     return Assembly(

@@ -115,14 +115,16 @@ class Scheduler:
     def _seat(self, request: "Request") -> bool:
         """Give `request` room for its prompt and its longest answer, if there is any."""
         room = min(len(request.prompt) + request.params.max_new_tokens, self.limits.context)
-        before = self._before(request) if request.reuse else None
+        # What follows another prompt is a piece of a prompt.
+        may = request.reuse and not self.limits.whole_prompts
+        before = self._before(request) if may else None
         if before is not None and self.pool.extend(before.table, room):
             self.parked.remove(before)
             request.table, request.sequence = before.table, before.sequence
             request.sequence.grow(before.table.blocks)
             request.done = request.reused = len(before.tokens)
             return True
-        reuse = request.reuse and self.limits.sharing
+        reuse = may and self.limits.sharing
         while (table := self.pool.take(request.prompt, room, reuse=reuse)) is None:
             if not self.parked:
                 return False

@@ -78,7 +78,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of `folder`: those that its index names, or all that are there."""
-    index = _read_index(folder)
+    index = read_index(folder)
     if index is None:
         found = sorted(folder.glob("*.safetensors"))
         if not found:
@@ -204,7 +204,8 @@ def _refuse_unsupported(folder: Path, config: dict[str, Any]) -> None:
         )
 
 
-def _read_index(folder: Path) -> dict[str, str] | None:
+def read_index(folder: Path) -> dict[str, str] | None:
+    """Tensor to file name, as the index of `folder` says; None without one."""
     file = folder / "model.safetensors.index.json"
     if not file.is_file():
         return None
@@ -218,7 +219,7 @@ def _read_index(folder: Path) -> dict[str, str] | None:
 
 
 def _check_index(folder: Path, tensors: dict[str, TensorEntry]) -> None:
-    for name, file in (_read_index(folder) or {}).items():
+    for name, file in (read_index(folder) or {}).items():
         if name not in tensors or tensors[name].file.name != file:
             raise CheckpointError(
                 f"tensor `{name}` is not in `{file}`, where the index says it is",

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from retinue import __version__
 from retinue.errors import CheckpointError
+from retinue.memory.hub_cache import name_of
 from retinue.memory.machine import cache_folder
 from retinue.types import Facts
 
@@ -85,7 +86,7 @@ def facts_of(network: "Network") -> Facts:
     stored, decoded = stored_precision(network)
     per_token = dense_per_token + network.top_k * len(modules) * (decoded or expert_bytes)
     return Facts(
-        name=network.checkpoint.folder.name,
+        name=name_of(network.checkpoint.folder),
         family=model.config.model_type,
         dtype=str(model.dtype).removeprefix("torch."),
         layers=config.num_hidden_layers,
