@@ -129,12 +129,13 @@ class Scheduler:
         return True
 
     def _before(self, request: "Request") -> Parked | None:
-        """The parked sequence that `request` goes on from."""
-        for parked in reversed(self.parked):
-            count = len(parked.tokens)
-            if count < len(request.prompt) and request.prompt[:count] == parked.tokens:
-                return parked
-        return None
+        """The longest parked sequence that `request` goes on from."""
+        found, prompt = None, request.prompt
+        for parked in self.parked:
+            count, best = len(parked.tokens), len(found.tokens) if found else 0
+            if best <= count < len(prompt) and prompt[:count] == parked.tokens:
+                found = parked
+        return found
 
     def _unpark(self) -> None:
         self.pool.give(self.parked.pop(0).table)
