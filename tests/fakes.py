@@ -140,7 +140,7 @@ def finish(engine: Engine, *requests: Request) -> str:
         moved = engine.step()
         assert moved, "a step in which nothing happens"
         assert len(moved) == len({id(request) for request in moved}), "moved twice"
-        text += requests[0].take_delta()
+        text += "".join(request.take_delta() for request in requests[:1])
         engine.scheduler.check()
     engine.idle()
     return text
