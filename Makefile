@@ -6,13 +6,14 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint bench families clean
 
 help:
 	@echo "make demo    four prompts with all experts in memory and with a quarter of them"
 	@echo "make test    linter, type checker, and all tests with coverage"
 	@echo "make lint    linter and type checker"
 	@echo "make bench   speed and memory, ours and a peer in turn; CHECKPOINT=folder"
+	@echo "make families  write docs/reference/families.md from a run of every family"
 	@echo "make clean   remove what the others made, .venv too"
 
 demo: .venv/.ready
@@ -28,6 +29,9 @@ lint: .venv/.ready
 
 bench: .venv/.ready
 	@$(BIN)/python -m benchmarks $(if $(CHECKPOINT),"$(CHECKPOINT)")
+
+families: .venv/.ready
+	@$(BIN)/python -m tests.families_table
 
 # torch comes first and by itself, so that the resolver has no choice left for its largest part.
 .venv/.ready: pyproject.toml

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from retinue.engine.blocks import BlockPool
+from retinue.engine.cohort import Cohort
 from retinue.engine.engine import Engine
 from retinue.engine.request import Request, new_request
 from retinue.engine.scheduler import Limits
@@ -20,6 +21,7 @@ from retinue.model.kv import Sequence as Memory
 from retinue.types import BLOCK_TOKENS, SamplingParams
 
 VOCABULARY, CONTEXT, CHUNK, BATCH, END = 100, 32, 4, 3, 50
+ALL = Cohort(layers=1, experts=1, top_k=1, slots=1)  # every expert is in memory: all run together
 Next = Callable[[list[int]], int]
 
 
@@ -48,6 +50,11 @@ class Host:
     def __init__(self) -> None:
         self.cache, self.closed = Books(), False
         self.stop: Callable[[], bool] = lambda: False
+        self.tasks: list[list[str | None]] = []  # of those that ran, before each pass
+
+    def begin(self, tasks: list[str | None]) -> int:
+        self.tasks.append(tasks)
+        return 0
 
     def close(self) -> None:
         self.closed = True
@@ -110,7 +117,12 @@ class Letters:
 
 
 def make(
-    *, blocks: int = 40, following: Next = counting, apart: bool = False, **fields: Any
+    *,
+    blocks: int = 40,
+    following: Next = counting,
+    apart: bool = False,
+    cohort: Cohort = ALL,
+    **fields: Any,
 ) -> tuple[Engine, Network]:
     """An engine over a fake network; `fields` are those of Limits."""
     network = Network(blocks, following)
@@ -120,6 +132,7 @@ def make(
         network,  # type: ignore[arg-type]
         BlockPool(blocks),
         limits,
+        cohort,
         vocabulary=VOCABULARY,
         end_tokens=frozenset([END]),
     )

@@ -19,6 +19,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV3Config,
+    GptOssConfig,
     LlamaConfig,
     MixtralConfig,
     OlmoeConfig,
@@ -71,6 +73,27 @@ FAMILIES: dict[str, tuple[Any, dict[str, Any]]] = {
         },
     ),
     "mixtral": (MixtralConfig, {"intermediate_size": 48, "num_local_experts": EXPERTS}),
+    "deepseek_v3": (
+        DeepseekV3Config,
+        {
+            "intermediate_size": 200,
+            "moe_intermediate_size": 48,
+            "n_routed_experts": EXPERTS,
+            "n_group": 2,
+            "topk_group": 1,
+            "num_key_value_heads": 4,
+            "first_k_dense_replace": 1,
+            "q_lora_rank": 48,
+            "kv_lora_rank": 32,
+            "v_head_dim": 16,
+            "qk_nope_head_dim": 16,
+            "qk_rope_head_dim": 8,
+        },
+    ),
+    "gpt_oss": (
+        GptOssConfig,
+        {"intermediate_size": 96, "num_local_experts": EXPERTS, "head_dim": 16},
+    ),
 }
 # Layers 0 and 2 of four have no experts.
 HOLES = {"mlp_only_layers": [0, 2]}

@@ -18,7 +18,8 @@ import pytest
 
 from disk import PATIENCE_S, Rig, ids, pattern
 from retinue.errors import ReadError, RetinueError
-from retinue.memory.cache import LOADING, Lease
+from retinue.memory.cache import LOADING
+from retinue.memory.lease import Lease
 from retinue.types import Demand, Expert, Want
 
 OPERATIONS = 10_000

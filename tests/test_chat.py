@@ -1,22 +1,17 @@
 """The chat: turns, history, commands, ctrl-C, errors; once with a real terminal."""
 
-import os
-import select
 import signal
-import subprocess
 import sys
-import time
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import models
-from command import ESCAPE, MEMORY, environment
+from command import ESCAPE, MEMORY
 from retinue import LLM, Output, SamplingParams
-from retinue.cli.chat import HELP, chat, render
+from retinue.cli.chat import GREETING, chat
 from retinue.cli.main import main
 from retinue.errors import ReadError, UsageError
 from retinue.types import BLOCK_TOKENS
@@ -36,7 +31,7 @@ class Session:
 
     def __init__(self, llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
         self.llm, self.outputs, self.prompts = llm, list[Output](), list[list[int]]()
-        self.interrupt_at = 0
+        self.interrupt_at, self.interrupt_at_once = 0, False
         self._stream = llm.stream
         self._patch = monkeypatch
         monkeypatch.setattr(llm, "stream", self._recorded)
@@ -58,6 +53,10 @@ class Session:
 
     def _recorded(self, prompt: list[int], *rest: Any, **options: Any) -> Iterator[Output]:
         self.prompts.append(prompt)
+        if self.interrupt_at_once:
+            self.interrupt_at_once = False
+            signal.raise_signal(signal.SIGINT)
+            return
         for output in self._stream(prompt, *rest, **options):
             yield output
             if self.interrupt_at and len(output.token_ids) >= self.interrupt_at:
@@ -80,7 +79,7 @@ def test_a_turn(session: Session, capsys: Captured) -> None:
     (output,) = session.outputs
     assert out == output.text + "\n"
     assert len(output.token_ids) == 6
-    assert HELP in err
+    assert GREETING in err
     assert "(the answer was cut" in err
     assert session.llm.tokenizer.decode(session.prompts[0]) == "A: Hello there!\nB:"
     assert ESCAPE not in out + err
@@ -122,13 +121,6 @@ def test_stats_of_the_last_answer(session: Session, capsys: Captured) -> None:
     assert "hit rate" in after
 
 
-@pytest.mark.parametrize("command", ["/help", "/nonesuch", "/Clear"])
-def test_help_for_whatever_is_no_command(session: Session, capsys: Captured, command: str) -> None:
-    assert session.talk(command) == 0
-    assert capsys.readouterr().err.count(HELP) == 2
-    assert session.prompts == []
-
-
 @pytest.mark.parametrize("command", ["/exit", "/quit"])
 def test_exit(session: Session, command: str) -> None:
     assert session.talk(command) == 0
@@ -140,8 +132,21 @@ def test_empty_lines_ask_nothing(session: Session) -> None:
 
 
 def test_interrupt_at_the_prompt_asks_again(session: Session) -> None:
-    assert session.talk(KeyboardInterrupt, KeyboardInterrupt, "Hello") == 0
-    assert len(session.outputs) == 1
+    assert session.talk(KeyboardInterrupt, "Hello", KeyboardInterrupt, "Hello") == 0
+    assert len(session.outputs) == 2
+
+
+def test_interrupt_twice_leaves(session: Session) -> None:
+    assert session.talk("Hello", KeyboardInterrupt, KeyboardInterrupt) == 0
+
+
+def test_interrupt_before_the_first_word_forgets_the_question(
+    session: Session, capsys: Captured
+) -> None:
+    session.interrupt_at_once = True
+    assert session.talk("Hello there!", "Hello") == 0
+    assert "the question is forgotten" in capsys.readouterr().err
+    assert session.llm.tokenizer.decode(session.prompts[-1]) == "A: Hello\nB:"
 
 
 def test_interrupt_of_an_answer_keeps_what_was_said(session: Session, capsys: Captured) -> None:
@@ -206,12 +211,6 @@ def test_a_template_that_fails_does_not_end_the_chat(
     assert "error: the chat template" in capsys.readouterr().err
 
 
-def test_special_tokens_are_those_of_the_template_alone(sample: LLM) -> None:
-    messages = [{"role": "user", "content": "Hello"}]
-    expected = sample.tokenizer("A: Hello\nB:", add_special_tokens=False)["input_ids"]
-    assert render(sample, messages) == expected
-
-
 def test_a_chat_needs_a_tokenizer(olmoe: Path) -> None:
     with models.open_llm(olmoe) as llm, pytest.raises(UsageError, match="no tokenizer") as caught:
         chat(llm, PARAMS)
@@ -229,83 +228,5 @@ def test_run_without_a_prompt_is_a_chat(capsys: Captured, monkeypatch: pytest.Mo
     assert main(arguments) == 0
     out, err = capsys.readouterr()
     assert out.strip()
-    assert HELP in err
+    assert GREETING in err
     assert next(lines, None) is None
-
-
-class Screen:
-    """A process with a terminal of its own."""
-
-    def __init__(self, *arguments: str) -> None:
-        import pty
-
-        self._side, other = pty.openpty()
-        # The terminal has to control the process, or ctrl-C is no signal.
-        code = (
-            "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0);"
-            "os.execv(sys.executable, [sys.executable, '-m', 'retinue', *sys.argv[1:]])"
-        )
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", code, *arguments],
-            stdin=other,
-            stdout=other,
-            stderr=other,
-            start_new_session=True,
-            env=environment(TERM="dumb"),
-        )
-        os.close(other)
-        self.shown = ""
-
-    def type(self, text: str) -> None:
-        self.shown = ""
-        os.write(self._side, text.encode())
-
-    def interrupt(self) -> None:
-        time.sleep(0.5)  # as a person would: the prompt is there before Python waits for keys
-        self.type("\x03")
-
-    def wait_for(self, text: str) -> str:
-        """Everything that was shown since the last key, up to `text`."""
-        deadline = time.monotonic() + 60
-        while text not in self.shown:
-            assert time.monotonic() < deadline, self.shown
-            self._read()
-        return self.shown
-
-    def _read(self) -> None:
-        if select.select([self._side], [], [], 0.5)[0]:
-            with suppress(OSError):  # the other side is closed
-                self.shown += os.read(self._side, 4096).decode(errors="replace")
-
-    def wait_for_some(self, text: str, count: int) -> None:
-        """`text`, and at least `count` characters after it."""
-        self.wait_for(text)
-        while len(self.shown.partition(text)[2]) < count:
-            self._read()
-
-    def close(self) -> int:
-        code = self.process.wait(30)
-        os.close(self._side)
-        return code
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo terminal")
-def test_a_chat_in_a_terminal() -> None:
-    options = ("--ignore-eos", "--max-new-tokens", "1500", "--no-self-check", *MEMORY)
-    screen = Screen("run", "sample", *options)
-    try:
-        screen.wait_for("> ")
-        screen.interrupt()
-        screen.wait_for("> ")
-        screen.type("Hello there!\n")
-        screen.wait_for_some("there!\r\n", 20)
-        screen.interrupt()
-        assert "Traceback" not in screen.wait_for("(stopped)")
-        screen.wait_for("\n> ")
-        screen.type("/stats\n")
-        screen.wait_for("hit rate")
-        screen.type("\x04")
-        assert screen.close() == 0
-    finally:
-        screen.process.kill()
-        screen.process.wait(30)

@@ -315,7 +315,7 @@ def test_models_that_are_not_there(
     (tmp_path / "empty").mkdir()
     prompt = [HELLO] if verb == "run" else []
     refused(call(verb, "./nothing", *prompt), 1, "no such folder: `./nothing`")
-    refused(call(verb, "some/model", *prompt), 3, "no such folder: `some/model`")
+    refused(call(verb, "some/model", *prompt), 1, "no such folder: `some/model`")
     done = call(verb, "empty", *prompt)
     assert done.code == 1
     assert done.err.startswith("error: ")

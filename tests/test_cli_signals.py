@@ -173,5 +173,5 @@ def test_errors_need_no_model_code() -> None:
     done = finish("plan", "sample", "--preset", "nonesuch")
     assert (done.code, done.out) == (2, "")
     assert done.err.splitlines()[0] == "error: unknown preset: `nonesuch`"
-    assert done.err.splitlines()[1:] == ["", "hint: known: auto, on-demand, layer-stream"]
+    assert done.err.splitlines()[1:] == ["", f"hint: known: {', '.join(retinue.PRESETS)}"]
     assert not HEAVY & imported("plan", "sample", "--preset", "nonesuch")[1]

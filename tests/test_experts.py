@@ -166,7 +166,7 @@ def test_concatenated_experts_in_one_block_or_two(split: bool) -> None:
 @torch.no_grad()
 def test_experts_without_a_gate() -> None:
     class Plain(torch.nn.Module):
-        has_gate, is_transposed = False, False
+        has_gate, is_transposed, has_post_expert_norm = False, False, False
         act_fn = staticmethod(functional.relu)
 
     random = torch.Generator().manual_seed(0)

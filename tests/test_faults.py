@@ -16,6 +16,7 @@ from retinue import LLM, Output
 from retinue.errors import (
     CheckpointError,
     DoesNotFit,
+    DownloadError,
     NotFinite,
     ReadError,
     RetinueError,
@@ -127,9 +128,9 @@ def test_an_unknown_family(olmoe: Path, tmp_path: Path) -> None:
     refused(folder, Unsupported, "nonesuch")
 
 
-def test_a_repository_id_is_not_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_repository_id_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    refused("allenai/OLMoE-1B-7B-0924", Unsupported, "no such folder: `allenai/OLMoE")
+    refused("allenai/OLMoE-1B-7B-0924", DownloadError, "no such folder: `allenai/OLMoE")
     refused("./nothing", CheckpointError, "no such folder")
 
 

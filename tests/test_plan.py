@@ -143,3 +143,49 @@ def test_too_few_experts_do_not_change_the_smallest_budget() -> None:
     assert found.smallest == NEEDED + 2 * MB
     assert "`--experts 1%` leaves room for 1 experts" in found.reasons[0]
     assert "`--experts 2000000`" in found.reasons[1]
+
+
+@pytest.mark.usefixtures("round_numbers")
+def test_experts_in_a_format_of_their_own_are_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """20 experts of 5 MB a token, by two cores: 0.1 s at worst and 0.025 s at best."""
+    monkeypatch.setattr(plan, "CORE_DECODED_BYTES_PER_S", (0.5 * GB, 2 * GB))
+    config = Config(memory=NEEDED + 200 * MB, context=1000)
+    plain = make_plan(FACTS, config, SPEEDS, threads=2)
+    facts = dataclasses.replace(FACTS, stored="mxfp4", decoded_bytes=5 * MB)
+    packed = make_plan(facts, config, SPEEDS, threads=2)
+    assert 1 / packed.decode.low == pytest.approx(1 / plain.decode.low + 0.1)
+    assert 1 / packed.decode.high == pytest.approx(1 / plain.decode.high + 0.025)
+    assert packed.reasons == [
+        "the experts stay in mxfp4, and are decoded when they are used",
+        *plain.reasons,
+    ]
+
+
+def test_a_set_that_never_changes_reads_nothing(round_numbers: None) -> None:
+    """Of 100 experts 50 stay: a token uses 40 MB of dense weights and 20 experts from memory."""
+    config = Config(memory=NEEDED + 50 * MB, context=1000, preset="random")
+    made = make_plan(FACTS, config, SPEEDS, threads=1)
+    assert (made.decode.low, made.decode.high) == pytest.approx((83.33, 166.67), rel=1e-3)
+    exact = make_plan(FACTS, dataclasses.replace(config, preset="auto"), SPEEDS, threads=1)
+    assert exact.decode.low < made.decode.low
+    assert exact.prefill.low < made.prefill.low == made.prefill.high / 10
+    assert "50% of the experts stay in memory and serve for the others" in made.reasons
+    assert not any("reads" in reason or "read when" in reason for reason in made.reasons)
+
+
+@pytest.mark.parametrize("preset", ["random", "popular", "popular-by-task"])
+def test_each_layer_needs_one_tokens_experts(preset: str, round_numbers: None) -> None:
+    """Two of each of ten layers: 20 MB; an exact preset does with two experts in all."""
+    config = Config(memory=NEEDED + 20 * MB, context=1000, preset=preset)
+    made = make_plan(FACTS, config, SPEEDS, threads=1)
+    assert made.split is not None
+    assert made.split.slots == 20
+    assert made.smallest == NEEDED + 20 * MB
+    less = make_plan(FACTS, dataclasses.replace(config, memory=NEEDED + 19 * MB), SPEEDS, 1)
+    assert less.split is None
+    assert less.smallest == NEEDED + 20 * MB
+    exact = dataclasses.replace(config, memory=NEEDED + 19 * MB, preset="auto")
+    assert make_plan(FACTS, exact, SPEEDS, 1).smallest == NEEDED + 2 * MB
+    few = make_plan(FACTS, dataclasses.replace(config, experts="19%"), SPEEDS, 1)
+    assert few.split is None
+    assert any("an exact preset" in reason for reason in few.reasons)

@@ -152,12 +152,15 @@ def test_presets_are_what_they_say(name: str) -> None:
     assert made.exact == row.exact
     assert made.predictor.needs <= set(SIGNALS)
     assert row.paper
-    assert [part.partition(":")[0] for part in row.parts] == ["evict", "predict", "miss"]
-    answers = (made.evictor, made.predictor, made.miss)
-    for part, answer in zip(row.parts, answers, strict=True):
+    questions = [part.partition(":")[0] for part in row.parts]
+    assert questions == ["evict", "predict", "miss", "route", "place"][: 3 if row.exact else 5]
+    answers = (made.evictor, made.predictor, made.miss, made.routing, made.placement)
+    for part, answer in zip(row.parts, answers, strict=False):
         words = part.partition(": ")[2]
         spoken = {"nothing": "NoPredictor"}.get(words, words.title().replace(" ", ""))
         assert type(answer).__name__ == spoken
+    assert made.routing.exact == row.exact
+    assert made.placement.fixed != row.exact  # nobody else loads where nothing is fetched
     assert "build" not in row.as_dict()
     assert row.as_dict()["name"] == name
 

@@ -86,7 +86,7 @@ def experts_setting(checkpoint: Path, share: str) -> str | int:
 
 
 @pytest.mark.parametrize("share", SHARES)
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", [name for name, row in PRESETS.items() if row.exact])
 @pytest.mark.usefixtures("restless")
 def test_logits_are_bit_equal(
     checkpoint: Path, expected: torch.Tensor, preset: str, share: str

@@ -9,6 +9,7 @@ import pytest
 
 import fakes
 from fakes import END, VOCABULARY, Letters, Network, mixing
+from retinue.engine.cohort import Cohort
 from retinue.engine.engine import Engine
 from retinue.engine.request import Request, State, new_request
 from retinue.engine.scheduler import Work
@@ -158,7 +159,8 @@ class Schedule:
         assert min(counts) >= 1
         if work.phase == "decode":
             assert counts == [1] * len(requests)
-            assert set(requests) == {request for request in running if request.decoding}
+            ready = [request for request in running if request.decoding]
+            assert requests == ready[: self.engine.scheduler.cohort.size(len(ready))]
         else:
             assert sum(counts) <= limits.chunk
             # The chunk is full, or all that prefill are in it.
@@ -212,7 +214,7 @@ class Schedule:
         self.waited = self.waited + 1 if still is head and still is not None else 0
         # Whoever runs is done by then: the longest prompts in turn, and the longest answer.
         limits = self.engine.limits
-        bound = 2 * (limits.batch * (limits.context // limits.chunk + 1) + limits.context)
+        bound = 2 * limits.batch * (limits.context // limits.chunk + 1 + limits.context)
         assert self.waited <= bound, "the first one that waits is not served"
 
 
@@ -234,6 +236,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "shared blocks": {},
     "one at a time": {"batch": 1},
     "no room": {"blocks": 26},
+    "few at a time": {"cohort": Cohort(layers=2, experts=8, top_k=2, slots=7)},
     "passes apart": {"apart": True, "sharing": False},
     "whole prompts": {"apart": True, "sharing": False, "whole_prompts": True, "chunk": 100},
 }

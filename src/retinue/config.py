@@ -83,6 +83,12 @@ class Config:
     batch: int = _option(8, "requests that run at once", "N")
     chunk: int = _option(2048, "tokens of prompts that one pass takes at most", "TOKENS")
     preset: str = _option("auto", "a named combination of policies, see `retinue presets`", "NAME")
+    task: str | None = _option(
+        None, "the kind of work that a request belongs to, for presets that know tasks", "NAME"
+    )
+    profile: str | None = _option(
+        None, "what `retinue profile` wrote; default: what it remembered of this model", "FILE"
+    )
     precision: str = _option("as-is", "of weights in memory: as-is", "NAME")
     threads: int | None = _option(None, "cores that may be used", "N")
     self_check: bool = _option(True, "compare with the reference at load")
@@ -108,7 +114,7 @@ class Config:
 
     def room(self) -> dict[str, Any]:
         """What `memory.budget.split` is asked for under this configuration."""
-        names = ("memory", "context", "experts", "kv_tokens", "chunk")
+        names = ("memory", "context", "experts", "kv_tokens", "chunk", "batch")
         return {name: getattr(self, name) for name in names}
 
     def sampling(self) -> SamplingParams:

@@ -7,6 +7,7 @@
     │   └── Unsupported       a format, family or option that is not served
     ├── CheckpointError       the files are missing, damaged or lie about themselves  exit 1
     │   └── NotFinite         a weight, or what was computed from it, is NaN or infinite
+    ├── DownloadError         the hub did not deliver, or there is no place for it    exit 1
     ├── ReadError             the disk did not deliver                                exit 1
     ├── SelfCheckFailed       the fast path and the reference disagree                exit 1
     └── Cancelled             the request was cancelled while it ran                  exit 1
@@ -55,6 +56,10 @@ class CheckpointError(RetinueError):
 
 class NotFinite(CheckpointError):
     """A weight, or what was computed from it, is NaN or infinite."""
+
+
+class DownloadError(RetinueError):
+    """The hub did not deliver, or what it delivered cannot be stored."""
 
 
 class ReadError(RetinueError):

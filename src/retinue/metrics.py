@@ -14,8 +14,12 @@ class PhaseCounters:
     hits: int = 0  # distinct experts of a layer and step that were resident
     pending: int = 0  # on their way, so that the step had to wait: a stall
     misses: int = 0
+    repeated: int = 0  # of all three, those that one of the last passes used as well
     bytes_read: int = 0  # everything the mover read, useful or not
     used_bytes_read: int = 0  # of experts that were read and then used
+    routed_weight: float = 0.0  # what the routers gave, where a policy may choose otherwise
+    rerouted: int = 0  # tokens' chosen experts that another one served
+    degraded_weight: float = 0.0  # of it, not served by the expert that the router chose
     stall_s: float = 0.0  # time in which a layer had nothing to compute and waited for reads
     steps_s: list[float] = field(default_factory=list)
 
@@ -24,6 +28,11 @@ class PhaseCounters:
         """Hits over all lookups; 1 when nothing was looked up."""
         total = self.hits + self.pending + self.misses
         return self.hits / total if total else 1.0
+
+    @property
+    def degraded_share(self) -> float:
+        """The part of routing weight that another expert served; 0 where nothing was rerouted."""
+        return self.degraded_weight / self.routed_weight if self.routed_weight else 0.0
 
     def add(self, other: "PhaseCounters", *, tokens: int | None = None) -> None:
         """Count `other` as well; `tokens` instead of its own, where a request had a part in it."""

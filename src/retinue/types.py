@@ -158,7 +158,7 @@ class Facts:
     experts_per_layer: int
     total_experts: int
     top_k: int
-    expert_bytes: int  # of one expert's weights
+    expert_bytes: int  # of one expert's weights as they are stored
     slot_bytes: int  # room that one expert takes in memory, alignment included
     dense_bytes: int  # of all weights that are not routed experts, in memory
     dense_bytes_per_token: int  # of those, what one decode step reads
@@ -170,6 +170,9 @@ class Facts:
     workspace_bytes_per_token: int  # of a prefill chunk
     workspace_bytes_per_pair: int  # of a prefill chunk's token and a context position
     flops_per_token: int
+    state_bytes: int = 0  # of a sequence, whatever its length: recurrent and convolution states
+    stored: str = ""  # the experts' format, where it is not the type that is computed in
+    decoded_bytes: int = 0  # of one expert in that type, where it has to be decoded to it
 
     @property
     def min_slots(self) -> int:

@@ -28,7 +28,7 @@ def execute(options: Namespace) -> int:
         raise UsageError("--prompt-tokens must be 1 or more, --new-tokens 0 or more")
     needed = prompt_tokens + new_tokens + 1
     config = config_from(options, context=None if options.prompts else needed)
-    folder = locate(options.model)
+    folder = locate(options.model, note)
     facts = survey(folder)
     limits = split(facts, **config.room())
     # Nothing is loaded yet, so the probe may take what the model will.
@@ -45,6 +45,7 @@ def execute(options: Namespace) -> int:
     )
     stats = with_bound(stats, facts, speeds)
     document = _document(options, config, stats, threads, prompt_tokens)
+    document |= {"stored": facts.stored or facts.dtype}
     print(_text(document, stats, before, after), file=audience(options.json))
     if stats.peak_rss_bytes > stats.budget_bytes:
         note("the peak is over the budget: please report this with the model's name", "red")
@@ -70,7 +71,7 @@ def _measure(llm: LLM, options: Namespace, facts: Facts, config: Config) -> tupl
             )
         forced = [ids.randrange(facts.vocab_size) for _ in range(count + 1)]
         params = SamplingParams(max_new_tokens=count + 1, ignore_eos=True)
-        request = new_request(prompt, params, None, forced=forced)
+        request = new_request(prompt, params, None, forced=forced, task=config.task)
         for _ in llm.run(request):
             pass
     return llm.stats(request), len(request.prompt)
@@ -124,6 +125,8 @@ def _text(document: dict[str, Any], stats: Stats, before: Speeds, after: Speeds)
     looked_up = f"{stats.hits} hits, {stats.pending} pending, {stats.misses} misses"
     experts = f"{stats.resident_experts} of {stats.total_experts} experts resident"
     peak = f"{format_size(stats.peak_rss_bytes)} of {format_size(stats.budget_bytes)}"
+    if stats.degraded_share:
+        rows.append(("degraded", f"{stats.degraded_share:.1%}", "of routing weight"))
     rows += [
         ("hit rate", f"{stats.hit_rate:.1%}", looked_up),
         (

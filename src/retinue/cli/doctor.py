@@ -10,11 +10,13 @@ from pathlib import Path
 
 from retinue import __version__
 from retinue.cli.options import config_from
-from retinue.cli.terminal import audience, emit_json, styled
+from retinue.cli.terminal import audience, emit_json, note, styled
 from retinue.config import ENVIRONMENT_KEYS, ENVIRONMENT_PREFIX, Config, format_size
 from retinue.errors import CheckpointError, RetinueError, UsageError
+from retinue.memory.budget import split
 from retinue.memory.files import ALIGNMENT, Reader
-from retinue.memory.home import locate, sample_folder
+from retinue.memory.headers import is_stand_in
+from retinue.memory.home import locate_headers, sample_folder, weights_near
 from retinue.memory.machine import available_bytes, cores, known_speeds
 from retinue.policy.presets import preset
 
@@ -36,10 +38,16 @@ def execute(options: Namespace) -> int:
     """Print the findings; returns 0, or 1 when one of them keeps retinue from working well."""
     config = config_from(options)
     preset(config.preset)
-    folder = locate(options.model) if options.model else sample_folder()
+    folder = locate_headers(options.model, note) if options.model else sample_folder()
     if not any(folder.glob("*.safetensors")):
         raise CheckpointError(f"no weights in `{folder}`", hint="give the folder of a checkpoint")
-    findings = [*_software(), *_processor(config), *_memory(), *_disk(folder), *_settings()]
+    findings = [
+        *_software(),
+        *_processor(config),
+        *_memory(),
+        *_disk(weights_near(folder)),
+        *_settings(),
+    ]
     if options.model:
         findings += _model(folder, config)
     out = audience(options.json)
@@ -145,6 +153,8 @@ def _settings() -> list[Finding]:
 
 def _model(folder: Path, config: Config) -> list[Finding]:
     """Whether the model fits and the fast path agrees with the reference."""
+    if is_stand_in(folder):
+        return _headers(folder, config)
     from retinue.engine.llm import LLM
 
     try:
@@ -152,6 +162,7 @@ def _model(folder: Path, config: Config) -> list[Finding]:
             facts, split = llm.assembly.facts, llm.assembly.split
             return [
                 Finding("family", f"{facts.family}, {facts.dtype}"),
+                Finding("precision", f"as-is ({facts.stored or facts.dtype} experts)"),
                 Finding("fits", f"{split.slots} of {facts.total_experts} experts resident"),
                 Finding("self-check", "passed" if config.self_check else "skipped"),
                 *(Finding("note", text, good=False) for text in llm.assembly.notes),
@@ -160,3 +171,23 @@ def _model(folder: Path, config: Config) -> list[Finding]:
         raise
     except RetinueError as error:
         return [Finding("model", str(error), good=False, fix=error.hint)]
+
+
+def _headers(folder: Path, config: Config) -> list[Finding]:
+    """Whether a model fits whose weights are not here yet."""
+    from retinue.model.survey import survey
+
+    try:
+        facts = survey(folder)
+        limits = split(facts, memory=config.memory, context=config.context, experts=config.experts)
+    except UsageError:
+        raise
+    except RetinueError as error:
+        return [Finding("model", str(error), good=False, fix=error.hint)]
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    return [
+        Finding("family", f"{facts.family}, {facts.dtype}"),
+        Finding("fits", f"{limits.slots} of {facts.total_experts} experts resident"),
+        Finding("weights", f"{format_size(size)}, not downloaded yet"),
+        Finding("self-check", "skipped: it needs the weights"),
+    ]

@@ -19,7 +19,7 @@ from retinue.cli.options import (
 from retinue.cli.terminal import fail
 from retinue.errors import RetinueError
 from retinue.memory.budget import fits_whole
-from retinue.memory.home import locate
+from retinue.memory.home import find_here
 from retinue.memory.process import prepare
 
 LOADING = ("run", "bench")  # verbs that load a model
@@ -37,7 +37,11 @@ def build_parser() -> ArgumentParser:
     _add_plan(verbs)
     _add_doctor(verbs)
     _add_bench(verbs)
+    _add_profile(verbs)
+    _add_eval(verbs)
     new_verb(verbs, "presets", "every preset with its source and parts", "retinue presets --json")
+    new_verb(verbs, "list", "the models in the hub's cache", "retinue list --json")
+    _add_rm(verbs)
     return parser
 
 
@@ -55,6 +59,7 @@ def _add_run(verbs: object) -> None:
     )
     run.add_argument("--logprobs", type=int, metavar="N", help="with --json: N alternatives each")
     run.add_argument("--ignore-eos", action="store_true", help="go on after an end token")
+    run.add_argument("--system", metavar="TEXT", help="of the chat: the role that the model plays")
     add_config_options(run, ENGINE + SAMPLING)
 
 
@@ -77,7 +82,7 @@ def _add_doctor(verbs: object) -> None:
         "retinue doctor ./OLMoE-1B-7B",
     )
     doctor.add_argument("model", metavar="MODEL", nargs="?", help=MODEL_HELP)
-    add_config_options(doctor, ENGINE)
+    add_config_options(doctor, tuple(name for name in ENGINE if name not in ("task", "profile")))
 
 
 def _add_bench(verbs: object) -> None:
@@ -92,6 +97,53 @@ def _add_bench(verbs: object) -> None:
     bench.add_argument("--new-tokens", type=int, default=32, metavar="N", help="(default: 32)")
     bench.add_argument("--prompts", metavar="FILE", help="texts, one a line, instead of random ids")
     add_config_options(bench, (*ENGINE, "seed"))
+
+
+def _add_profile(verbs: object) -> None:
+    profile = new_verb(
+        verbs,
+        "profile",
+        "per task: which experts it uses; remembered for the presets that ask",
+        "retinue profile ./OLMoE-1B-7B --data tasks.jsonl --per-task 20",
+    )
+    _add_texts(profile)
+    profile.add_argument("--out", metavar="FILE", help="write there, not to the cache folder")
+    profile.add_argument("--merge", metavar="FILE", help="a profile whose counts are added")
+    add_config_options(
+        profile, ("memory", "experts", "context", "precision", "threads", "self_check")
+    )
+
+
+def _add_eval(verbs: object) -> None:
+    evaluation = new_verb(
+        verbs,
+        "eval",
+        "loss and agreement per task, against the plain model",
+        "retinue eval sample --preset popular-by-task --experts 40% --per-task 4",
+    )
+    _add_texts(evaluation)
+    add_config_options(evaluation, tuple(name for name in ENGINE if name != "task"))
+
+
+def _add_texts(parser: ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument(
+        "--data",
+        metavar="FILE",
+        help="JSON lines with `task`, `prompt` and `continuation`; default: the texts that ship"
+        " with the sample",
+    )
+    parser.add_argument("--per-task", type=int, metavar="N", help="only N texts of each task")
+
+
+def _add_rm(verbs: object) -> None:
+    remove = new_verb(
+        verbs, "rm", "delete a model from the hub's cache", "retinue rm allenai/OLMoE-1B-7B-0924"
+    )
+    remove.add_argument(
+        "name", metavar="NAME", help="as `retinue list` names it; `cache` is what retinue remembers"
+    )
+    remove.add_argument("--yes", action="store_true", help="do not ask")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -122,7 +174,8 @@ def _lies_in_memory(options: Namespace) -> bool:
     if options.verb not in LOADING or options.experts is not None:
         return False
     config = config_from(options)
-    return fits_whole(locate(options.model), config.memory)
+    folder = find_here(options.model)  # what has yet to be downloaded is not waited for
+    return folder is not None and fits_whole(folder, config.memory)
 
 
 def _forget_output() -> None:

@@ -6,9 +6,12 @@ from typing import Any
 
 from retinue.config import Config, load_config
 
-MODEL_HELP = "a checkpoint folder, or `sample`, the small trained model that ships along"
-ROOM = ("memory", "experts", "context", "kv_tokens", "chunk")
-ENGINE = (*ROOM, "batch", "preset", "precision", "threads", "self_check")
+MODEL_HELP = (
+    "a checkpoint folder, a repository id (ORG/NAME or ORG/NAME@REVISION, downloaded),"
+    " or `sample`, the small trained model that ships along"
+)
+ROOM = ("memory", "experts", "context", "kv_tokens", "chunk", "batch")
+ENGINE = (*ROOM, "preset", "task", "profile", "precision", "threads", "self_check")
 SAMPLING = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop")
 
 

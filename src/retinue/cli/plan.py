@@ -4,10 +4,10 @@ from argparse import Namespace
 from dataclasses import asdict
 
 from retinue.cli.options import config_from
-from retinue.cli.terminal import audience, emit_json, fail
+from retinue.cli.terminal import audience, emit_json, fail, note
 from retinue.config import format_size
 from retinue.engine.plan import PROMPT_TOKENS, Plan, make_plan
-from retinue.memory.home import locate
+from retinue.memory.home import locate_headers, weights_near
 from retinue.memory.machine import cores, known_speeds
 from retinue.policy.presets import preset
 
@@ -18,9 +18,10 @@ def execute(options: Namespace) -> int:
 
     config = config_from(options)
     preset(config.preset)
-    folder = locate(options.model)
+    folder = locate_headers(options.model, note)
     facts = survey(folder)
-    plan = make_plan(facts, config, known_speeds(folder), config.threads or cores())
+    speeds = known_speeds(weights_near(folder))
+    plan = make_plan(facts, config, speeds, config.threads or cores())
     print(_text(plan), file=audience(options.json))
     if options.json:
         emit_json(_document(plan))
@@ -58,8 +59,9 @@ def _document(plan: Plan) -> dict[str, object]:
 
 def _text(plan: Plan) -> str:
     facts, split = plan.facts, plan.split
+    stored = f" ({facts.stored} experts)" if facts.stored else ""
     lines = [
-        f"{facts.name}: {facts.family}, {facts.dtype}, {facts.total_experts} experts of"
+        f"{facts.name}: {facts.family}, {facts.dtype}{stored}, {facts.total_experts} experts of"
         f" {format_size(facts.expert_bytes)} in {facts.moe_layers} layers, {facts.top_k} a token",
         "",
     ]

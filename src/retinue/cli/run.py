@@ -4,6 +4,7 @@ import signal
 import sys
 from argparse import Namespace
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 from retinue.cli.interrupts import cancel_on
@@ -25,24 +26,24 @@ def execute(options: Namespace) -> int:
     config = config_from(options)
     prompt = _prompt(options)
     params = replace(config.sampling(), logprobs=options.logprobs, ignore_eos=options.ignore_eos)
-    speeds = _speeds(options.model, config) if options.json else None
-    with _open(options.model, config) as llm:
+    folder = locate(options.model, note)
+    speeds = _speeds(folder, config) if options.json else None
+    with _open(folder, config) as llm:
         if prompt is None:
             from retinue.cli.chat import chat
 
-            return chat(llm, params)
+            return chat(llm, params, options.system or "")
         return _answer(llm, prompt, params, speeds)
 
 
-def _speeds(model: str, config: Config) -> Speeds:
+def _speeds(folder: Path, config: Config) -> Speeds:
     """The machine's speeds, for the bound: the remembered ones, or measured before loading."""
-    folder = locate(model)
     limits = split(survey(folder), **config.room())
     return known_speeds(folder, at_most_bytes=limits.budget - limits.fixed)
 
 
-def _open(model: str, config: Config) -> LLM:
-    llm = LLM.from_config(model, config)
+def _open(folder: Path, config: Config) -> LLM:
+    llm = LLM.from_config(folder, config)
     assembly = llm.assembly
     for text in assembly.notes:
         note(f"note: {text}", "yellow")
@@ -57,7 +58,10 @@ def _open(model: str, config: Config) -> LLM:
 def _prompt(options: Namespace) -> Prompt | None:
     """The prompt from the command line or a pipe; None asks for a chat."""
     text: str | None = options.prompt
-    if text is None and sys.stdin is not None and sys.stdin.isatty():
+    chatting = text is None and sys.stdin is not None and sys.stdin.isatty()
+    if options.system is not None and not chatting:
+        raise UsageError("only a chat has a --system", hint="a PROMPT is fed as it is")
+    if chatting:
         if options.json or options.token_ids:
             raise UsageError("a chat has no --json and no --token-ids", hint="give a PROMPT")
         return None

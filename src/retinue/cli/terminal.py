@@ -60,11 +60,12 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 def summary(output: Output) -> str:
     """What an answer cost, in one line."""
     stats = output.stats
+    degraded = f", {stats.degraded_share:.1%} degraded" if stats.degraded_share else ""
     return (
         f"{len(output.token_ids)} tokens, {stats.decode_tokens_per_s:.1f} tokens/s, first after"
         f" {stats.ttft_s:.2f} s, hit rate {stats.hit_rate:.0%},"
         f" {format_size(stats.bytes_read_per_token)} read a token,"
-        f" peak {format_size(stats.peak_rss_bytes)} of {format_size(stats.budget_bytes)}"
+        f" peak {format_size(stats.peak_rss_bytes)} of {format_size(stats.budget_bytes)}{degraded}"
     )
 
 

@@ -10,7 +10,9 @@ import torch
 
 from retinue.config import Config
 from retinue.engine.blocks import BlockPool
+from retinue.engine.cohort import Cohort
 from retinue.engine.engine import Engine
+from retinue.engine.residents import Residents, known_beforehand
 from retinue.engine.scheduler import Limits
 from retinue.memory.budget import Split, split
 from retinue.memory.cache import ExpertCache
@@ -28,9 +30,13 @@ from retinue.model.load import Network, build, end_tokens, load_dense, load_toke
 from retinue.model.reference import self_check
 from retinue.model.routing import find_routers
 from retinue.model.runner import Runner
-from retinue.model.survey import facts_of, survey
+from retinue.model.survey import survey, survey_abilities
+from retinue.policy.base import Policies
 from retinue.policy.presets import Preset, preset
+from retinue.policy.profile import Profile
 from retinue.types import BLOCK_TOKENS, Facts
+
+APPROXIMATE = "this preset is approximate: its tokens are not those of the plain model"
 
 
 @dataclass(slots=True)
@@ -47,7 +53,9 @@ class Assembly:
     tier: Tier
     mover: Mover
     cache: ExpertCache
+    host: ExpertHost
     engine: Engine
+    residents: Residents | None
     metrics: Metrics
     load_s: float
     notes: list[str]
@@ -68,11 +76,14 @@ class Assembly:
 def assemble(model: str | Path, config: Config) -> Assembly:
     """Load `model` under `config`. Refuses before loading what cannot fit."""
     started = time.perf_counter()
-    folder = locate(model)
+    notes: list[str] = []
+    folder = locate(model, notes.append)
     chosen = preset(config.preset)
     threads = config.threads or cores()
     facts = survey(folder)
-    limits = split(facts, **config.room())
+    policies = chosen.build()
+    limits = split(facts, **config.room(), each_layer=policies.placement.fixed)
+    known = known_beforehand(folder, facts, policies.placement, config)
     torch.set_num_threads(threads)
     with ExitStack() as undo:
         tier = Tier(limits.slots, limits.slot_bytes)
@@ -80,34 +91,45 @@ def assemble(model: str | Path, config: Config) -> Assembly:
         tier.touch()  # while the network is built and its other weights are read
         network = build(open_checkpoint(folder))
         network.model.set_experts_implementation(IMPLEMENTATION)
-        facts = facts_of(network)
-        reader, metrics, policies = Reader(), Metrics(), chosen.build()
+        abilities = survey_abilities(network)
+        reader, metrics = Reader(), Metrics()
         undo.callback(reader.close)
         load_dense(network, reader)
         mover = Mover(reader)
         undo.callback(mover.close)
-        layouts = network.experts.layouts
-        cache = ExpertCache(layouts, tier, mover, policies.evictor, network.top_k)
-        routers = find_routers(network.model, network.experts.modules)
-        host = ExpertHost(network.experts.modules, routers, cache, policies, metrics)
+        host = _host(network, tier, mover, policies, metrics)
         if config.self_check:
-            hidden = network.text_config.hidden_size
-            self_check(host, network.experts.modules, layouts, hidden, network.model.dtype)
-        store = Store(network.model.config, limits.kv_tokens)
+            experts = network.experts
+            self_check(host, experts.modules, experts.layouts, network.model.dtype)
+        store = Store(network.model.config, limits.kv_tokens, shareable=abilities.batching)
         if store.shareable:
             install(network.model, store)
+        cohort = Cohort(
+            layers=facts.moe_layers,
+            experts=facts.experts_per_layer,
+            top_k=facts.top_k,
+            slots=limits.slots,
+        )
         engine = Engine(
             Runner(network, host, mover, metrics, store),
             BlockPool(store.tokens // BLOCK_TOKENS),
-            Limits(limits.context, limits.chunk, config.batch, sharing=store.packable),
+            Limits(
+                limits.context,
+                limits.chunk,
+                config.batch,
+                whole_prompts=not abilities.chunked_prefill,
+                sharing=store.packable,
+            ),
+            cohort,
             vocabulary=facts.vocab_size,
             end_tokens=end_tokens(network),
         )
         tokenizer = load_tokenizer(folder)
+        residents = _residents(host, policies, known, network, config)
         undo.pop_all()
-    notes = [reader.note] if reader.note else []
-    if policies.predictor.needs and None in routers:
-        notes.append("no look-ahead: some routers of this model cannot be asked")
+    notes += [reader.note] if reader.note else []
+    notes += abilities.notes
+    notes += [APPROXIMATE] if not chosen.exact else []
     load_s = time.perf_counter() - started
     return Assembly(
         facts,
@@ -119,9 +141,31 @@ def assemble(model: str | Path, config: Config) -> Assembly:
         reader,
         tier,
         mover,
-        cache,
+        host.cache,
+        host,
         engine,
+        residents,
         metrics,
         load_s,
         notes,
     )
+
+
+def _host(
+    network: Network, tier: Tier, mover: Mover, policies: Policies, metrics: Metrics
+) -> ExpertHost:
+    modules, layouts = network.experts.modules, network.experts.layouts
+    cache = ExpertCache(layouts, tier, mover, policies.evictor, network.top_k)
+    routers = find_routers(network.model, modules)
+    return ExpertHost(modules, routers, cache, policies, metrics)
+
+
+def _residents(
+    host: ExpertHost, policies: Policies, known: Profile | None, network: Network, config: Config
+) -> Residents | None:
+    """The set that stays, loaded and serving, if the preset has one."""
+    if not policies.placement.fixed:
+        return None
+    residents = Residents(host, policies.placement, known, network.experts.there)
+    residents.start(config.task)
+    return residents

@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 
 from retinue.engine.blocks import BlockPool
+from retinue.engine.cohort import Cohort
 from retinue.engine.request import Request, State
 from retinue.engine.scheduler import Limits, Scheduler, Work
 from retinue.errors import Cancelled, RetinueError, UsageError
@@ -42,13 +43,14 @@ class Engine:
         runner: Runner,
         pool: BlockPool,
         limits: Limits,
+        cohort: Cohort,
         *,
         vocabulary: int,
         end_tokens: frozenset[int],
     ) -> None:
         self._runner, self._vocabulary, self._end_tokens = runner, vocabulary, end_tokens
         self.limits = limits
-        self.scheduler = Scheduler(pool, limits)
+        self.scheduler = Scheduler(pool, limits, cohort)
 
     def add(self, request: Request) -> None:
         """Queue `request`. Raises UsageError for a prompt that can never run."""
@@ -124,25 +126,32 @@ class Engine:
         """Run the passes of `work`, one for all requests where the family allows it."""
         segments = [_segment(part) for part in work.parts]
         for group in self._runner.groups(segments):
-            self._pass([work.parts[index] for index in group], work.phase)
+            counters = self._pass([work.parts[index] for index in group], work.phase)
+            if counters is not None and work.phase == "decode":
+                self.scheduler.cohort.observe(counters, len(work.parts), work.ready)
         return [request for request, _ in work.parts]
 
-    def _pass(self, parts: list[Part], phase: Phase) -> None:
-        """One forward pass. If it fails for several requests, each one gets a pass of its own."""
+    def _pass(self, parts: list[Part], phase: Phase) -> PhaseCounters | None:
+        """One forward pass; returns what it cost.
+
+        If it fails for several requests, each one gets a pass of its own.
+        """
         requests = [request for request, _ in parts]
         # A pass stops in its middle if nobody wants it any more.
         self._runner.host.stop = lambda: all(request.cancelled.is_set() for request in requests)
         try:
+            read = self._runner.host.begin([request.task for request in self.scheduler.running])
             logits, counters = self._runner.run([_segment(part) for part in parts], phase)
+            counters.bytes_read += read
         except Cancelled:
             for request in requests:
                 self._end(request, State.CANCELLED)
         except RetinueError as error:
             if len(parts) == 1:
                 self._end(requests[0], State.FAILED, error)
-                return
-            for part in parts:
-                self._pass([part], phase)
+            else:
+                for part in parts:
+                    self._pass([part], phase)
         except BaseException:
             for request in requests:
                 self._end(request, State.FAILED)
@@ -152,6 +161,8 @@ class Engine:
                 request.costs.of(phase).add(counters, tokens=len(tokens))
                 request.done += len(tokens)
                 self._advance(request, logits[row])
+            return counters
+        return None
 
     def _advance(self, request: Request, logits: torch.Tensor) -> None:
         if request.done < len(request.prompt):

@@ -34,6 +34,8 @@ class LLM:
         memory: str | int | None = None,
         experts: str | int | None = None,
         preset: str | None = None,
+        task: str | None = None,
+        profile: str | Path | None = None,
         precision: str | None = None,
         threads: int | None = None,
         context: int | None = None,
@@ -46,6 +48,8 @@ class LLM:
             "memory": memory,
             "experts": experts,
             "preset": preset,
+            "task": task,
+            "profile": None if profile is None else str(profile),
             "precision": precision,
             "threads": threads,
             "context": context,
@@ -87,9 +91,11 @@ class LLM:
         *,
         reuse: bool | None = None,
         progress: bool = True,
+        task: str | None = None,
     ) -> list[Output]:
         """Answer each prompt, a text or a list of token ids; a progress bar goes to stderr.
 
+        `task` names the kind of work, for presets that know tasks; default: the model's own.
         Prompts are answered together, as many as `batch` and `kv_tokens` allow. `reuse` lets those
         that begin alike compute that part once: by default where there are several. Alone, a
         prompt's answer does not depend on others; together, logits may differ by rounding.
@@ -103,14 +109,22 @@ class LLM:
         ids = [self._checked(prompt) for prompt in batch]
         params = params or SamplingParams()
         shared = len(ids) > 1 if reuse is None else reuse
-        requests = [new_request(each, params, self.tokenizer, reuse=shared) for each in ids]
+        task = self.config.task if task is None else task
+        requests = [
+            new_request(each, params, self.tokenizer, reuse=shared, task=task) for each in ids
+        ]
         with _bar(len(ids), progress) as bar:
             for _ in self.serve(requests):
                 bar.update(sum(1 for request in requests if request.state.final) - bar.n)
         return [self._output(request, request.take_delta()) for request in requests]
 
     def stream(
-        self, prompt: Prompt, params: SamplingParams | None = None, *, reuse: bool = False
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        reuse: bool = False,
+        task: str | None = None,
     ) -> Iterator[Output]:
         """Yield the answer as it grows; the last Output has a finish_reason and stats.
 
@@ -118,10 +132,10 @@ class LLM:
         conversation. Its logits may differ by rounding from those of a fresh prompt. Several
         streams may be open at once; each step of one serves them all.
         """
-        request = new_request(
-            self._checked(prompt), params or SamplingParams(), self.tokenizer, reuse=reuse
-        )
-        return self._stream(request)
+        ids = self._checked(prompt)
+        task = self.config.task if task is None else task
+        params = params or SamplingParams()
+        return self._stream(new_request(ids, params, self.tokenizer, reuse=reuse, task=task))
 
     def cancel(self) -> None:
         """End all running answers as soon as their layer allows. From any thread or a signal."""
@@ -243,6 +257,7 @@ def _stats(assembly: Assembly, request: Request) -> Stats:
         bytes_read_per_token=_rate(decode.bytes_read, decode.tokens),
         read_bytes_per_s=_rate(decode.bytes_read, decode.seconds),
         stall_s=decode.stall_s,
+        degraded_share=decode.degraded_share,
         used_bytes_read=decode.used_bytes_read,
         prefill_bytes_read=prefill.bytes_read,
         reused_tokens=request.reused,

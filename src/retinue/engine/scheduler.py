@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from retinue.engine.blocks import BlockPool, Table
+from retinue.engine.cohort import Cohort
 from retinue.types import Phase
 
 if TYPE_CHECKING:
@@ -47,13 +48,14 @@ class Work:
 
     phase: Phase
     parts: list[tuple["Request", list[int]]] = field(default_factory=list)
+    ready: int = 0  # requests that could have decoded
 
 
 class Scheduler:
     """Keeps the waiting and the running requests and the blocks they own."""
 
-    def __init__(self, pool: BlockPool, limits: Limits) -> None:
-        self.pool, self.limits = pool, limits
+    def __init__(self, pool: BlockPool, limits: Limits, cohort: Cohort) -> None:
+        self.pool, self.limits, self.cohort = pool, limits, cohort
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self.parked: list[Parked] = []  # the least recently used first
@@ -113,14 +115,16 @@ class Scheduler:
     def _seat(self, request: "Request") -> bool:
         """Give `request` room for its prompt and its longest answer, if there is any."""
         room = min(len(request.prompt) + request.params.max_new_tokens, self.limits.context)
-        before = self._before(request) if request.reuse else None
+        # What follows another prompt is a piece of a prompt.
+        may = request.reuse and not self.limits.whole_prompts
+        before = self._before(request) if may else None
         if before is not None and self.pool.extend(before.table, room):
             self.parked.remove(before)
             request.table, request.sequence = before.table, before.sequence
             request.sequence.grow(before.table.blocks)
             request.done = request.reused = len(before.tokens)
             return True
-        reuse = request.reuse and self.limits.sharing
+        reuse = may and self.limits.sharing
         while (table := self.pool.take(request.prompt, room, reuse=reuse)) is None:
             if not self.parked:
                 return False
@@ -153,4 +157,7 @@ class Scheduler:
         return work
 
     def _decode(self) -> Work:
-        return Work("decode", [(r, r.token_ids[-1:]) for r in self.running if r.decoding])
+        """The next token of those that arrived first; the others' turn comes when these end."""
+        ready = [request for request in self.running if request.decoding]
+        first = ready[: self.cohort.size(len(ready))]
+        return Work("decode", [(request, request.token_ids[-1:]) for request in first], len(ready))

@@ -2,7 +2,7 @@
 
     runtime      interpreter, libraries, threads: what is there with no model at all
     dense        every weight that is not a routed expert
-    kv           keys and values of all sequences that run at once
+    kv           keys, values and states of all sequences that run at once
     workspace    activations of the largest prefill chunk
     experts      slots, whatever the rest leaves
 
@@ -22,7 +22,7 @@ from retinue.types import Facts
 # libraries imported and its threads started, and page tables, file handles and stacks.
 RUNTIME_BYTES = 470 << 20
 RESERVE_BYTES = 48 << 20
-CHUNK_TOKENS: int = Config().chunk
+CHUNK_TOKENS, BATCH = Config().chunk, Config().batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,18 +98,25 @@ def split(
     experts: str | int | None = None,
     kv_tokens: int | None = None,
     chunk: int = CHUNK_TOKENS,
+    batch: int = BATCH,
+    each_layer: bool = False,
 ) -> Split:
-    """Divide `memory`, or raise DoesNotFit with the smallest budget that would work."""
+    """Divide `memory`, or raise DoesNotFit with the smallest budget that would work.
+
+    `each_layer` says that one token's experts of every layer must be resident at once.
+    """
+    least = facts.min_slots * (facts.moe_layers if each_layer else 1)
     budget = budget_bytes(memory)
     tokens = context_tokens(facts, context)
     pool = pool_tokens(tokens, kv_tokens)
     # Depends on nothing that residency could change: not on the memory.
     chunk = min(tokens, chunk)
     fixed = RUNTIME_BYTES + RESERVE_BYTES + facts.dense_bytes
-    kv = facts.kv_bytes_per_token * pool
+    # A pass over running states works on a copy of them.
+    kv = facts.kv_bytes_per_token * pool + 2 * facts.state_bytes * batch
     workspace = _workspace(facts, chunk, tokens, pool)
     needed = fixed + kv + workspace
-    smallest = needed + facts.min_slots * facts.slot_bytes
+    smallest = needed + least * facts.slot_bytes
     if budget < smallest:
         raise DoesNotFit(
             f"`{facts.name}` does not fit into {format_size(budget)}:"
@@ -119,7 +126,7 @@ def split(
         )
     slots = min((budget - needed) // facts.slot_bytes, facts.total_experts)
     if experts is not None:
-        slots = min(slots, _slot_limit(facts, experts))
+        slots = min(slots, _slot_limit(facts, experts, least))
     return Split(
         budget, fixed, kv, workspace, slots, facts.slot_bytes, tokens, pool, chunk, smallest
     )
@@ -134,16 +141,17 @@ def _hint(smallest: int) -> str:
     return f"use `--memory {smallest}` or more, or a smaller `--context`"
 
 
-def _slot_limit(facts: Facts, experts: str | int) -> int:
+def _slot_limit(facts: Facts, experts: str | int, least: int) -> int:
     """`--experts` in slots: a share of all experts, or a size."""
     whole = facts.total_experts * facts.slot_bytes
     slots = parse_size(experts, whole=whole) // facts.slot_bytes
-    if slots < facts.min_slots:
-        least = facts.min_slots * facts.slot_bytes
+    if slots < least:
+        whole = facts.min_slots < least
         raise DoesNotFit(
             f"`--experts {experts}` leaves room for {slots} experts; one token needs"
-            f" {facts.min_slots} at once",
-            smallest_bytes=least,
-            hint=f"use `--experts {least}` or more",
+            f" {least} at once" + " over all layers, since this preset fetches none" * whole,
+            smallest_bytes=least * facts.slot_bytes,
+            hint=f"use `--experts {least * facts.slot_bytes}` or more"
+            + ", or an exact preset" * whole,
         )
     return int(slots)

@@ -15,19 +15,20 @@ from contextlib import contextmanager
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from retinue.errors import RetinueError
-from retinue.memory.layout import ExpertLayout
+from retinue.memory.layout import Block, ExpertLayout
+from retinue.memory.lease import Lease
 from retinue.memory.mover import Mover, Ticket, TicketState, Urgency
 from retinue.memory.tier import Tier
 from retinue.policy.base import Ahead, Evictor, View
 from retinue.types import Demand, Expert, IntArray, Phase, Want
 
 ABSENT, LOADING = -1, -2
+RECENT_STEPS = 4
 HEAT_DECAY = 0.98  # per step of the layer, see docs/LOG.md
 
-Views = dict[str, tuple[torch.Tensor, ...]]
+Views = dict[str, tuple[Block, ...]]
 
 
 class ExpertCache:
@@ -88,6 +89,11 @@ class ExpertCache:
         """Per expert its slot, LOADING or ABSENT: `[n]`."""
         return np.asarray(self.slot_of[layer, experts], dtype=np.int64)
 
+    def count_repeated(self, demand: Demand) -> int:
+        """How many experts of `demand` the last few passes used as well. Ask before `touch`."""
+        last = self.last_used[demand.layer, demand.experts]
+        return int(np.count_nonzero((last >= 0) & (last >= self.step - RECENT_STEPS)))
+
     def views(self, slot: int) -> Views:
         """The parameters of the READY expert in `slot`."""
         return self._views[slot]
@@ -142,7 +148,7 @@ class ExpertCache:
             self._transient[slots[slots >= 0]] = False
 
     @contextmanager
-    def lease(self, layer: int, experts: IntArray) -> Iterator["Lease"]:
+    def lease(self, layer: int, experts: IntArray) -> Iterator[Lease]:
         """Pin `experts` (resident or to come) so that they stay until released."""
         lease = Lease(self._pins[layer], experts)
         try:
@@ -265,12 +271,29 @@ class ExpertCache:
         if len(victims) < lacking:
             return False
         for slot in victims.tolist():
-            layer, expert = self._owner[slot]
-            self.slot_of[layer, expert] = ABSENT
-            self._fresh[layer, expert] = False
-            self._owner[slot] = -1
-            self._give(slot)
+            self._evict(slot)
         return True
+
+    def place(self, wanted: npt.NDArray[np.bool_]) -> int:
+        """Make exactly `wanted` [layers, experts] resident, between steps; returns bytes read.
+
+        Raises the error of a read that failed.
+        """
+        self.cancel_all()
+        while self._draining:
+            self.wait(1.0)
+        ready = np.flatnonzero(self._owner[:, 0] >= 0)
+        for slot in ready[~wanted[tuple(self._owner[ready].T)]].tolist():
+            self._evict(slot)
+        lacking = np.argwhere(wanted & (self.slot_of < 0)).tolist()
+        for layer, expert in lacking:
+            self._load(Expert(layer, expert), Urgency.DEMAND, transient=False)
+        while self._loading:
+            self.wait(1.0)
+        self._fresh[wanted] = False  # no step has asked for them
+        if self._failed:
+            raise self._failed.popitem()[1]
+        return sum(self._layouts[layer][expert].read_bytes for layer, expert in lacking)
 
     # --- bookkeeping
 
@@ -356,26 +379,13 @@ class ExpertCache:
             if key.layer != other_than and ticket.urgency > Urgency.DEMAND:
                 self._cancel(key, ticket)
 
+    def _evict(self, slot: int) -> None:
+        layer, expert = self._owner[slot]
+        self.slot_of[layer, expert] = ABSENT
+        self._fresh[layer, expert] = False
+        self._owner[slot] = -1
+        self._give(slot)
+
     def _give(self, slot: int) -> None:
         self._transient[slot] = False
         self._tier.give(slot)
-
-
-class Lease:
-    """Pins on experts of one layer; each is released once, the rest at the end."""
-
-    __slots__ = ("_held", "_pins")
-
-    def __init__(self, pins: IntArray, experts: IntArray) -> None:
-        self._pins, self._held = pins, set(experts.tolist())
-        pins[experts] += 1
-
-    def release(self, expert: int) -> None:
-        """`expert` has been computed and may leave."""
-        self._held.remove(expert)
-        self._pins[expert] -= 1
-
-    def end(self) -> None:
-        """Release whatever is still held."""
-        for expert in list(self._held):
-            self.release(expert)

@@ -15,8 +15,9 @@ from typing import Any
 from retinue.errors import CheckpointError, Unsupported
 
 DTYPE_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8, "I64": 8, "I32": 4, "I16": 2, "I8": 1}
-DTYPE_BYTES |= {"U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
+DTYPE_BYTES |= {"U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1}
 WEIGHT_DTYPES = ("BF16", "F16", "F32")
+QUANTISED = ("mxfp4", "fp8")  # what `quant_method` may be; see memory/quantised.py
 
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -56,8 +57,8 @@ class Checkpoint:
 def open_checkpoint(folder: Path) -> Checkpoint:
     """Read configuration and headers of `folder`, and refuse by name what is not served.
 
-    Raises CheckpointError for missing or damaged files, Unsupported for quantised checkpoints,
-    pickle files and checkpoints that need code of their own.
+    Raises CheckpointError for missing or damaged files, Unsupported for quantised checkpoints
+    other than those of `QUANTISED`, pickle files and checkpoints that need code of their own.
     """
     config = _read_config(folder)
     _refuse_unsupported(folder, config)
@@ -77,7 +78,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of `folder`: those that its index names, or all that are there."""
-    index = _read_index(folder)
+    index = read_index(folder)
     if index is None:
         found = sorted(folder.glob("*.safetensors"))
         if not found:
@@ -182,11 +183,13 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _refuse_unsupported(folder: Path, config: dict[str, Any]) -> None:
-    if quantization := config.get("quantization_config"):
-        method = quantization.get("quant_method", "?") if isinstance(quantization, dict) else "?"
+    # Older checkpoints of compressed-tensors call it so.
+    settings = config.get("quantization_config") or config.get("compression_config")
+    method = settings.get("quant_method", "?") if isinstance(settings, dict) else "?"
+    if settings and method not in QUANTISED:
         raise Unsupported(
-            f"quantised checkpoints are not served: `{method}`",
-            hint="use the bf16, fp16 or fp32 checkpoint of the model",
+            f"checkpoints quantised with `{method}` are not served",
+            hint=f"served are {', '.join(QUANTISED)}; or use the bf16, fp16 or fp32 checkpoint",
         )
     if config.get("auto_map"):
         raise Unsupported(
@@ -201,7 +204,8 @@ def _refuse_unsupported(folder: Path, config: dict[str, Any]) -> None:
         )
 
 
-def _read_index(folder: Path) -> dict[str, str] | None:
+def read_index(folder: Path) -> dict[str, str] | None:
+    """Tensor to file name, as the index of `folder` says; None without one."""
     file = folder / "model.safetensors.index.json"
     if not file.is_file():
         return None
@@ -215,7 +219,7 @@ def _read_index(folder: Path) -> dict[str, str] | None:
 
 
 def _check_index(folder: Path, tensors: dict[str, TensorEntry]) -> None:
-    for name, file in (_read_index(folder) or {}).items():
+    for name, file in (read_index(folder) or {}).items():
         if name not in tensors or tensors[name].file.name != file:
             raise CheckpointError(
                 f"tensor `{name}` is not in `{file}`, where the index says it is",

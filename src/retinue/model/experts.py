@@ -17,31 +17,47 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from retinue.errors import Cancelled
 from retinue.memory.cache import LOADING, ExpertCache, Views
+from retinue.memory.formats import Packed
+from retinue.memory.layout import Block
 from retinue.memory.mover import Urgency
 from retinue.metrics import Metrics
 from retinue.model.expert_map import ExpertsModule
 from retinue.model.linear import product
-from retinue.policy.base import Ahead, Policies
+from retinue.model.restriction import Restriction
+from retinue.model.routing import Router
+from retinue.policy.base import Ahead, BoolArray, Policies
 from retinue.types import Demand, FloatArray, IntArray
 
 IMPLEMENTATION = "retinue"
+# Sees (layer, hidden, index, weights) of every layer that runs.
+Watch = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], None]
 WAIT_S = 0.1  # how often a stalled layer looks whether its request was cancelled
 SUM_BLOCK_TOKENS = 64  # bounds the rows that are held in fp32
 
 
 class ExpertHost:
-    """Runs the experts of one model out of one cache. `stop` is asked once a layer and in waits."""
+    """Runs the experts of one model out of one cache. `stop` is asked once a layer and in waits.
+
+    `begin` is told the tasks of the requests that run, before a step; returns bytes it read.
+    `restriction` stands between the routers and an approximate preset's routing; nothing is
+    fetched while it is active. Raises Unsupported where the routers do not obey it.
+    """
 
     def __init__(
         self,
         modules: Sequence[ExpertsModule],
-        routers: Sequence[nn.Module | None],
+        routers: Sequence[Router | None],
         cache: ExpertCache,
         policies: Policies,
         metrics: Metrics,
     ) -> None:
         self.cache, self.metrics = cache, metrics
         self.stop: Callable[[], bool] = lambda: False
+        self.begin: Callable[[Sequence[str | None]], int] = lambda tasks: 0
+        self.watch: Watch | None = None
+        self.restriction: Restriction | None = None
+        if not policies.routing.exact:
+            self.restriction = Restriction(routers, modules, policies.routing, self._resident)
         self._policies = policies
         self._modules = {found.layer: found.module for found in modules}
         order = [found.layer for found in modules]
@@ -50,10 +66,32 @@ class ExpertHost:
         for found in modules:
             found.module.retinue_run = _Layer(self, found)  # type: ignore[assignment]
 
+    @property
+    def restricted(self) -> bool:
+        """Whether residents serve every token now, and nothing is fetched."""
+        return self.restriction is not None and self.restriction.active
+
+    @property
+    def sees_ahead(self) -> bool:
+        """Whether every layer's router can be asked."""
+        return None not in self._routers.values()
+
+    def next_scores(self, layer: int, hidden: torch.Tensor) -> FloatArray | None:
+        """What the router after `layer` says of `layer`'s input: probabilities [tokens, experts].
+
+        None after the last layer and where that router cannot be asked.
+        """
+        router = self._routers.get(self._following.get(layer, -1))
+        return _probabilities(router, hidden) if router is not None else None
+
     def close(self) -> None:
         """Let go of the network. Without that the weights live until a garbage collection."""
         for module in self._modules.values():
             module.retinue_run = None  # type: ignore[assignment]
+        if self.restriction is not None:
+            self.restriction.close()
+        self.watch = None
+        self.begin = lambda tasks: 0
         self.stop = lambda: False
 
     def run(
@@ -67,13 +105,16 @@ class ExpertHost:
         """
         if self.stop():
             raise Cancelled("the request was cancelled")
+        if self.watch is not None:
+            self.watch(layer, hidden, index, weights)
         cache, work = self.cache, _Work(self._modules[layer], hidden, index, weights)
-        if cache.holds_everything and cache.has_all(layer):
+        if self.restricted or (cache.holds_everything and cache.has_all(layer)):
             return self._run_resident(layer, work)
         demand = work.demand(layer)
         cache.begin_layer(layer)
         slots = cache.lookup(layer, demand.experts)
         self._count(slots)
+        self.metrics.now.repeated += cache.count_repeated(demand)
         with cache.lease(layer, demand.experts) as lease:
             missing = self._start_reads(demand, slots, hidden)
             cache.touch(demand, len(hidden))
@@ -93,10 +134,13 @@ class ExpertHost:
 
     def _run_resident(self, layer: int, work: "_Work") -> torch.Tensor:
         """A layer that nothing can evict: there is nothing to ask and no book to keep."""
+        if self.restricted:
+            self._count_rerouted(layer, work.experts)
+        else:
+            self.metrics.now.hits += len(work.experts)
         self.cache.mark_used(layer, work.experts)
         for expert in work.experts.tolist():
             work.compute(expert, self.cache.use(layer, expert))
-        self.metrics.now.hits += len(work.experts)
         return work.result()
 
     def _start_reads(self, demand: Demand, slots: IntArray, hidden: torch.Tensor) -> IntArray:
@@ -140,8 +184,7 @@ class ExpertHost:
         wanted = "next_scores" in self._policies.predictor.needs
         if router is None or not wanted or self.cache.has_all(layer):
             return None
-        scores: FloatArray = torch.softmax(router(hidden)[0].float(), dim=-1).numpy()
-        return scores
+        return _probabilities(router, hidden)
 
     def _stall(self, layer: int, todo: set[int], missing: IntArray) -> IntArray:
         cache = self.cache
@@ -154,12 +197,36 @@ class ExpertHost:
         cache.raise_failure(layer, todo)
         return missing
 
+    def _resident(self, layer: int, tokens: int) -> BoolArray:
+        """Which experts may serve each token of a restricted layer: [tokens, experts]."""
+        there = self.cache.slot_of[layer] >= 0
+        return np.broadcast_to(there, (tokens, len(there)))
+
+    def _count_rerouted(self, layer: int, experts: IntArray) -> None:
+        """Count what the router asked for, not the `experts` that it got."""
+        there = self.cache.lookup(layer, experts) >= 0
+        assert there.all(), "a restricted router chose an expert that is not resident"
+        rerouted = self.restriction.take(layer) if self.restriction is not None else None
+        if rerouted is None:  # these did not come from a router: nothing was replaced
+            self.metrics.now.hits += len(experts)
+            return
+        self._count(self.cache.lookup(layer, rerouted.experts))
+        counters = self.metrics.now
+        counters.routed_weight += rerouted.weight
+        counters.degraded_weight += rerouted.degraded
+        counters.rerouted += rerouted.missing
+
     def _count(self, slots: IntArray) -> None:
         counters = self.metrics.now
         hits, pending = int((slots >= 0).sum()), int((slots == LOADING).sum())
         counters.hits += hits
         counters.pending += pending
         counters.misses += len(slots) - hits - pending
+
+
+def _probabilities(router: Router, hidden: torch.Tensor) -> FloatArray:
+    scores: FloatArray = torch.softmax(router(hidden)[0].float(), dim=-1).numpy()
+    return scores
 
 
 class _Layer:
@@ -209,7 +276,9 @@ class _Work:
         start, stop = self._spans[expert]
         rows = self._order[start:stop]
         if self._tokens == 1:
-            self._rows[rows[0]] = apply_expert(self._module, self._hidden, views)[0]
+            output = apply_expert(self._module, self._hidden, views)[0]
+            for row in rows.tolist():  # more than one where a router names an expert twice
+                self._rows[row] = output
             return
         at = torch.from_numpy(rows)
         padding = padded_tokens(len(rows)) - len(rows)
@@ -257,26 +326,31 @@ def apply_expert(module: nn.Module, inputs: torch.Tensor, views: Views) -> torch
     up_name = "gate_up_proj" if module.has_gate else "up_proj"
     up = _linear(module, inputs, views, up_name)
     activate = module._apply_gate if module.has_gate else module.act_fn
-    hidden = activate(up)  # type: ignore[operator]
-    return _linear(module, hidden, views, "down_proj")
+    out = _linear(module, activate(up), views, "down_proj")  # type: ignore[operator]
+    return module.post_expert_norm(out) if module.has_post_expert_norm else out  # type: ignore[operator]
 
 
 def _linear(module: nn.Module, inputs: torch.Tensor, views: Views, name: str) -> torch.Tensor:
     biases = views.get(f"{name}_bias")
-    bias = _whole(biases).to(inputs.dtype) if biases is not None else None
+    bias = _whole(biases, inputs.dtype) if biases is not None else None
     blocks = [_product(inputs, block, module.is_transposed) for block in views[name]]
     out = blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=-1)
     return out if bias is None else out + bias
 
 
-def _product(inputs: torch.Tensor, weight: torch.Tensor, transposed: Any) -> torch.Tensor:
-    if weight.dtype != inputs.dtype:
-        weight = weight.to(inputs.dtype)
-    return product(inputs, weight.T if transposed else weight)
+def _product(inputs: torch.Tensor, weight: Block, transposed: Any) -> torch.Tensor:
+    numbers = in_type(weight, inputs.dtype)
+    return product(inputs, numbers.T if transposed else numbers)
 
 
-def _whole(blocks: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+def in_type(block: Block, dtype: torch.dtype) -> torch.Tensor:
+    """`block` in the type that is computed with. What was packed lives until it was used."""
+    return block.decode(dtype) if isinstance(block, Packed) else block.to(dtype)
+
+
+def _whole(blocks: tuple[Block, ...], dtype: torch.dtype) -> torch.Tensor:
+    numbers = [in_type(block, dtype) for block in blocks]
+    return numbers[0] if len(numbers) == 1 else torch.cat(numbers)
 
 
 def _forward(

@@ -90,10 +90,11 @@ class Span:
 class Store(Cache):
     """The memory of all sequences of one model. `tokens` bounds those of all of them together."""
 
-    def __init__(self, config: PreTrainedConfig, tokens: int) -> None:
+    def __init__(self, config: PreTrainedConfig, tokens: int, *, shareable: bool = True) -> None:
         kinds, options = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
-        self.shareable = all(k in ATTENTION + RUNNING_STATE + BOTH + WITHOUT for k in kinds)
-        self.packable = all(kind in ATTENTION + WITHOUT for kind in kinds)
+        known = all(kind in ATTENTION + RUNNING_STATE + BOTH + WITHOUT for kind in kinds)
+        self.shareable = shareable and known
+        self.packable = self.shareable and all(kind in ATTENTION + WITHOUT for kind in kinds)
         self._tokens = -(-tokens // BLOCK_TOKENS) * BLOCK_TOKENS
         self.segments: tuple[Segment, ...] = ()
         self._writes = torch.empty(0, dtype=torch.int64)

@@ -9,13 +9,15 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.initialization import no_init_weights
 from transformers.modeling_utils import LoadStateDictConfig
@@ -24,11 +26,22 @@ from transformers.utils import logging as transformers_logging
 from retinue.errors import CheckpointError, Unsupported
 from retinue.memory.checkpoint import Checkpoint, TensorEntry
 from retinue.memory.files import ALIGNMENT, Reader
-from retinue.memory.layout import TORCH_DTYPES
+from retinue.memory.layout import STORED_DTYPES, TORCH_DTYPES
+from retinue.memory.quantised import PackedEntry, explain
+from retinue.model.architecture import model_class
 from retinue.model.expert_map import ExpertMap, map_experts
 from retinue.model.linear import use_row_linears
+from retinue.model.routing import top_k
 
-TEXT_FAMILIES = ("olmoe", "qwen3_moe", "mixtral")  # whose tokens are tested against transformers
+# Besides weights there are tables: which experts a token goes to, say.
+_ALL_DTYPES = STORED_DTYPES | {
+    "F64": torch.float64,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "BOOL": torch.bool,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +59,8 @@ class Network:
 
     @property
     def top_k(self) -> int:
-        """Experts that a token is routed to."""
-        return int(self.text_config.num_experts_per_tok)
+        """The most experts of one layer that a token is routed to."""
+        return top_k(self.model, self.text_config, self.experts.modules)
 
 
 def build(checkpoint: Checkpoint) -> Network:
@@ -57,19 +70,17 @@ def build(checkpoint: Checkpoint) -> Network:
     except (ValueError, KeyError, OSError, TypeError) as error:
         reason = str(error).splitlines()[0] if str(error) else repr(error)
         raise Unsupported(f"transformers cannot read `{checkpoint.folder}`: {reason}") from error
-    if config.model_type not in TEXT_FAMILIES:
-        raise Unsupported(
-            f"the family `{config.model_type}` is not served yet",
-            hint=f"served are {', '.join(TEXT_FAMILIES)}",
-        )
+    checkpoint = explain(checkpoint)
+    # The skeleton is the plain model's; what is stored otherwise is decoded when it is used.
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    chosen = model_class(config)
     dtype = _dtype(config, checkpoint)
     with _parameters_on_meta(), no_init_weights():
-        model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-            config, dtype=dtype, trust_remote_code=False
-        )
+        model = chosen.build(dtype)
     use_row_linears(model)
     model.tie_weights()
-    model.eval()
+    model.train(False)
     return Network(model, checkpoint, map_experts(model, checkpoint))
 
 
@@ -80,8 +91,12 @@ def load_dense(network: Network, reader: Reader) -> None:
     """
     model = network.model
     wanted = {key: network.checkpoint.tensors[key] for key in network.experts.dense_keys}
-    state = {key: _LazyTensor(entry, reader) for key, entry in wanted.items()}
-    config = LoadStateDictConfig(dtype=model.dtype, weight_mapping=network.experts.transforms)
+    state = {key: _LazyTensor(entry, reader, model.dtype) for key, entry in wanted.items()}
+    config = LoadStateDictConfig(
+        dtype=model.dtype,
+        dtype_plan=model._get_dtype_plan(model.dtype),
+        weight_mapping=get_model_conversion_mapping(model),  # type: ignore[arg-type]
+    )
     with _quiet():
         info, _ = convert_and_load_state_dict_in_model(model, state, config)
     model.tie_weights()
@@ -98,9 +113,8 @@ def _check_loaded(model: PreTrainedModel, experts: ExpertMap, info: Any) -> None
     if info.conversion_errors:
         name, reason = next(iter(info.conversion_errors.items()))
         raise CheckpointError(f"tensor `{name}` cannot be converted: {reason}")
-    routed = tuple(found.name + "." for found in experts.modules)
     for name, parameter in model.named_parameters():
-        if parameter.is_meta and not name.startswith(routed):
+        if parameter.is_meta and experts.is_dense(name):
             raise CheckpointError(
                 f"the weight `{name}` is missing",
                 hint="a shard is missing or the checkpoint is another model's",
@@ -110,10 +124,12 @@ def _check_loaded(model: PreTrainedModel, experts: ExpertMap, info: Any) -> None
 class _LazyTensor:
     """What transformers' loader sees of a tensor: its bytes are read when it is indexed."""
 
-    def __init__(self, entry: TensorEntry, reader: Reader) -> None:
-        self._entry, self._reader = entry, reader
+    def __init__(self, entry: TensorEntry, reader: Reader, dtype: torch.dtype) -> None:
+        self._entry, self._reader, self._dtype = entry, reader, dtype
 
     def __getitem__(self, index: Any) -> torch.Tensor:
+        if isinstance(self._entry, PackedEntry):
+            return self._entry.decode(partial(read_tensor, reader=self._reader), self._dtype)[index]
         return read_tensor(self._entry, self._reader)[index]
 
     def get_shape(self) -> list[int]:
@@ -129,7 +145,7 @@ def read_tensor(entry: TensorEntry, reader: Reader) -> torch.Tensor:
     Raises ReadError when the disk fails, CheckpointError when the file is too short, Unsupported
     for types that are no weights.
     """
-    if entry.dtype not in TORCH_DTYPES:
+    if entry.dtype not in _ALL_DTYPES:
         raise Unsupported(f"tensor `{entry.name}` has the type `{entry.dtype}`")
     lead = entry.start % ALIGNMENT
     direct = lead % entry.item_bytes == 0
@@ -145,7 +161,7 @@ def read_tensor(entry: TensorEntry, reader: Reader) -> torch.Tensor:
     if got < needed:
         raise CheckpointError(f"`{entry.file.name}` is truncated: it ends within `{entry.name}`")
     data = raw[base + skip : base + skip + (entry.stop - entry.start)]
-    return data.view(TORCH_DTYPES[entry.dtype]).view(entry.shape)
+    return data.view(_ALL_DTYPES[entry.dtype]).view(entry.shape)
 
 
 def load_tokenizer(folder: Path) -> Any | None:

@@ -4,14 +4,16 @@ It reads through the safetensors library instead of our reader, keeps nothing, a
 token and one expert after the other, in the order of the paper formula.
 """
 
+from math import prod
+
 import torch
 from safetensors import safe_open
 from torch import nn
 
 from retinue.errors import NotFinite, SelfCheckFailed
 from retinue.memory.cache import Views
-from retinue.memory.checkpoint import TensorEntry
-from retinue.memory.layout import ExpertLayout
+from retinue.memory.formats import Packed
+from retinue.memory.layout import Block, ExpertLayout, Piece
 from retinue.model.expert_map import ExpertsModule
 from retinue.model.experts import ExpertHost, apply_expert
 
@@ -19,21 +21,38 @@ TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 DAMAGED = "the checkpoint is damaged; download the file again"
 
 
-def read_expert(layout: ExpertLayout) -> dict[str, tuple[torch.Tensor, ...]]:
+def read_expert(layout: ExpertLayout) -> Views:
     """One expert's parameters, read by the safetensors library."""
-    result: dict[str, list[torch.Tensor]] = {}
+    result: dict[str, list[Block]] = {}
     for piece in layout.pieces:
-        result.setdefault(piece.parameter, []).append(_read(piece.entry, piece.start, piece.shape))
+        result.setdefault(piece.parameter, []).append(_block(piece))
     return {name: tuple(blocks) for name, blocks in result.items()}
 
 
-def _read(entry: TensorEntry, start: int, shape: tuple[int, ...]) -> torch.Tensor:
+def _block(piece: Piece) -> Block:
+    numbers = _read(piece)
+    if piece.format is None or piece.scales is None:
+        return numbers
+    return Packed(piece.format, numbers, _read(piece.scales))
+
+
+def _read(piece: Piece) -> torch.Tensor:
+    entry = piece.entry
     with safe_open(entry.file, framework="pt") as file:
-        if entry.shape == shape:
+        if entry.shape == piece.shape and piece.strides is None:
             return file.get_tensor(entry.name)  # type: ignore[no-any-return]
-        stride = (entry.stop - entry.start) // entry.shape[0]
-        index = (start - entry.start) // stride
-        return file.get_slice(entry.name)[index : index + 1][0]  # type: ignore[no-any-return]
+        # Some of one expert, which is one row of a tensor of all, or a whole tensor.
+        first = (piece.start - entry.start) // entry.item_bytes
+        row = prod(entry.shape[1:]) if len(entry.shape) > len(piece.shape) else prod(entry.shape)
+        index = first // row
+        whole = file.get_tensor(entry.name) if row == prod(entry.shape) else None
+        expert = file.get_slice(entry.name)[index : index + 1] if whole is None else whole
+        shape, strides = piece.shape, piece.strides or _contiguous(piece.shape)
+        return expert.reshape(-1)[first - index * row :].as_strided(shape, strides)  # type: ignore[no-any-return]
+
+
+def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(prod(shape[axis + 1 :]) for axis in range(len(shape)))
 
 
 def reference_experts(
@@ -58,7 +77,7 @@ def reference_experts(
 def damaged_expert(layer: int, expert: int, layout: ExpertLayout, views: Views) -> NotFinite | None:
     """The error that names the expert, if one of its weights is NaN or infinite."""
     for name, blocks in views.items():
-        if not all(bool(torch.isfinite(block).all()) for block in blocks):
+        if not all(_is_finite(block) for block in blocks):
             return NotFinite(
                 f"expert {expert} of layer {layer} holds NaN or infinite values:"
                 f" `{name}` in `{layout.extents[0].file.name}`",
@@ -67,12 +86,16 @@ def damaged_expert(layer: int, expert: int, layout: ExpertLayout, views: Views) 
     return None
 
 
+def _is_finite(block: Block) -> bool:
+    numbers = block.decode(torch.bfloat16) if isinstance(block, Packed) else block
+    return bool(torch.isfinite(numbers).all())
+
+
 @torch.inference_mode()
 def self_check(
     host: ExpertHost,
     modules: list[ExpertsModule],
     layouts: list[list[ExpertLayout]],
-    hidden_size: int,
     dtype: torch.dtype,
 ) -> None:
     """Run one token through two experts of the first and the last layer, both ways.
@@ -84,7 +107,7 @@ def self_check(
     host.cache.begin_step("decode")
     for found in {modules[0].layer: modules[0], modules[-1].layer: modules[-1]}.values():
         width = min(2, found.experts)
-        hidden = torch.randn(1, hidden_size, generator=random).to(dtype)
+        hidden = torch.randn(1, found.width, generator=random).to(dtype)
         index = torch.randperm(found.experts, generator=random)[:width].view(1, width)
         weights = torch.rand(1, width, generator=random).to(dtype)
         for expert in index[0].tolist():

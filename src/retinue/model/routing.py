@@ -1,4 +1,8 @@
-"""Finds each layer's router, so that a look-ahead can ask the next one."""
+"""Finds each layer's router, so that a look-ahead can ask the next one, and how many it chooses."""
+
+import inspect
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -6,34 +10,87 @@ from torch import nn
 from retinue.model.expert_map import ExpertsModule
 
 ROUTER_NAMES = ("gate", "router")
+# How modules and configurations call the number of experts that a token is routed to.
+TOP_K_NAMES = (
+    "top_k",
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "top_k_experts",
+    "moe_topk",
+    "moe_top_k",
+    "moe_k",
+)
 
 
-def find_routers(model: nn.Module, modules: list[ExpertsModule]) -> list[nn.Module | None]:
+class Router:
+    """A layer's own router, asked from outside: hidden [tokens, hidden] -> (logits, ...).
+
+    Some take, besides the tokens, what the block around them keeps, such as a bias per expert.
+    """
+
+    def __init__(self, router: nn.Module, block: nn.Module) -> None:
+        self.module = router
+        names = list(inspect.signature(router.forward).parameters.values())[1:]
+        wanted = [
+            p.name for p in names if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD
+        ]
+        self._extra = [(name, block) for name in wanted]
+
+    def __call__(self, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        extra = {name: getattr(block, name) for name, block in self._extra}
+        out = self.module(hidden, **extra)
+        return out if isinstance(out, tuple) else (out,)
+
+
+def find_routers(model: nn.Module, modules: list[ExpertsModule]) -> list[Router | None]:
     """Per experts module the router beside it, or None where look-ahead cannot ask it.
 
-    A capability, not an assumption: a router counts if it maps [tokens, hidden] to a tuple whose
-    first element is one number per expert.
+    A capability, not an assumption: a router counts if it maps [tokens, hidden] to one number
+    per expert, alone or first in a tuple.
     """
     return [_router(model, found) for found in modules]
 
 
-def _router(model: nn.Module, found: ExpertsModule) -> nn.Module | None:
+def _router(model: nn.Module, found: ExpertsModule) -> Router | None:
     block = model.get_submodule(found.name.rpartition(".")[0])
     for name in ROUTER_NAMES:
-        router = dict(block.named_children()).get(name)
-        if router is not None and _answers(router, found.experts):
+        module = dict(block.named_children()).get(name)
+        if module is None:
+            continue
+        router = Router(module, block)
+        if _answers(router, found.experts):
             return router
     return None
 
 
 @torch.inference_mode()
-def _answers(router: nn.Module, experts: int) -> bool:
-    weight = next(router.parameters(), None)
-    if weight is None or weight.ndim != 2:
-        return False
-    probe = torch.zeros(1, weight.shape[1], dtype=weight.dtype, device=weight.device)
+def _answers(router: Router, experts: int) -> bool:
     try:
-        logits = router(probe)[0]
-    except (TypeError, RuntimeError, IndexError):
+        logits = router(router_input(router, 1))[0]
+    except (StopIteration, TypeError, RuntimeError, IndexError, AttributeError, ValueError):
         return False
     return isinstance(logits, torch.Tensor) and logits.shape == (1, experts)
+
+
+def router_input(router: Router, tokens: int) -> torch.Tensor:
+    """Zeros of the shape and type that `router` takes: [tokens, hidden]."""
+    weight = next(p for p in router.module.parameters() if p.ndim == 2)
+    return torch.zeros(tokens, weight.shape[1], dtype=weight.dtype, device=weight.device)
+
+
+def top_k(model: nn.Module, config: Any, modules: list[ExpertsModule]) -> int:
+    """The most experts of one module that a token is routed to.
+
+    The module beside the experts knows it, or else the configuration; where neither says a number
+    that is possible, it is every expert.
+    """
+    return max(next(_numbers(model, config, found), found.experts) for found in modules)
+
+
+def _numbers(model: nn.Module, config: Any, found: ExpertsModule) -> Iterator[int]:
+    block = model.get_submodule(found.name.rpartition(".")[0])
+    for owner in (block, *block.children(), config):
+        for name in TOP_K_NAMES:
+            value = getattr(owner, name, None)
+            if isinstance(value, int) and 0 < value <= found.experts:
+                yield value

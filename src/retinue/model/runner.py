@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence as Items
+from typing import Any
 
 import numpy as np
 import torch
@@ -59,7 +60,11 @@ class Runner:
         self._host.cache.begin_step(phase)
         try:
             shared = self._store.shareable
-            logits = self._shared(segments) if shared else self._alone(segments[0])
+            logits = (
+                shared_pass(self._model, self._store, segments)
+                if shared
+                else self._alone(segments[0])
+            )
             if not bool(torch.isfinite(logits).all()):
                 raise self._not_finite()
             self._store.commit()
@@ -74,25 +79,6 @@ class Runner:
         counters.used_bytes_read = self._host.cache.used_bytes_read - used
         self._metrics.finish()
         return logits, counters
-
-    def _shared(self, segments: Items[Segment]) -> torch.Tensor:
-        """A pass over the store: one row of tokens, or a column where states advance by row."""
-        store, column = self._store, not self._store.packable and len(segments) > 1
-        tokens = torch.tensor([token for segment in segments for token in segment.tokens])
-        positions = torch.cat([_positions(segment) for segment in segments])
-        shape = (-1, 1) if column else (1, -1)
-        ends = torch.tensor([len(segment.tokens) for segment in segments]).cumsum(0) - 1
-        store.begin(segments)
-        logits = self._model(
-            input_ids=tokens.view(shape),
-            position_ids=positions.view(shape),
-            past_key_values=store,
-            use_cache=True,
-            logits_to_keep=1 if column or len(segments) == 1 else ends,
-        ).logits
-        logits = logits[:, -1] if column else logits[0]
-        assert len(logits) == len(segments), (logits.shape, len(segments))
-        return torch.as_tensor(logits)
 
     def _alone(self, segment: Segment) -> torch.Tensor:
         """A pass over one sequence and the cache that the model makes for it."""
@@ -123,6 +109,30 @@ class Runner:
             "the model computed NaN or infinite logits from finite weights",
             hint="a float16 checkpoint may overflow; use its bfloat16 or float32 form",
         )
+
+
+def shared_pass(model: Any, store: Store, segments: Items[Segment]) -> torch.Tensor:
+    """A pass over the store, to be committed: the logits after each segment [segments, vocabulary].
+
+    One row of tokens, or a column where running states advance row by row.
+    """
+    column = not store.packable and len(segments) > 1
+    tokens = torch.tensor([token for segment in segments for token in segment.tokens])
+    positions = torch.cat([_positions(segment) for segment in segments])
+    ends = torch.tensor([len(segment.tokens) for segment in segments]).cumsum(0) - 1
+    shape = (-1, 1) if column else (1, -1)
+    store.begin(segments)
+    logits: torch.Tensor = model(
+        input_ids=tokens.view(shape),
+        position_ids=positions.view(shape),
+        past_key_values=store,
+        use_cache=True,
+        logits_to_keep=1 if column or len(segments) == 1 else ends,
+    ).logits
+    logits = logits[:, -1] if column else logits[0]
+    if len(logits) != len(segments):  # not every class of model knows `logits_to_keep`
+        logits = logits[ends]
+    return logits
 
 
 def _positions(segment: Segment) -> torch.Tensor:

@@ -6,56 +6,87 @@ learnt is kept under the user's cache folder, keyed by the files' names, sizes a
 
 import hashlib
 import json
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from retinue import __version__
 from retinue.errors import CheckpointError
+from retinue.memory.hub_cache import name_of
 from retinue.memory.machine import cache_folder
 from retinue.types import Facts
 
 if TYPE_CHECKING:
+    from retinue.model.abilities import Abilities
     from retinue.model.load import Network
+
+_Record = TypeVar("_Record")
+
+WIDTHS = ("head_dim", "qk_head_dim", "v_head_dim")
+UNKNOWN_CONTEXT = 1 << 17
 
 
 def survey(folder: Path) -> Facts:
     """The facts of the checkpoint in `folder`; from the cache if its files are unchanged."""
-    store = cache_folder() / f"facts-{_fingerprint(folder)}.json"
-    with suppress(OSError, ValueError, TypeError):
-        return Facts(**json.loads(store.read_text()))
-    from retinue.memory.checkpoint import open_checkpoint
-    from retinue.model.load import build
 
-    facts = facts_of(build(open_checkpoint(folder)))
+    def ask() -> Facts:
+        from retinue.memory.checkpoint import open_checkpoint
+        from retinue.model.load import build
+
+        return facts_of(build(open_checkpoint(folder)))
+
+    return _remembered("facts", folder, Facts, ask)
+
+
+def survey_abilities(network: "Network") -> "Abilities":
+    """What the family of `network` can do, tried on a tiny twin once for its checkpoint."""
+    from retinue.model.abilities import Abilities, probe
+
+    folder = network.checkpoint.folder
+    return _remembered("abilities", folder, Abilities, lambda: probe(network.model.config))
+
+
+def _remembered(
+    kind: str, folder: Path, record: type[_Record], ask: Callable[[], _Record]
+) -> _Record:
+    """The record of this kind that is on disk for `folder`, or else what `ask` finds out."""
+    salt = f"{__version__} {version('transformers')}"
+    store = cache_folder() / f"{kind}-{fingerprint(folder, salt)}.json"
+    with suppress(OSError, ValueError, TypeError):
+        return record(**json.loads(store.read_text()))
+    found: Any = ask()
     with suppress(OSError):
         store.parent.mkdir(parents=True, exist_ok=True)
-        store.write_text(json.dumps(asdict(facts)))
-    return facts
+        store.write_text(json.dumps(asdict(found)))
+    return found  # type: ignore[no-any-return]
 
 
 def facts_of(network: "Network") -> Facts:
     """The facts of a skeleton that is built already."""
+    from retinue.model.state_size import state_size
+
     config, model = network.text_config, network.model
     layouts = [layout for row in network.experts.layouts for layout in row]
     item = model.dtype.itemsize
-    routed = tuple(found.name + "." for found in network.experts.modules)
     dense = sum(
         parameter.numel() * parameter.dtype.itemsize
         for name, parameter in model.named_parameters()
-        if not name.startswith(routed)
+        if network.experts.is_dense(name)
     )
     tied = bool(getattr(config, "tie_word_embeddings", False))
     embedding_bytes = config.vocab_size * config.hidden_size * item
     dense_per_token = dense if tied else dense - embedding_bytes
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    kv_width = 2 * config.num_key_value_heads * head_dim
+    heads, head_dim = _attention(config)
+    state = state_size(model)
     modules = network.experts.modules
     expert_bytes = max(layout.weight_bytes for layout in layouts)
-    per_token = dense_per_token + network.top_k * len(modules) * expert_bytes
+    stored, decoded = stored_precision(network)
+    per_token = dense_per_token + network.top_k * len(modules) * (decoded or expert_bytes)
     return Facts(
-        name=network.checkpoint.folder.name,
+        name=name_of(network.checkpoint.folder),
         family=model.config.model_type,
         dtype=str(model.dtype).removeprefix("torch."),
         layers=config.num_hidden_layers,
@@ -67,25 +98,56 @@ def facts_of(network: "Network") -> Facts:
         slot_bytes=max(layout.slot_bytes for layout in layouts),
         dense_bytes=dense,
         dense_bytes_per_token=dense_per_token,
-        kv_bytes_per_token=kv_width * config.num_hidden_layers * item,
-        max_context=int(config.max_position_embeddings),
+        kv_bytes_per_token=state.per_token,
+        max_context=_max_context(config),
         vocab_size=config.vocab_size,
-        workspace_bytes=(48 << 20) + config.vocab_size * 4 * 6,
-        workspace_bytes_per_context=2 * config.num_attention_heads * head_dim * item,
-        workspace_bytes_per_token=_workspace_per_token(network, head_dim),
+        workspace_bytes=(48 << 20) + config.vocab_size * 4 * 6 + decoded,
+        workspace_bytes_per_context=2 * heads * head_dim * item,
+        workspace_bytes_per_token=_workspace_per_token(network, heads, head_dim),
         workspace_bytes_per_pair=3 + item,
         flops_per_token=2 * per_token // item,
+        state_bytes=state.fixed,
+        stored=stored,
+        decoded_bytes=decoded,
     )
 
 
-def _workspace_per_token(network: "Network", head_dim: int) -> int:
+def stored_precision(network: "Network") -> tuple[str, int]:
+    """The format of the experts, and the bytes of one when it is decoded; nothing if plain."""
+    layouts = [layout for row in network.experts.layouts for layout in row]
+    names = {p.format.name for layout in layouts for p in layout.pieces if p.format}
+    if not names:
+        return "", 0
+    sizes = [
+        sum(p.numel() for p in found.module.parameters(recurse=False)) // found.experts
+        for found in network.experts.modules
+    ]
+    return ", ".join(sorted(names)), max(sizes) * network.model.dtype.itemsize
+
+
+def _attention(config: Any) -> tuple[int, int]:
+    """The most attention heads of a layer, and the widest of them."""
+    layers = config.per_layer_config
+    heads = max(getattr(layer, "num_attention_heads", 1) for layer in layers)
+    widths = [getattr(layer, name, None) or 0 for layer in layers for name in WIDTHS]
+    return heads, max(*widths, config.hidden_size // heads)
+
+
+def _max_context(config: Any) -> int:
+    """The longest sequence that the model was made for; long enough where it does not say."""
+    return int(getattr(config, "max_position_embeddings", None) or UNKNOWN_CONTEXT)
+
+
+def _workspace_per_token(network: "Network", heads: int, head_dim: int) -> int:
     """Bytes of activations a token of a prefill chunk: attention or experts, whichever is more."""
     config, item = network.text_config, network.model.dtype.itemsize
     hidden = config.hidden_size
-    query = config.num_attention_heads * head_dim
-    key_value = 2 * config.num_key_value_heads * head_dim
+    query = heads * head_dim
+    key_value = 2 * (getattr(config, "num_key_value_heads", None) or heads) * head_dim
     inner = max(
-        tensor.shape[1] for found in network.experts.modules for tensor in found.module.parameters()
+        tensor.shape[1]
+        for found in network.experts.modules
+        for tensor in found.module.parameters(recurse=False)
     )
     stream = 3 * hidden * item
     norms = 3 * 4 * max(hidden, query)
@@ -95,14 +157,17 @@ def _workspace_per_token(network: "Network", head_dim: int) -> int:
     return int(stream + max(attention, experts))
 
 
-def _fingerprint(folder: Path) -> str:
-    """Changes whenever a file of the checkpoint, or retinue, does."""
+def fingerprint(folder: Path, salt: str = "") -> str:
+    """Changes whenever a file of the checkpoint, its place or `salt` does.
+
+    Raises CheckpointError where there is no such folder.
+    """
     if not folder.is_dir():
         raise CheckpointError(
             f"no such folder: `{folder}`",
             hint="give a local checkpoint folder, or `sample` for the model that ships along",
         )
-    digest = hashlib.sha256(f"{__version__} {folder.resolve()}".encode())
+    digest = hashlib.sha256(f"{salt} {folder.resolve()}".encode())
     for file in sorted(folder.iterdir()):
         if file.suffix in (".json", ".safetensors"):
             status = file.stat()

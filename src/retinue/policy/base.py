@@ -5,7 +5,8 @@ Nothing under `policy/` imports torch. A null object stands in for each question
 does not ask.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -13,6 +14,7 @@ import numpy.typing as npt
 
 from retinue.types import Demand, FloatArray, IntArray, Phase, Want
 
+BoolArray = npt.NDArray[np.bool_]
 Signal = str  # one of SIGNALS
 SIGNALS = ("next_scores",)
 
@@ -82,6 +84,61 @@ class MissHandler(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What the checkpoint's own router says of some tokens in one layer, before it is changed."""
+
+    layer: int
+    scores: FloatArray  # [tokens, experts], by which the router ranks, biases and groups included
+    experts: IntArray  # [tokens, k]
+    weights: FloatArray  # [tokens, k]
+
+
+class Routing(Protocol):
+    """Which experts serve a token, given what its router would choose.
+
+    `exact` says that it changes nothing; such a policy is never asked.
+    """
+
+    exact: bool
+
+    def rank(self, choice: Choice, resident: BoolArray) -> FloatArray | None:
+        """Scores that take the place of the router's own when it chooses its k; None: no change.
+
+        resident: [tokens, experts], which experts may serve each token. Only the ranking is
+        replaced: the weights of the chosen stay what the family makes of its own scores.
+        """
+        ...
+
+
+class Popularity(Protocol):
+    """How much each expert is used; `profile.Profile`, or nothing known."""
+
+    def shares(self, task: str | None) -> npt.NDArray[np.float64]:
+        """Per layer the share of routing weight that fell on each expert: `[layers, experts]`.
+
+        Of all tasks together where `task` is None or unknown.
+        """
+        ...
+
+
+class Placement(Protocol):
+    """Which experts stay in memory. `fixed` says that they leave only when it says so."""
+
+    fixed: bool
+    needs_profile: bool
+    by_task: bool
+
+    def place(
+        self, rooms: IntArray, there: BoolArray, tasks: Sequence[str | None], known: Popularity
+    ) -> BoolArray:
+        """`[layers, experts]`: at most `rooms[layer]` experts of those that are `there`.
+
+        tasks: of the requests that will run next, one for each request.
+        """
+        ...
+
+
 class NoPredictor:
     """Forecasts nothing."""
 
@@ -97,6 +154,29 @@ class NoPredictor:
         return []
 
 
+class OwnRouting:
+    """Lets every router choose for itself."""
+
+    exact = True
+
+    def rank(self, choice: Choice, resident: BoolArray) -> None:
+        """No change."""
+
+
+class NoPlacement:
+    """Lets use decide what stays."""
+
+    fixed = False
+    needs_profile = False
+    by_task = False
+
+    def place(
+        self, rooms: IntArray, there: BoolArray, tasks: Sequence[str | None], known: Popularity
+    ) -> BoolArray:
+        """Nothing is loaded beforehand."""
+        return np.zeros_like(there)
+
+
 @dataclass(frozen=True, slots=True)
 class Policies:
     """One answer per question: what a preset is made of."""
@@ -104,8 +184,10 @@ class Policies:
     evictor: Evictor
     predictor: Predictor
     miss: MissHandler
+    routing: Routing = field(default_factory=OwnRouting)
+    placement: Placement = field(default_factory=NoPlacement)
 
     @property
     def exact(self) -> bool:
         """Whether the output is that of the plain model."""
-        return self.miss.exact
+        return self.miss.exact and self.routing.exact

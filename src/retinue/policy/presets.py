@@ -5,12 +5,15 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from retinue.errors import UsageError
-from retinue.policy.base import NoPredictor, Policies
+from retinue.policy.base import NoPredictor, Placement, Policies
 from retinue.policy.evict.heat import Heat
 from retinue.policy.evict.recency import Recency
 from retinue.policy.miss.fetch import FetchAll
+from retinue.policy.place.chance import Chance
+from retinue.policy.place.popular import Popular, PopularByTask
 from retinue.policy.predict.next_gate import NextGate
 from retinue.policy.predict.whole_layer import WholeLayer
+from retinue.policy.route.next_resident import NextResident
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +30,18 @@ class Preset:
     def as_dict(self) -> dict[str, Any]:
         """The row without its factory."""
         return {key: value for key, value in asdict(self).items() if key != "build"}
+
+
+_REROUTED = ("evict: recency", "predict: nothing", "miss: fetch all", "route: next resident")
+_RULE = (
+    "a token whose expert is not resident goes to the next resident one in its router's ranking,"
+    " and the family's own rule makes the weights; slots are split evenly over the layers"
+)
+
+
+def _rerouted(placement: Placement) -> Policies:
+    """A fixed set of experts that serves every token. Only the self-check at load fetches."""
+    return Policies(Recency(), NoPredictor(), FetchAll(), NextResident(), placement)
 
 
 PRESETS = {
@@ -55,6 +70,31 @@ PRESETS = {
             ("evict: recency", "predict: whole layer", "miss: fetch all"),
             "with fewer slots than two layers, what finds no room is read when it is needed",
             lambda: Policies(Recency(), WholeLayer(), FetchAll()),
+        ),
+        Preset(
+            "popular",
+            False,
+            "baseline; the miss rule of eMoE, 2503.06823",
+            (*_REROUTED, "place: popular"),
+            f"{_RULE}; the set never changes",
+            lambda: _rerouted(Popular()),
+        ),
+        Preset(
+            "popular-by-task",
+            False,
+            "baseline; the miss rule and task tables of eMoE, 2503.06823",
+            (*_REROUTED, "place: popular by task"),
+            f"{_RULE}; popularity is the profile's, not a predictor's; requests of several tasks"
+            " that run at once share the slots by the sum of their tasks' shares",
+            lambda: _rerouted(PopularByTask()),
+        ),
+        Preset(
+            "random",
+            False,
+            "baseline",
+            (*_REROUTED, "place: chance"),
+            f"{_RULE}; the set is drawn with a fixed seed",
+            lambda: _rerouted(Chance()),
         ),
     )
 }

@@ -1,0 +1,70 @@
+"""`retinue eval`: loss and agreement per task, against the plain model."""
+
+from argparse import Namespace
+from dataclasses import asdict
+from typing import Any
+
+from retinue.cli.measure import bar, measured
+from retinue.cli.options import config_from
+from retinue.cli.terminal import audience, emit_json, note, table
+from retinue.config import format_size
+from retinue.engine.evaluate import Evaluation, TaskScore, evaluate, passes
+from retinue.memory.machine import resident_bytes
+
+
+def execute(options: Namespace) -> int:
+    """Score the texts under a preset and under the plain model; returns the exit code."""
+    config = config_from(options)
+    with measured(options, config) as (assembly, texts):
+        with bar(len(texts) * passes(assembly)) as advance:
+            result = evaluate(assembly, texts, advance)
+        document = _document(options.model, config.preset, result)
+        document |= {
+            "peak_rss_bytes": resident_bytes(peak=True),
+            "budget_bytes": assembly.split.budget,
+            "resident_experts": assembly.cache.resident,
+            "total_experts": assembly.cache.total,
+        }
+    print(_text(document, result), file=audience(options.json))
+    if document["peak_rss_bytes"] > document["budget_bytes"]:
+        note("the peak is over the budget: please report this with the model's name", "red")
+    if options.json:
+        emit_json(document)
+    return 0
+
+
+def _document(model: str, preset: str, result: Evaluation) -> dict[str, Any]:
+    return {
+        "model": model,
+        "preset": preset,
+        "tasks": {name: asdict(score) for name, score in result.tasks.items()},
+        **asdict(result.total),
+        "degraded_share": result.degraded_share,
+        "misses": result.misses,
+        "fetched": result.fetched,
+        "bytes_read": result.bytes_read,
+    }
+
+
+def _text(document: dict[str, Any], result: Evaluation) -> str:
+    rows = [_row(name, score) for name, score in result.tasks.items()]
+    rows.append(_row("all", result.total))
+    scores = table(("task", "loss", "plain", "added", "agreement", "tokens"), rows)
+    return (
+        f"{scores}\n\n{document['resident_experts']} of {document['total_experts']} experts"
+        f" resident, {result.degraded_share:.1%} of routing weight degraded;"
+        f" token by token: {result.misses} misses, {result.fetched} fetched,"
+        f" {format_size(result.bytes_read)} read"
+    )
+
+
+def _row(name: str, score: TaskScore) -> tuple[str, ...]:
+    added = score.nll - score.nll_plain
+    return (
+        name,
+        f"{score.nll:.3f}",
+        f"{score.nll_plain:.3f}",
+        f"{added:+.3f}",
+        f"{score.agreement:.3f}",
+        f"{score.tokens}",
+    )

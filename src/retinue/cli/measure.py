@@ -1,0 +1,84 @@
+"""What `eval` and `profile` share: task texts, a model that is large enough for them, a bar."""
+
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from signal import SIGINT, SIGTERM, Signals
+from threading import Event
+from typing import Any
+
+from retinue.cli.interrupts import cancel_on
+from retinue.cli.terminal import note
+from retinue.config import Config
+from retinue.engine.assembly import Assembly, assemble
+from retinue.engine.tasks import TaskIds, TaskText, as_ids, cut_to, read_texts
+from retinue.errors import Cancelled, UsageError
+from retinue.memory.home import locate, sample_tasks
+from retinue.model.load import load_tokenizer
+from retinue.model.survey import survey
+
+
+@contextmanager
+def measured(options: Namespace, config: Config) -> Iterator[tuple[Assembly, list[TaskIds]]]:
+    """The loaded model and the texts of `--data` as ids, none longer than the context.
+
+    A signal raises Cancelled out of what runs within. Raises UsageError for data that is none.
+    """
+    data = Path(options.data) if options.data else sample_tasks()
+    texts = read_texts(data, options.per_task)
+    folder = locate(options.model)
+    facts = survey(folder)
+    ids = as_ids(texts, _encoder(folder, texts), facts.vocab_size)
+    if config.context is None:
+        longest = max(len(text.ids) for text in ids)
+        config = replace(config, context=min(longest, facts.max_context, config.chunk))
+    assembly = assemble(folder, config)
+    try:
+        for text in assembly.notes:
+            note(f"note: {text}", "yellow")
+        # One pass a text: what a chunk has room for.
+        limit = max(2, min(assembly.split.context, assembly.split.chunk))
+        ids = cut_to(ids, limit)
+        if cut := sum(text.cut for text in ids):
+            note(
+                f"note: {cut} of {len(ids)} texts are cut from the left to {limit} tokens", "yellow"
+            )
+        stop = Event()
+        assembly.host.stop = stop.is_set
+        with cancel_on(stop.set, SIGINT, SIGTERM) as came:
+            try:
+                yield assembly, ids
+            except Cancelled as error:
+                raise Cancelled(f"stopped by {Signals(came[0]).name}, nothing is kept") from error
+    finally:
+        assembly.close()
+
+
+@contextmanager
+def bar(total: int) -> Iterator[Callable[[], Any]]:
+    """A progress bar over texts on stderr; yields what advances it by one."""
+    from tqdm import tqdm
+
+    with tqdm(total=total, unit="text", dynamic_ncols=True, file=sys.stderr) as shown:
+        yield lambda: shown.update()
+
+
+def _encoder(folder: Path, texts: list[TaskText]) -> Callable[[str, bool], list[int]]:
+    tokenizer = load_tokenizer(folder)
+    words = any(
+        isinstance(part, str) for text in texts for part in (text.prompt, text.continuation)
+    )
+    if tokenizer is None and words:
+        raise UsageError(
+            "the checkpoint has no tokenizer",
+            hint="give prompts and continuations as lists of token ids",
+        )
+
+    def encode(text: str, first: bool) -> list[int]:
+        assert tokenizer is not None
+        return list(tokenizer(text, add_special_tokens=first)["input_ids"])
+
+    return encode

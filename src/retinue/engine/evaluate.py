@@ -1,0 +1,162 @@
+"""What a preset costs in quality: loss and agreement with the plain model, task by task.
+
+First the plain pass over all texts, of which only losses and first choices are kept, then the
+preset's. An exact preset's own pass is the plain one, since residency changes no bit; what it
+would read when decoding comes from a replay of the routing.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from retinue.engine.assembly import Assembly
+from retinue.engine.replay import Replay
+from retinue.engine.tasks import TaskIds
+from retinue.model.scoring import Scored, Scorer
+from retinue.policy.profile import Profile, TaskCounts
+
+
+@dataclass(frozen=True, slots=True)
+class TaskScore:
+    """Loss in nats a token under the preset and under the plain model, over `tokens` positions.
+
+    `agreement` is the share of them at which both name the same next token.
+    """
+
+    nll: float
+    nll_plain: float
+    agreement: float
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Scores by task and over all tokens, and what the preset's pass cost.
+
+    `misses`, `fetched` and `bytes_read` count as if every token had been decoded by itself.
+    """
+
+    tasks: dict[str, TaskScore]
+    total: TaskScore
+    degraded_share: float
+    misses: int
+    fetched: int
+    bytes_read: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Cost:
+    degraded_share: float
+    misses: int
+    fetched: int
+    bytes_read: int
+
+
+def passes(assembly: Assembly) -> int:
+    """How often `evaluate` runs each text."""
+    return 1 if assembly.residents is None else 2
+
+
+def evaluate(
+    assembly: Assembly, texts: Sequence[TaskIds], advance: Callable[[], object]
+) -> Evaluation:
+    """Score `texts` in their order; `advance` is called after each text of each pass.
+
+    Raises Cancelled when the host's `stop` says so, NotFinite, or the error of a read.
+    """
+    scorer = _scorer(assembly)
+    if assembly.residents is None:
+        plain, cost = _exact(assembly, scorer, texts, advance)
+        scored = plain
+    else:
+        with assembly.residents.away():
+            plain = [_score(scorer, text, advance) for text in texts]
+        scored, cost = _restricted(assembly, _scorer(assembly), texts, advance)
+    tasks = {}
+    for name in dict.fromkeys(text.task for text in texts):
+        at = [i for i, text in enumerate(texts) if text.task == name]
+        tasks[name] = _compare([scored[i] for i in at], [plain[i] for i in at])
+    total = _compare(scored, plain)
+    return Evaluation(tasks, total, cost.degraded_share, cost.misses, cost.fetched, cost.bytes_read)
+
+
+def make_profile(
+    assembly: Assembly, texts: Sequence[TaskIds], advance: Callable[[], object]
+) -> Profile:
+    """Count the routing of `texts`, prompts and continuations, by task.
+
+    Raises what `evaluate` raises.
+    """
+    facts, scorer = assembly.facts, _scorer(assembly)
+    shape = (facts.layers, facts.experts_per_layer)
+    profile = Profile(facts.name, *shape, facts.top_k, {})
+    with scorer.recording(next_scores=False) as routing:
+        for text in texts:
+            scorer.score(text.ids, 1)
+            choices, weight = np.zeros(shape, np.int64), np.zeros(shape, np.float32)
+            for layer in routing:
+                valid = layer.experts < shape[1]
+                np.add.at(choices[layer.layer], layer.experts[valid], 1)
+                np.add.at(weight[layer.layer], layer.experts[valid], layer.weights[valid])
+            counts = TaskCounts(1, len(text.ids), choices, weight)
+            profile = profile.plus(Profile(facts.name, *shape, facts.top_k, {text.task: counts}))
+            advance()
+    return profile
+
+
+def _scorer(assembly: Assembly) -> Scorer:
+    return Scorer(assembly.network, assembly.host, assembly.mover, assembly.metrics)
+
+
+def _score(scorer: Scorer, text: TaskIds, advance: Callable[[], object]) -> Scored:
+    scored = scorer.score(text.ids, text.scored)
+    advance()
+    return scored
+
+
+def _exact(
+    assembly: Assembly,
+    scorer: Scorer,
+    texts: Sequence[TaskIds],
+    advance: Callable[[], object],
+) -> tuple[list[Scored], _Cost]:
+    policies = assembly.preset.build()  # of its own: the cache's have seen the pass
+    layouts = assembly.network.experts.layouts
+    read_bytes = np.zeros(assembly.network.experts.there.shape, dtype=np.int64)
+    for layer, row in enumerate(layouts):
+        read_bytes[layer, : len(row)] = [layout.read_bytes for layout in row]
+    replay = Replay(policies, assembly.cache.slots, assembly.facts.top_k, read_bytes)
+    scored = []
+    with scorer.recording(next_scores="next_scores" in policies.predictor.needs) as routing:
+        for text in texts:
+            scored.append(scorer.score(text.ids, text.scored))
+            replay.run(routing)
+            advance()
+    return scored, _Cost(0.0, replay.misses, replay.fetched, replay.bytes_read)
+
+
+def _restricted(
+    assembly: Assembly,
+    scorer: Scorer,
+    texts: Sequence[TaskIds],
+    advance: Callable[[], object],
+) -> tuple[list[Scored], _Cost]:
+    residents = assembly.residents
+    assert residents is not None
+    residents.begin([texts[0].task])  # the first placement is not the pass's
+    before = residents.bytes_read
+    scored = []
+    for text in texts:
+        residents.begin([text.task])
+        scored.append(_score(scorer, text, advance))
+    counters = scorer.costs
+    read = residents.bytes_read - before
+    return scored, _Cost(counters.degraded_share, counters.rerouted, 0, read)
+
+
+def _compare(scored: Sequence[Scored], plain: Sequence[Scored]) -> TaskScore:
+    nll = np.concatenate([item.nll for item in scored]).astype(np.float64)
+    nll_plain = np.concatenate([item.nll for item in plain]).astype(np.float64)
+    same = np.concatenate([a.best == b.best for a, b in zip(scored, plain, strict=True)])
+    return TaskScore(float(nll.mean()), float(nll_plain.mean()), float(same.mean()), len(same))

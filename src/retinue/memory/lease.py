@@ -1,0 +1,23 @@
+"""Pins: what a running layer needs may not leave."""
+
+from retinue.types import IntArray
+
+
+class Lease:
+    """Pins on experts of one layer; each is released once, the rest at the end."""
+
+    __slots__ = ("_held", "_pins")
+
+    def __init__(self, pins: IntArray, experts: IntArray) -> None:
+        self._pins, self._held = pins, set(experts.tolist())
+        pins[experts] += 1
+
+    def release(self, expert: int) -> None:
+        """`expert` has been computed and may leave."""
+        self._held.remove(expert)
+        self._pins[expert] -= 1
+
+    def end(self) -> None:
+        """Release whatever is still held."""
+        for expert in list(self._held):
+            self.release(expert)

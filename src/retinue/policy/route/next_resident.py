@@ -1,0 +1,30 @@
+"""The next resident expert in the token's own ranking serves where a chosen one is missing.
+
+The miss rule of eMoE (arXiv 2503.06823, section 4.3): nothing is fetched. The paper leaves open
+whether weights are normalised again; here the family's own rule sees the chosen experts' own
+scores, so it normalises where it always does. Deviation: a family that first chooses groups of
+experts chooses them as ever, and residents of the other groups come last, in their order.
+"""
+
+import numpy as np
+
+from retinue.policy.base import BoolArray, Choice
+from retinue.types import FloatArray
+
+
+class NextResident:
+    """Ranks the router's own choice first, then the other residents as the router does."""
+
+    exact = False
+
+    def rank(self, choice: Choice, resident: BoolArray) -> FloatArray | None:
+        """The router's scores with minus infinity for what is not resident."""
+        there = np.take_along_axis(resident, choice.experts, axis=1)
+        if there.all():
+            return None
+        # A resident that the family itself ruled out still comes before what is not there, and
+        # what the router chose before what has the same score.
+        lowest, highest = np.finfo(np.float32).min, np.float32(np.inf)
+        ranking = np.where(resident, np.maximum(choice.scores, lowest), -highest)
+        np.put_along_axis(ranking, choice.experts, np.where(there, highest, -highest), axis=1)
+        return ranking

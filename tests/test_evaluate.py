@@ -1,0 +1,214 @@
+"""Loss and agreement against transformers itself, and costs against real decoding."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import models
+from retinue import PRESETS
+from retinue.config import Config
+from retinue.engine.assembly import Assembly, assemble
+from retinue.engine.evaluate import Evaluation, evaluate, make_profile, passes
+from retinue.engine.tasks import TaskIds
+from retinue.errors import Cancelled
+from retinue.model.profiles import write_profile
+
+EXACT = [name for name, row in PRESETS.items() if row.exact]
+APPROXIMATE = [name for name, row in PRESETS.items() if not row.exact]
+TEXTS = [
+    TaskIds("a", models.prompt_of(30, seed=1), 12),
+    TaskIds("b", models.prompt_of(24, seed=2), 23),
+    TaskIds("a", models.prompt_of(17, seed=3), 5),
+]
+
+
+def opened(folder: Path, **settings: Any) -> Assembly:
+    fixed: dict[str, Any] = {"memory": models.MEMORY, "threads": 1, "context": 64}
+    return assemble(folder, Config(**(fixed | settings)))
+
+
+def run(folder: Path, **settings: Any) -> Evaluation:
+    assembly = opened(folder, **settings)
+    count = []
+    try:
+        result = evaluate(assembly, TEXTS, lambda: count.append(1))
+        assert len(count) == len(TEXTS) * passes(assembly)
+        assembly.engine.idle()
+        return result
+    finally:
+        assembly.close()
+
+
+@pytest.fixture(scope="module")
+def profile(olmoe: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Made of the texts themselves."""
+    file = tmp_path_factory.mktemp("profile") / "profile.json"
+    assembly = opened(olmoe, experts="50%")
+    write_profile(make_profile(assembly, TEXTS, lambda: None), file)
+    assembly.close()
+    return str(file)
+
+
+def settings_of(preset: str, profile: str) -> dict[str, Any]:
+    needs = PRESETS[preset].build().placement.needs_profile
+    return {"preset": preset, "profile": profile if needs else None}
+
+
+@torch.inference_mode()
+def by_transformers(folder: Path) -> dict[str, float]:
+    """Loss a token by task."""
+    model, losses = models.stock(folder), {}
+    for text in TEXTS:
+        ids = torch.tensor([text.ids])
+        logits = model(input_ids=ids, use_cache=False).logits[0].log_softmax(-1)
+        found = [-float(logits[i - 1, text.ids[i]]) for i in range(len(text.ids))[-text.scored :]]
+        losses.setdefault(text.task, []).extend(found)
+    return {task: float(np.mean(found)) for task, found in losses.items()}
+
+
+@pytest.mark.parametrize("preset", EXACT)
+def test_exact_presets_lose_nothing(preset: str, olmoe: Path) -> None:
+    result, wanted = run(olmoe, preset=preset, experts="50%"), by_transformers(olmoe)
+    assert list(result.tasks) == ["a", "b"]
+    for name, score in result.tasks.items():
+        assert score.nll_plain == pytest.approx(wanted[name], abs=1e-4)
+        assert score.nll == score.nll_plain
+        assert score.agreement == 1
+    assert [score.tokens for score in result.tasks.values()] == [17, 23]
+    assert result.total.tokens == 40
+    mean = (17 * result.tasks["a"].nll + 23 * result.tasks["b"].nll) / 40
+    assert result.total.nll == pytest.approx(mean)
+    assert result.degraded_share == 0
+    assert result.fetched >= result.misses > 0
+
+
+@pytest.mark.parametrize("preset", APPROXIMATE)
+def test_everything_at_hand_loses_nothing(preset: str, olmoe: Path, profile: str) -> None:
+    result = run(olmoe, experts="100%", **settings_of(preset, profile))
+    assert result.total.agreement == 1
+    assert result.total.nll == result.total.nll_plain
+    assert (result.degraded_share, result.misses, result.fetched) == (0, 0, 0)
+    assert result.bytes_read == 0
+
+
+@pytest.mark.parametrize("preset", APPROXIMATE)
+def test_approximate_presets_say_what_they_cost(preset: str, olmoe: Path, profile: str) -> None:
+    result = run(olmoe, experts="50%", **settings_of(preset, profile))
+    plain = by_transformers(olmoe)
+    for name, score in result.tasks.items():
+        assert score.nll_plain == pytest.approx(plain[name], abs=1e-4)
+        assert score.nll != score.nll_plain
+    assert 0 < result.total.agreement < 1
+    assert 0 < result.degraded_share < 1
+    pairs = sum(len(text.ids) for text in TEXTS) * models.LAYERS * models.TOP_K
+    assert 0 < result.misses < pairs
+    assert result.fetched == 0
+    assert (result.bytes_read > 0) == (preset == "popular-by-task")  # a, b, a: two switches
+
+
+def test_the_degraded_share_is_what_is_missing(olmoe: Path) -> None:
+    """By hand for one text: run it restricted, and ask each plain router about its inputs."""
+    assembly = opened(olmoe, preset="random", experts="50%")
+    try:
+        lost = whole = missing = 0.0
+        seen: list[tuple[int, torch.Tensor]] = []
+        assembly.host.watch = lambda layer, hidden, *_: seen.append((layer, hidden.clone()))
+        result = evaluate(assembly, TEXTS[:1], lambda: None)
+        assert assembly.host.restriction is not None
+        assembly.host.restriction.active = False
+        modules = {found.layer: found for found in assembly.network.experts.modules}
+        for layer, hidden in seen[models.LAYERS :]:
+            block = modules[layer].name.rpartition(".")[0]
+            with torch.inference_mode():
+                router = assembly.network.model.get_submodule(block).gate
+                _, weights, ids = router(hidden)
+            absent = assembly.cache.slot_of[layer, ids.numpy()] < 0
+            missing += absent.sum()
+            lost += float(weights.numpy()[absent].sum())
+            whole += float(weights.sum())
+    finally:
+        assembly.close()
+    assert result.misses == missing
+    assert result.degraded_share == pytest.approx(lost / whole, rel=1e-4)
+
+
+def test_a_profile_counts_choices_and_weight(olmoe: Path) -> None:
+    assembly = opened(olmoe, experts="50%")
+    try:
+        profile = make_profile(assembly, TEXTS, lambda: None)
+    finally:
+        assembly.close()
+    assert list(profile.tasks) == ["a", "b"]
+    assert (profile.tasks["a"].texts, profile.tasks["a"].tokens) == (2, 47)
+    wanted = np.zeros((models.LAYERS, models.EXPERTS), dtype=np.int64)
+    model = models.stock(olmoe)
+    with torch.inference_mode():
+        logits = model(torch.tensor([TEXTS[1].ids]), output_router_logits=True).router_logits
+    for layer, values in enumerate(logits):
+        chosen = values.topk(models.TOP_K).indices.flatten().numpy()
+        np.add.at(wanted[layer], chosen, 1)
+    assert (profile.tasks["b"].choices == wanted).all()
+    assert (profile.tasks["b"].weight.sum(axis=1) < 24).all()  # olmoe does not normalise
+    assert ((profile.tasks["b"].weight > 0) == (wanted > 0)).all()
+
+
+# --- what an exact preset reads, against real decoding
+
+
+def decoded(folder: Path, preset: str, share: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Misses, reads and bytes of decoding every text token by token, each read awaited."""
+    with models.open_llm(folder, preset=preset, experts=share, self_check=False) as llm:
+        assembly = llm.assembly
+        assembly.tier._toucher.join()  # then slots are taken in order, as in the replay
+        host, cache, runner = assembly.host, assembly.cache, assembly.engine._runner
+        look_ahead, submit, reads = host._look_ahead, assembly.mover.submit, []
+
+        def patient(layer: int, hidden: torch.Tensor) -> None:
+            look_ahead(layer, hidden)
+            while cache._loading:
+                cache.wait(1.0)
+
+        monkeypatch.setattr(host, "_look_ahead", patient)
+        monkeypatch.setattr(assembly.mover, "submit", lambda *a: (reads.append(1), submit(*a))[1])
+        for text in TEXTS:
+            sequence = runner.new_sequence(64)
+            for token in text.ids:
+                runner.run([token], sequence, "decode")
+        counters = assembly.metrics.decode
+        return counters.misses + counters.pending, len(reads), assembly.mover.bytes_read
+
+
+@pytest.mark.parametrize("share", ["7%", "30%", "60%", "100%"])
+@pytest.mark.parametrize("preset", EXACT)
+def test_the_replay_is_real_decoding(
+    preset: str, share: str, olmoe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    misses, reads, _ = decoded(olmoe, preset, share, monkeypatch)
+    result = run(olmoe, preset=preset, experts=share)
+    assert (result.misses, result.fetched) == (misses, reads)
+
+
+def test_the_replay_counts_the_bytes_of_its_reads(olmoe: Path) -> None:
+    result = run(olmoe, preset="on-demand", experts="100%")
+    assembly = opened(olmoe)
+    layouts = assembly.network.experts.layouts
+    each = {layout.read_bytes for row in layouts for layout in row}
+    assembly.close()
+    assert min(each) * result.fetched <= result.bytes_read <= max(each) * result.fetched
+    assert result.fetched == result.misses <= 32  # each expert once
+
+
+def test_stop_ends_the_evaluation(olmoe: Path) -> None:
+    assembly = opened(olmoe, preset="random", experts="50%")
+    try:
+        done: list[int] = []
+        assembly.host.stop = lambda: len(done) >= 4
+        with pytest.raises(Cancelled):
+            evaluate(assembly, TEXTS, lambda: done.append(1))
+        assert len(done) == 4
+        assembly.cache.check()
+    finally:
+        assembly.close()
