@@ -101,7 +101,8 @@ class Scheduler:
         assert sequence is not None
         if intact:
             self.share(request)
-        if intact and request.done and request.reuse and not self.limits.sharing:
+        kept = not self.limits.sharing and not self.limits.whole_prompts
+        if intact and request.done and request.reuse and kept:
             self.parked.append(Parked(request.tokens[: request.done], sequence, table))
         else:
             self.pool.give(table)
