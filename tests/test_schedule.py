@@ -270,6 +270,8 @@ def test_a_random_schedule(kind: str, ends: list[Request], monkeypatch: pytest.M
         assert states.count(State.FAILED) > 30
         assert schedule.failed_by_chance > 20
         assert sum(request.reused > 0 for request in requests) > 200
+    elif engine.limits.whole_prompts:
+        assert not any(request.reused for request in requests)
     elif not engine.limits.sharing:
         # Whole sequences went on, at any token.
         assert sum(request.reused % BLOCK_TOKENS > 0 for request in requests) > 3

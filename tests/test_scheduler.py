@@ -3,6 +3,7 @@
 import pytest
 
 from fakes import BATCH, CHUNK, ask, finish, make
+from retinue.engine.cohort import Cohort
 from retinue.engine.engine import Engine
 from retinue.engine.request import Request, State
 from retinue.errors import ReadError, UsageError
@@ -101,6 +102,32 @@ def test_prompts_that_cannot_be_cut_wait_for_a_pass_of_their_own() -> None:
     finish(engine, ask([1] * CHUNK, 1))
 
 
+def test_few_decode_at_a_time_where_few_find_room_for_their_experts() -> None:
+    """Those that arrived first; the others' turn comes when these end."""
+    cohort = Cohort(layers=1, experts=8, top_k=4, slots=6)
+    assert cohort.fitting == 2
+    engine, runner = make(cohort=cohort)
+    requests = [ask([at], 4) for at in (1, 11, 21)]
+    finish(engine, *requests)
+    decoded = [[tokens[0] // 10 for tokens, _ in parts] for phase, parts in runner.runs[1:]]
+    assert decoded == [[0, 1]] * 3 + [[2]] * 3
+    assert [request.token_ids for request in requests] == [
+        [2, 3, 4, 5],
+        [12, 13, 14, 15],
+        [22, 23, 24, 25],
+    ]
+
+
+def test_the_network_hears_of_the_work_before_each_pass() -> None:
+    engine, runner = make(batch=2)
+    requests = [ask([1], 2), ask([11], 3), ask([21], 1)]
+    for request, task in zip(requests, ("math", None, "code"), strict=True):
+        request.task = task
+    finish(engine, *requests)
+    tasks = [["math", None], ["math", None], [None, "code"], [None, "code"]]
+    assert runner.host.tasks[:3] == tasks[:3]
+
+
 # --- sequences that are kept whole
 
 
@@ -173,6 +200,15 @@ def test_the_longest_of_several_kept_sequences_is_taken() -> None:
     assert len(engine.scheduler.parked) == 2
     finish(engine, after := ask([1, 2, 3, 4, 5, 6, 9], 2, reuse=True))
     assert after.reused == 6
+
+
+def test_nothing_is_kept_where_prompts_cannot_be_cut() -> None:
+    """What goes on from a sequence is a piece of a prompt."""
+    engine, _ = make(whole_prompts=True, **whole())
+    finish(engine, ask([1, 2], 2, reuse=True))
+    assert engine.scheduler.parked == []
+    finish(engine, after := ask([1, 2, 3, 9], 2, reuse=True))
+    assert (after.reused, after.token_ids) == (0, [10, 11])
 
 
 @pytest.mark.parametrize("own", [False, True], ids=["states", "a cache of its own"])
