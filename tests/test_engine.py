@@ -238,6 +238,7 @@ def test_a_pass_stops_only_when_nobody_wants_it() -> None:
     runner.before = lambda: cancel(*next(plans))
     finish(engine, first, second)
     assert stops == [False, False, False, False, False, True]
+    assert not runner.host.stop(), "what runs the network next is no pass of theirs"
     # The pass in which the first one was cancelled went on for the second one.
     assert [request.token_ids for request in (first, second)] == [[2, 3], [6, 7]]
     assert first.state is second.state is State.CANCELLED

@@ -37,7 +37,9 @@ class PhaseCounters:
     def add(self, other: "PhaseCounters", *, tokens: int | None = None) -> None:
         """Count `other` as well; `tokens` instead of its own, where a request had a part in it."""
         for item in fields(self):
-            setattr(self, item.name, getattr(self, item.name) + getattr(other, item.name))
+            mine = getattr(self, item.name)
+            mine += getattr(other, item.name)  # a list grows in place: it is not copied each time
+            setattr(self, item.name, mine)
         if tokens is not None:
             self.tokens += tokens - other.tokens
 

@@ -119,10 +119,14 @@ class Engine:
     def _run(self, work: Work) -> list[Request]:
         """Run the passes of `work`, one for all requests where the family allows it."""
         segments = [_segment(part) for part in work.parts]
-        for group in self._runner.groups(segments):
-            counters = self._pass([work.parts[index] for index in group], work.phase)
-            if counters is not None and work.phase == "decode":
-                self.scheduler.cohort.observe(counters, len(work.parts), work.ready)
+        try:
+            for group in self._runner.groups(segments):
+                counters = self._pass([work.parts[index] for index in group], work.phase)
+                if counters is not None and work.phase == "decode":
+                    self.scheduler.cohort.observe(counters, len(work.parts), work.ready)
+        finally:
+            # Others run the network too, such as `eval`: they are not cancelled with these.
+            self._runner.host.stop = lambda: False
         return [request for request, _ in work.parts]
 
     def _pass(self, parts: list[Part], phase: Phase) -> PhaseCounters | None:

@@ -1,0 +1,39 @@
+"""Counters that add up: of passes, requests and the process."""
+
+from retinue.metrics import Costs, Metrics, PhaseCounters
+
+
+def counted(**fields: int) -> PhaseCounters:
+    return PhaseCounters(steps_s=[0.5], seconds=0.5, **fields)
+
+
+def test_counters_add_up_by_field() -> None:
+    total = counted(tokens=3, hits=2, misses=1)
+    total.add(counted(tokens=4, hits=5, pending=2))
+    assert (total.tokens, total.hits, total.pending, total.misses) == (7, 7, 2, 1)
+    assert (total.seconds, total.steps_s) == (1.0, [0.5, 0.5])
+    assert total.hit_rate == 0.7
+
+
+def test_a_request_counts_its_own_tokens_of_a_pass() -> None:
+    costs, shared = Costs(), counted(tokens=8, hits=16)
+    costs.of("decode").add(shared, tokens=1)
+    costs.of("decode").add(shared, tokens=1)
+    assert (costs.decode.tokens, costs.decode.hits, costs.prefill.tokens) == (2, 32, 0)
+    assert (shared.tokens, shared.steps_s) == (8, [0.5]), "what is added stays as it is"
+
+
+def test_only_passes_that_succeed_count_for_the_process() -> None:
+    metrics = Metrics()
+    metrics.begin("prefill").tokens = 5
+    metrics.finish()
+    metrics.begin("decode").tokens = 7
+    metrics.begin("decode").tokens = 2
+    metrics.finish()
+    assert (metrics.total.prefill.tokens, metrics.total.decode.tokens) == (5, 2)
+
+
+def test_nothing_looked_up_is_no_miss() -> None:
+    assert PhaseCounters().hit_rate == 1.0
+    assert PhaseCounters().degraded_share == 0.0
+    assert PhaseCounters(degraded_weight=1.0, routed_weight=4.0).degraded_share == 0.25
