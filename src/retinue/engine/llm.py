@@ -171,7 +171,11 @@ class LLM:
 
     def run(self, request: Request) -> Iterator[str]:
         """Run a request that was made by hand to its end; yields the text that is new."""
+        told = False
         for _ in self.serve([request]):
+            told = request.state.final
+            yield request.take_delta()
+        if not told:  # a step of another stream has ended it
             yield request.take_delta()
 
     def serve(self, requests: Sequence[Request]) -> Iterator[None]:

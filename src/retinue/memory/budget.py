@@ -61,7 +61,8 @@ def pool_tokens(context: int, kv_tokens: int | None) -> int:
     """Tokens of all sequences together. Raises UsageError if the longest one has no room."""
     if kv_tokens is not None and kv_tokens < context:
         raise UsageError(
-            f"kv_tokens is out of range: `{kv_tokens}`", hint=f"the context alone has {context}"
+            f"kv_tokens is out of range: `{kv_tokens}`, the context alone has {context}",
+            hint=f"use `--kv-tokens {context}` or more, or a smaller `--context`",
         )
     return kv_tokens or context
 
