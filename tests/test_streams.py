@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 
 import pytest
-from models import greedy, open_llm, prompt_of
 
+from models import greedy, open_llm, prompt_of
 from retinue import LLM
 
 

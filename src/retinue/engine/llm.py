@@ -1,5 +1,6 @@
 """The offline interface: `LLM(model, memory="4GiB").generate(prompts, SamplingParams(...))`."""
 
+import operator
 import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -76,7 +77,7 @@ class LLM:
     def assembly(self) -> Assembly:
         """The parts, for measurements. Raises UsageError after `close`."""
         if self._assembly is None:
-            raise UsageError("the model is closed")
+            raise UsageError("the model is closed", hint="open it again: `LLM(...)`")
         return self._assembly
 
     @property
@@ -100,9 +101,11 @@ class LLM:
         that begin alike compute that part once: by default where there are several. Alone, a
         prompt's answer does not depend on others; together, logits may differ by rounding.
 
-        Raises UsageError for a prompt that is empty or too long, and whatever made an answer
+        Raises UsageError for a prompt that is none, empty or too long, and whatever made an answer
         fail, after the other prompts were answered; the model stays usable.
         """
+        if not isinstance(prompts, Sequence):
+            raise _no_prompt(prompts)
         single = isinstance(prompts, str) or (bool(prompts) and isinstance(prompts[0], int))
         batch: Sequence[Any] = [prompts] if single else prompts
         # All are checked before the first one runs.
@@ -143,9 +146,12 @@ class LLM:
             request.cancelled.set()
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """Token ids of a text with the tokenizer's own special tokens; ids stay as they are."""
+        """Token ids of a text with the tokenizer's own special tokens; ids stay as they are.
+
+        Raises UsageError for what is neither, and for a text where there is no tokenizer.
+        """
         if not isinstance(prompt, str):
-            return [int(token) for token in prompt]
+            return _ids(prompt)
         if self.tokenizer is None:
             raise UsageError(
                 "the checkpoint has no tokenizer", hint="give the prompt as a list of token ids"
@@ -230,6 +236,21 @@ class LLM:
             logprobs=list(request.logprobs) if request.params.logprobs is not None else None,
             stats=self.stats(request) if final else Stats(),
         )
+
+
+def _ids(prompt: Sequence[int]) -> list[int]:
+    """Token ids as Python's own numbers, from whatever counts as a whole number."""
+    try:
+        return [operator.index(token) for token in prompt]
+    except TypeError as error:
+        raise _no_prompt(prompt) from error
+
+
+def _no_prompt(value: object) -> UsageError:
+    kind = type(value).__name__
+    return UsageError(
+        f"not a prompt: {kind} `{value!r:.60}`", hint="a text, or a list of token ids"
+    )
 
 
 def _stats(assembly: Assembly, request: Request) -> Stats:
