@@ -79,15 +79,26 @@ def _compare(name: str, folder: Path) -> Outcome:
     plain = _greedy(model, prompt)
     with opened(folder) as (network, facts, host):
         ours = _greedy(network.model, prompt, host)
+    prompts = [models.prompt_of(n, seed=n, vocabulary=tiny.VOCABULARY) for n in (9, 40)]
+    alone = [plain.tokens, *(_greedy(model, other).tokens for other in prompts)]
     length = PROMPT_TOKENS + NEW_TOKENS
     failures = {
         "tokens differ": ours.tokens != plain.tokens,
+        "tokens differ in a batch": _together(folder, [prompt, *prompts]) != alone,
         "logits differ": not _close(ours.logits, plain.logits),
         "the experts do not matter": _close(_without_experts(model, prompt), plain.logits[:1]),
         "more KV than the facts say": ours.state_bytes
         > facts.kv_bytes_per_token * length + facts.state_bytes,
     }
     return Outcome(name, ", ".join(f for f, yes in failures.items() if yes), abilities, kind)
+
+
+def _together(folder: Path, prompts: list[list[int]]) -> list[list[int]]:
+    """Greedy tokens of the whole engine, for all prompts at once, with half of the experts."""
+    settings = {"memory": "3GiB", "context": PROMPT_TOKENS + NEW_TOKENS, "kv_tokens": 512}
+    with models.open_llm(folder, experts="50%", self_check=False, **settings) as llm:
+        outputs = llm.generate(prompts, models.greedy(NEW_TOKENS), progress=False)
+    return [output.token_ids for output in outputs]
 
 
 @contextmanager

@@ -12,15 +12,20 @@ from conformance import NEW_TOKENS, PROMPT_TOKENS, Outcome, outcome
 
 PAGE = Path(__file__).parents[1] / "docs" / "reference" / "families.md"
 # Title -> field of `Abilities`.
-COLUMNS = {"chunked prefill": "chunked_prefill", "look-ahead": "look_ahead"}
+COLUMNS = {
+    "chunked prefill": "chunked_prefill",
+    "batching": "batching",
+    "look-ahead": "look_ahead",
+    "restricted routing": "restricted_routing",
+}
 
 HEAD = (
     "# Families\n\n"
     "Every family of transformers whose experts go through its `ExpertsInterface`, as the "
     "conformance test found it: a tiny random model, saved and opened again with half of its "
     "experts in memory, beside the plain model of transformers {version}, in float32 on a "
-    "CPU. *exact* says that {new} greedy tokens after a prompt of {prompt} are equal, and all"
-    " logits to rounding. The other columns are tried at load too, on a tiny model of the "
+    "CPU. *exact* says that {new} greedy tokens after prompts of up to {prompt} tokens are"
+    " equal, alone and together with others, and all logits to rounding. The other columns are tried at load too, on a tiny model of the "
     "checkpoint's own configuration; what does not hold there is done the safe way, which the"
     " notes at load say.\n\n"
     "Families with images or sound answer text prompts; the weights of their towers are not "

@@ -8,7 +8,9 @@ import json
 import shutil
 import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,9 @@ from transformers.utils import logging
 
 from retinue import LLM
 from retinue.engine.request import Request, new_request
-from retinue.types import SamplingParams
+from retinue.metrics import PhaseCounters
+from retinue.model.kv import Segment
+from retinue.types import Phase, SamplingParams
 
 # transformers' own bars and load reports would hide ours.
 logging.disable_progress_bar()
@@ -93,6 +97,16 @@ FAMILIES: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 # Layers 0 and 2 of four have no experts.
 HOLES = {"mlp_only_layers": [0, 2]}
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """A forward pass: its segments, where each began, and the logits after each."""
+
+    phase: Phase
+    segments: list[Segment]
+    starts: list[int]
+    logits: torch.Tensor  # [segments, vocabulary]
 
 
 def make(
@@ -221,26 +235,50 @@ def greedy(count: int, **fields: Any) -> SamplingParams:
     return SamplingParams(max_new_tokens=count, ignore_eos=True, **fields)
 
 
-def run_logits(llm: LLM, prompt: list[int], forced: list[int]) -> torch.Tensor:
-    """Logits of every engine step for `prompt` and then the given ids: [steps, vocabulary]."""
-    engine, seen = llm.assembly.engine, []
-    runner = engine._runner
+@contextmanager
+def recorded(llm: LLM) -> Iterator[list[Pass]]:
+    """Note every forward pass that succeeds while the context is open."""
+    runner, seen = llm.assembly.engine._runner, list[Pass]()
     plain = runner.run
 
-    def recording(tokens: list[int], sequence: Any, phase: Any) -> torch.Tensor:
-        logits = plain(tokens, sequence, phase)
-        seen.append(logits.clone())
-        return logits
+    def recording(segments: Sequence[Segment], phase: Phase) -> tuple[torch.Tensor, PhaseCounters]:
+        starts = [segment.sequence.length for segment in segments]
+        logits, counters = plain(segments, phase)
+        assert logits.shape == (len(segments), llm.assembly.facts.vocab_size)
+        seen.append(Pass(phase, list(segments), starts, logits.clone()))
+        return logits, counters
 
-    request = forced_request(prompt, forced)
-    runner.run = recording
+    runner.run = recording  # type: ignore[method-assign]
     try:
-        for _ in llm.run(request):
-            pass
+        yield seen
     finally:
         del runner.run
+
+
+def run_logits(llm: LLM, prompt: list[int], forced: list[int]) -> torch.Tensor:
+    """Logits of every engine step for `prompt` and then the given ids: [steps, vocabulary]."""
+    request = forced_request(prompt, forced)
+    with recorded(llm) as passes:
+        for _ in llm.run(request):
+            pass
     assert request.token_ids == forced
-    return torch.stack(seen)
+    return torch.cat([each.logits for each in passes])
+
+
+def run_logits_together(
+    llm: LLM, prompts: Sequence[list[int]], forced: Sequence[list[int]]
+) -> list[torch.Tensor]:
+    """The same for several at once: of each one, [steps, vocabulary]."""
+    requests = [forced_request(*each) for each in zip(prompts, forced, strict=True)]
+    with recorded(llm) as passes:
+        for _ in llm.serve(requests):
+            pass
+    assert [request.token_ids for request in requests] == list(forced)
+    rows: dict[int, list[torch.Tensor]] = {}
+    for each in passes:
+        for segment, logits in zip(each.segments, each.logits, strict=True):
+            rows.setdefault(id(segment.sequence), []).append(logits)
+    return [torch.stack(found) for found in rows.values()]  # admitted in order of arrival
 
 
 def forced_request(prompt: list[int], forced: list[int]) -> Request:

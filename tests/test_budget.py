@@ -12,7 +12,7 @@ from disk import STEADY
 from retinue.config import DEFAULT_CONTEXT
 from retinue.errors import DoesNotFit, UsageError
 from retinue.memory import budget
-from retinue.memory.budget import MAX_CHUNK_TOKENS, RESERVE_BYTES, budget_bytes, split
+from retinue.memory.budget import CHUNK_TOKENS, RESERVE_BYTES, budget_bytes, split
 from retinue.types import Facts
 
 FACTS = Facts(
@@ -99,7 +99,7 @@ def test_parts_never_exceed_the_budget(facts: Facts, more: int, share: int) -> N
     # Nothing that fits is left out.
     assert made.slots == facts.total_experts or parts(made) + facts.slot_bytes > memory
     assert made.smallest == least
-    assert 1 <= made.chunk <= min(made.context, MAX_CHUNK_TOKENS)
+    assert 1 <= made.chunk <= min(made.context, CHUNK_TOKENS)
     assert made.context == min(facts.max_context, DEFAULT_CONTEXT)
 
 
@@ -124,8 +124,30 @@ def test_every_part_is_counted() -> None:
         made = split(FACTS, memory=smallest(FACTS, 1000), context=1000)
     assert made.fixed == FACTS.dense_bytes + budget.RUNTIME_BYTES + RESERVE_BYTES
     assert made.kv == 1000 * 4096
-    assert made.workspace == (1 << 20) + 16 * 1000 + 5000 * 1000 + 2 * 1000 * 1000
+    scattered = 1000 * 4096 // 4  # a layer's keys and values, copied together
+    assert made.workspace == (1 << 20) + 16 * 1000 + scattered + 5000 * 1000 + 2 * 1000 * 1000
     assert made.experts == 2 * FACTS.slot_bytes
+
+
+def test_room_for_many_sequences_and_long_chunks_is_counted() -> None:
+    with machine():
+        made = split(FACTS, memory="1GiB", context=1000)
+        roomy = split(FACTS, memory="1GiB", context=1000, kv_tokens=5000)
+        short = split(FACTS, memory="1GiB", context=1000, chunk=100)
+    assert (made.kv_tokens, roomy.kv_tokens) == (1000, 5000)
+    assert roomy.kv - made.kv == 4000 * 4096
+    assert roomy.workspace - made.workspace == 4000 * 16 + 4000 * 4096 // 4
+    assert (made.chunk, short.chunk) == (1000, 100)
+    assert made.workspace - short.workspace == 900 * 5000 + 2 * 900 * 1000
+    assert roomy.smallest - made.smallest == roomy.kv + roomy.workspace - made.kv - made.workspace
+
+
+def test_all_sequences_together_have_room_for_the_longest_one() -> None:
+    with machine():
+        assert split(FACTS, memory="1GiB", context=1000, kv_tokens=1000).kv_tokens == 1000
+        with pytest.raises(UsageError, match="kv_tokens is out of range: `999`") as caught:
+            split(FACTS, memory="1GiB", context=1000, kv_tokens=999)
+    assert "1000" in caught.value.hint
 
 
 def test_longer_context_leaves_fewer_slots() -> None:

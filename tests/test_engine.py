@@ -1,105 +1,18 @@
 """The loop with a network that counts: the next token is the last one plus one."""
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
-import torch
 
-from retinue.engine.engine import Engine
+from fakes import CONTEXT, END, VOCABULARY, ask, finish, make
 from retinue.engine.request import Request, State, new_request
-from retinue.errors import Cancelled, ReadError, UsageError
-from retinue.metrics import Metrics
+from retinue.errors import ReadError, UsageError
 from retinue.types import SamplingParams
-
-VOCABULARY, CONTEXT, CHUNK, END = 100, 32, 4, 50
-
-
-class Books:
-    checks, balanced = 0, True
-
-    def check(self) -> None:
-        self.checks += 1
-        assert self.balanced
-
-
-class Host:
-    def __init__(self) -> None:
-        self.cache, self.closed = Books(), False
-        self.stop: Callable[[], bool] = lambda: False
-        self.tasks: list[list[str | None]] = []
-        self.begin = self.tasks.append
-
-    def close(self) -> None:
-        self.closed = True
-
-
-class Sequence:
-    def __init__(self, context: int) -> None:
-        self.context, self.length = context, 0
-
-    def truncate(self, length: int) -> None:
-        self.length = min(self.length, length)
-
-
-class Counting:
-    """A runner that notes what it was asked. `before` is called in each run, and may raise."""
-
-    def __init__(self) -> None:
-        self.host = Host()
-        self.runs: list[tuple[str, list[int], int]] = []  # phase, tokens, position
-        self.before: Callable[[], None] = lambda: None
-
-    def new_sequence(self, context: int) -> Sequence:
-        return Sequence(context)
-
-    def run(self, tokens: list[int], sequence: Sequence, phase: str) -> torch.Tensor:
-        self.runs.append((phase, list(tokens), sequence.length))
-        self.before()
-        if self.host.stop():
-            raise Cancelled("stopped in the middle of a layer")
-        sequence.length += len(tokens)
-        assert sequence.length <= sequence.context
-        logits = torch.zeros(VOCABULARY)
-        logits[(tokens[-1] + 1) % VOCABULARY] = 5.0
-        return logits
-
-
-class Letters:
-    """A tokenizer whose token n is the letter chr(n + 32)."""
-
-    def decode(self, ids: list[int], *, skip_special_tokens: bool) -> str:
-        return "".join(chr(token + 32) for token in ids)
-
-
-def make(**fields: Any) -> tuple[Engine, Counting]:
-    runner = Counting()
-    settings = {"context": CONTEXT, "chunk": CHUNK, "vocabulary": VOCABULARY}
-    settings |= {"end_tokens": frozenset([END])} | fields
-    return Engine(runner, Metrics(), **settings), runner  # type: ignore[arg-type]
-
-
-def ask(prompt: list[int], count: int = 3, *, reuse: bool = False, **fields: Any) -> Request:
-    params = SamplingParams(max_new_tokens=count, **fields)
-    return new_request(prompt, params, Letters(), reuse=reuse)
-
-
-def finish(engine: Engine, request: Request) -> str:
-    engine.add(request)
-    text = ""
-    while not request.state.final:
-        step = engine.step()
-        assert step is not None
-        text += step[1]
-    engine.idle()
-    return text
 
 
 def test_a_prompt_runs_in_chunks_and_then_token_by_token() -> None:
     engine, runner = make()
     request = ask([1, 2, 3, 4, 5, 6, 7, 8, 9], 3)
     finish(engine, request)
-    assert runner.runs == [
+    assert runner.ran == [
         ("prefill", [1, 2, 3, 4], 0),
         ("prefill", [5, 6, 7, 8], 4),
         ("prefill", [9], 8),
@@ -120,19 +33,53 @@ def test_states_on_the_way() -> None:
         engine.step()
         states.append(request.state)
     assert states == [State.WAITING, State.PREFILL, State.DECODE, State.DONE]
-    assert engine.step() is None
+    assert engine.step() == []
 
 
-def test_requests_run_in_the_order_of_arrival() -> None:
-    engine, _ = make()
+def test_one_at_a_time_they_run_in_the_order_of_arrival() -> None:
+    engine, _ = make(batch=1)
     requests = [ask([i], 2) for i in (30, 10, 20)]
     for request in requests:
         engine.add(request)
     seen: list[Request] = []
-    while (step := engine.step()) is not None:
-        seen.append(step[0])
+    while moved := engine.step():
+        seen += moved
     assert [requests.index(request) for request in seen] == [0, 0, 1, 1, 2, 2]
     assert [request.token_ids for request in requests] == [[31, 32], [11, 12], [21, 22]]
+
+
+def test_requests_share_their_passes() -> None:
+    engine, runner = make()
+    requests = [ask([30], 2), ask([10], 3), ask([20], 1)]
+    finish(engine, *requests)
+    assert runner.runs == [
+        ("prefill", [([30], 0), ([10], 0), ([20], 0)]),
+        ("decode", [([31], 1), ([11], 1)]),
+        ("decode", [([12], 2)]),
+    ]
+    assert [request.token_ids for request in requests] == [[31, 32], [11, 12, 13], [21]]
+
+
+def test_passes_are_separate_where_the_network_says_so() -> None:
+    engine, runner = make(apart=True)
+    requests = [ask([30], 2), ask([10], 2)]
+    finish(engine, *requests)
+    assert [phase for phase, _, _ in runner.ran] == ["prefill", "prefill", "decode", "decode"]
+    assert [request.token_ids for request in requests] == [[31, 32], [11, 12]]
+
+
+def test_a_pass_counts_for_each_of_its_requests_with_their_own_tokens() -> None:
+    engine, _ = make(chunk=8)
+    first, second = ask([1, 2, 3], 3), ask([5, 6], 2)
+    finish(engine, first, second)
+    assert [(r.costs.prefill.tokens, r.costs.prefill.seconds) for r in (first, second)] == [
+        (3, 1.0),
+        (2, 1.0),
+    ]
+    assert [(r.costs.decode.tokens, r.costs.decode.seconds) for r in (first, second)] == [
+        (2, 2.0),
+        (1, 1.0),
+    ]
 
 
 def test_step_hands_out_the_text_that_is_new() -> None:
@@ -210,7 +157,7 @@ def test_forced_ids_replace_sampling() -> None:
     request = new_request([1], SamplingParams(max_new_tokens=3), None, forced=[70, 60, 80])
     finish(engine, request)
     assert request.token_ids == [70, 60, 80]
-    assert [tokens for _, tokens, _ in runner.runs] == [[1], [70], [60]]
+    assert [tokens for _, tokens, _ in runner.ran] == [[1], [70], [60]]
 
 
 def test_logprobs_for_every_new_token() -> None:
@@ -235,7 +182,7 @@ def test_cancel_while_it_waits() -> None:
     assert (second.state, second.finish_reason) == (State.CANCELLED, "cancelled")
     assert second.token_ids == []
     assert third.token_ids == [21, 22]
-    assert not any(tokens == [10] for _, tokens, _ in runner.runs)
+    assert not any(([10], 0) in parts for _, parts in runner.runs)
     engine.idle()
 
 
@@ -270,26 +217,48 @@ def test_cancel_in_the_middle_of_a_run(phase: str) -> None:
     runner.before = cancel
     finish(engine, request)
     assert request.state is State.CANCELLED
-    after = ask([1] * 12, 1, reuse=True)
+    assert request.done == (0 if phase == "prefill" else 12)
     runner.before = lambda: None
-    finish(engine, after)
-    assert after.reused == (0 if phase == "prefill" else 11)
+    finish(engine, after := ask([1] * 12, 1, reuse=True))
     assert after.token_ids == [2]
 
 
-def test_stop_is_about_the_running_request_alone() -> None:
+def test_a_pass_stops_only_when_nobody_wants_it() -> None:
     engine, runner = make()
-    first, second = ask([1], 2), ask([5], 2)
-    engine.add(first)
-    engine.add(second)
-    engine.step()
-    engine.cancel(second)
-    assert not runner.host.stop()
-    engine.cancel(first)
-    assert runner.host.stop()
-    while engine.busy:
-        engine.step()
-    assert not runner.host.stop()
+    first, second = ask([1], 4), ask([5], 4)
+    stops: list[bool] = []
+
+    def cancel(*requests: Request) -> None:
+        stops.append(runner.host.stop())
+        for request in requests:
+            engine.cancel(request)
+        stops.append(runner.host.stop())
+
+    plans = iter([[], [first], [second]])
+    runner.before = lambda: cancel(*next(plans))
+    finish(engine, first, second)
+    assert stops == [False, False, False, False, False, True]
+    # The pass in which the first one was cancelled went on for the second one.
+    assert [request.token_ids for request in (first, second)] == [[2, 3], [6, 7]]
+    assert first.state is second.state is State.CANCELLED
+
+
+def test_a_cancelled_neighbour_changes_no_answer() -> None:
+    engine, runner = make()
+    requests = [ask([1] * 6, 8), ask([20] * 3, 8), ask([40] * 9, 8, ignore_eos=True)]
+    runner.before = lambda: engine.cancel(requests[1]) if len(runner.runs) == 4 else None
+    finish(engine, *requests)
+    assert [request.state for request in requests] == [State.DONE, State.CANCELLED, State.DONE]
+    assert requests[0].token_ids == list(range(2, 10))
+    assert requests[2].token_ids == list(range(41, 49))
+
+
+def test_a_cancel_before_the_first_step() -> None:
+    engine, runner = make()
+    engine.cancel(request := ask([1], 2))
+    finish(engine, request)
+    assert request.state is State.CANCELLED
+    assert runner.runs == []
 
 
 # --- errors
@@ -331,50 +300,66 @@ def test_a_foreign_error_comes_through_and_ends_the_request() -> None:
     assert after.token_ids == [6]
 
 
-# --- what one request leaves for the next
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_an_error_fails_only_those_whose_own_pass_fails(phase: str) -> None:
+    """A pass that fails for several is tried again for each one alone."""
+    engine, runner = make(chunk=8)
+    requests = [ask([1, 2], 4), ask([20, 21], 4), ask([40, 41], 4)]
+
+    def fail() -> None:
+        of, parts = runner.runs[-1]
+        if of == phase and any(20 <= tokens[-1] < 30 for tokens, _ in parts):
+            raise ReadError("that expert cannot be read")
+
+    runner.before = fail
+    finish(engine, *requests)
+    assert [request.state for request in requests] == [State.DONE, State.FAILED, State.DONE]
+    assert [request.token_ids for request in requests] == [
+        [3, 4, 5, 6],
+        [] if phase == "prefill" else [22],
+        [42, 43, 44, 45],
+    ]
+    assert [len(parts) for of, parts in runner.runs if of == phase][:4] == [3, 1, 1, 1]
 
 
-@pytest.mark.parametrize(
-    ("prompt", "reused"),
-    [
-        ([1, 2, 3, 4, 5, 6, 7, 8, 9, 10], 8),  # stored: the prompt and two of three new tokens
-        ([1, 2, 3, 4, 5, 6, 7], 6),
-        ([1, 2, 3, 4, 5, 6, 7, 8], 7),
-        ([1, 2, 9, 9], 2),
-        ([1], 0),
-        ([7, 8], 0),
-    ],
-)
-def test_how_much_of_a_prefix_is_reused(prompt: list[int], reused: int) -> None:
+def test_an_error_that_passes_fails_nobody() -> None:
     engine, runner = make()
-    finish(engine, ask([1, 2, 3, 4, 5, 6], 3))
-    runner.runs.clear()
-    request = ask(prompt, 1, reuse=True)
-    finish(engine, request)
-    assert request.reused == reused
-    assert runner.runs[0][2] == reused
-    ran = [token for _, tokens, _ in runner.runs for token in tokens]
-    assert ran == prompt[reused:]
-    assert request.token_ids == [prompt[-1] + 1]
+
+    def fail() -> None:
+        if len(runner.runs) == 3:
+            raise ReadError("once")
+
+    runner.before = fail
+    requests = [ask([1], 5), ask([20], 5)]
+    finish(engine, *requests)
+    assert [request.token_ids for request in requests] == [
+        list(range(2, 7)),
+        list(range(21, 26)),
+    ]
+    assert [request.error for request in requests] == [None, None]
 
 
-def test_nothing_is_reused_unless_asked() -> None:
-    engine, runner = make()
-    finish(engine, ask([1, 2, 3], 3))
-    runner.runs.clear()
-    request = ask([1, 2, 3], 1)
-    finish(engine, request)
-    assert request.reused == 0
-    assert runner.runs == [("prefill", [1, 2, 3], 0)]
+def test_a_foreign_error_ends_the_requests_of_its_pass_alone() -> None:
+    engine, runner = make(batch=2)
+    requests = [ask([1], 5), ask([20], 5), ask([40], 2)]
+    for request in requests:
+        engine.add(request)
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    runner.before = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        engine.step()
+    assert [request.state for request in requests] == [State.FAILED, State.FAILED, State.WAITING]
+    runner.before = lambda: None
+    while engine.busy:
+        engine.step()
+    engine.idle()
+    assert requests[2].token_ids == [41, 42]
 
 
-def test_counters_begin_anew_with_each_request() -> None:
-    engine, runner = make()
-    metrics = engine.metrics
-    runner.before = lambda: setattr(metrics.prefill, "tokens", metrics.prefill.tokens + 1)
-    finish(engine, ask([1], 1))
-    finish(engine, ask([1], 1))
-    assert metrics.prefill.tokens == 1
+# --- the books
 
 
 def test_idle_checks_the_books() -> None:
@@ -386,10 +371,17 @@ def test_idle_checks_the_books() -> None:
         engine.idle()
 
 
-def test_idle_notices_a_sequence_that_was_not_cut_back() -> None:
+def test_idle_notices_a_block_that_is_lost() -> None:
     engine, _ = make()
     finish(engine, ask([1, 2, 3], 1))
-    engine._sequence.truncate(1)
+    engine.scheduler.pool.take([1, 2, 3], 3, reuse=False)
+    with pytest.raises(AssertionError):
+        engine.idle()
+
+
+def test_idle_is_not_while_something_runs() -> None:
+    engine, _ = make()
+    engine.add(ask([1]))
     with pytest.raises(AssertionError):
         engine.idle()
 

@@ -22,7 +22,6 @@ from retinue.errors import (
     RetinueError,
     Unsupported,
 )
-from retinue.memory import budget
 from retinue.memory.files import Reader
 from retinue.memory.mover import Mover
 from retinue.types import Want
@@ -314,9 +313,9 @@ def test_cancel_in_the_middle_of_a_read(
     olmoe: Path, monkeypatch: pytest.MonkeyPatch, preset: str
 ) -> None:
     """One expert takes a fifth of a second; the whole prompt would take many."""
-    monkeypatch.setattr(budget, "MAX_CHUNK_TOKENS", 4)
     slow(monkeypatch, 2e5)
-    with models.open_llm(olmoe, preset=preset, experts="13%", self_check=False) as llm:
+    settings = {"preset": preset, "experts": "13%", "chunk": 4, "self_check": False}
+    with models.open_llm(olmoe, **settings) as llm:
         outputs: list[Output] = []
         thread = threading.Thread(
             target=lambda: outputs.extend(llm.stream(models.prompt_of(60), models.greedy(9)))

@@ -15,8 +15,8 @@ import retinue
 from retinue import LLM, Output, SamplingParams, Stats, UsageError
 from retinue.config import load_config
 from retinue.engine.request import new_request
-from retinue.memory import budget
 from retinue.memory.mover import READERS
+from retinue.types import BLOCK_TOKENS
 
 TEXT = "The capital of France is"
 
@@ -150,15 +150,54 @@ def test_a_stream_that_is_left_early_ends_its_request(sample: LLM) -> None:
     assert len(sample.generate(TEXT, models.greedy(3))[0].token_ids) == 3
 
 
-def test_an_answer_while_a_stream_is_open_is_refused(sample: LLM) -> None:
-    """It used to wait for itself, for ever."""
+def test_an_answer_while_a_stream_is_open(sample: LLM) -> None:
+    """Both get all of their tokens, and each step serves both."""
+    expected = sample.generate(TEXT, models.greedy(20))[0]
     stream = sample.stream(TEXT, models.greedy(20))
     first = next(stream)
-    with pytest.raises(UsageError, match="another answer"):
-        sample.generate(TEXT, models.greedy(2))
-    *_, last = stream
-    assert last.token_ids[: len(first.token_ids)] == first.token_ids
-    assert len(last.token_ids) == 20
+    (other,) = sample.generate("Once upon a time", models.greedy(4))
+    assert other.token_ids == sample.generate("Once upon a time", models.greedy(4))[0].token_ids
+    rest = list(stream)
+    assert rest[0].token_ids[:5] == expected.token_ids[:5]
+    assert "".join(output.delta for output in [first, *rest]) == expected.text
+    assert rest[-1].token_ids == expected.token_ids
+    assert rest[-1].finish_reason == "length"
+    settled(sample)
+
+
+def test_several_streams_at_once(sample: LLM) -> None:
+    """Turn by turn, or one after the other: each one has its own text, its end and its stats."""
+    prompts = [TEXT, "2 + 2 =", "Once upon a time"]
+    expected = sample.generate(prompts, models.greedy(9), progress=False)
+    streams = [sample.stream(prompt, models.greedy(9)) for prompt in prompts]
+    heads = [next(stream) for stream in streams]
+    for stream, head, plain in zip(streams, heads, expected, strict=True):
+        outputs = [head, *stream]
+        assert "".join(output.delta for output in outputs) == plain.text
+        assert outputs[-1].token_ids == plain.token_ids
+        assert outputs[-1].finish_reason == "length"
+        assert outputs[-1].stats.decode_s > 0
+        assert [output.finish_reason for output in outputs].count("length") == 1
+    settled(sample)
+
+
+def test_an_interrupted_neighbour_leaves_other_streams_alone(sample: LLM) -> None:
+    expected = sample.generate(TEXT, models.greedy(12))[0].token_ids
+    first, second = (sample.stream(TEXT, models.greedy(12)) for _ in range(2))
+    next(first)
+    next(second)
+    first.close()
+    assert [*second][-1].token_ids == expected
+    settled(sample)
+
+
+def test_cancel_ends_every_stream_with_a_last_output(sample: LLM) -> None:
+    streams = [sample.stream(TEXT, models.greedy(50)) for _ in range(3)]
+    for stream in streams:
+        next(stream)
+    sample.cancel()
+    for stream in streams:
+        assert [*stream][-1].finish_reason == "cancelled"
     settled(sample)
 
 
@@ -190,32 +229,32 @@ def test_a_conversation_prefills_only_what_is_new(olmoe: Path) -> None:
     with models.open_llm(olmoe, experts="50%") as llm, models.open_llm(olmoe) as fresh:
         stored = 0
         for turn in range(3):
+            before = llm.assembly.metrics.total.prefill.tokens
             *_, last = llm.stream(history, models.greedy(8), reuse=True)
             assert last.token_ids == fresh.generate(history, models.greedy(8))[0].token_ids
             assert last.stats.reused_tokens == stored
-            prefilled = llm.assembly.metrics.prefill.tokens
+            prefilled = llm.assembly.metrics.total.prefill.tokens - before
             assert prefilled == len(history) - stored
-            # The last new token was never run.
-            stored = len(history) + 8 - 1
+            # Whole blocks of what was run are there for the next turn; the last token never was.
+            stored = (len(history) + 8 - 1) // BLOCK_TOKENS * BLOCK_TOKENS
             history = history + last.token_ids + models.prompt_of(5, seed=turn)
         assert fresh.generate(history, models.greedy(1))[0].stats.reused_tokens == 0
 
 
 def test_an_edited_history_reuses_the_part_before_the_edit(tiny: LLM) -> None:
-    prompt = models.prompt_of(30)
+    prompt = models.prompt_of(60, seed=3)
     list(tiny.stream(prompt, models.greedy(4), reuse=True))
-    edited = [*prompt[:10], prompt[10] ^ 1, *prompt[11:]]
+    edited = [*prompt[:40], prompt[40] ^ 1, *prompt[41:]]
     *_, last = tiny.stream(edited, models.greedy(6), reuse=True)
-    assert last.stats.reused_tokens == 10
+    assert last.stats.reused_tokens == 40 // BLOCK_TOKENS * BLOCK_TOKENS
     assert last.token_ids == tiny.generate(edited, models.greedy(6))[0].token_ids
 
 
-def test_chunks_do_not_change_float32_tokens(olmoe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_do_not_change_float32_tokens(olmoe: Path) -> None:
     prompt = models.prompt_of(50)
     with models.open_llm(olmoe) as llm:
         expected = llm.generate(prompt, models.greedy(10))[0].token_ids
-    monkeypatch.setattr(budget, "MAX_CHUNK_TOKENS", 7)
-    with models.open_llm(olmoe) as llm:
+    with models.open_llm(olmoe, chunk=7) as llm:
         assert llm.assembly.split.chunk == 7
         assert llm.generate(prompt, models.greedy(10))[0].token_ids == expected
 

@@ -3,13 +3,14 @@
 import random
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 import models
-from retinue.memory import budget
+from retinue import LLM
 from retinue.memory.files import Reader
 from retinue.policy.presets import PRESETS
 
@@ -27,10 +28,9 @@ class Restless(Reader):
         return got
 
 
-@pytest.fixture(autouse=True)
-def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prompts take several prefill passes."""
-    monkeypatch.setattr(budget, "MAX_CHUNK_TOKENS", 16)
+def open_llm(model: str | Path, chunk: int = 16, **settings: Any) -> LLM:
+    """A model whose prompts take several prefill passes."""
+    return models.open_llm(model, chunk=chunk, **settings)
 
 
 @pytest.fixture
@@ -68,22 +68,20 @@ def checkpoint(request: pytest.FixtureRequest, checkpoints: Path) -> Path:
 @pytest.fixture(scope="module")
 def expected(checkpoint: Path) -> torch.Tensor:
     """With everything resident before the first step."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(budget, "MAX_CHUNK_TOKENS", 16)
-        with models.open_llm(checkpoint, preset="on-demand") as llm:
-            cache = llm.assembly.cache
-            for layer in llm.assembly.network.experts.modules:
-                cache.fetch(layer.layer, np.arange(EXPERTS))
-            while cache.resident < cache.total:
-                cache.wait(1.0)
-            return models.run_logits(llm, PROMPT, FORCED)
+    with open_llm(checkpoint, preset="on-demand") as llm:
+        cache = llm.assembly.cache
+        for layer in llm.assembly.network.experts.modules:
+            cache.fetch(layer.layer, np.arange(EXPERTS))
+        while cache.resident < cache.total:
+            cache.wait(1.0)
+        return models.run_logits(llm, PROMPT, FORCED)
 
 
 def experts_setting(checkpoint: Path, share: str) -> str | int:
     """`share` as a setting; the least that works is one token's experts of one layer."""
     if share != "least":
         return share
-    with models.open_llm(checkpoint, self_check=False) as llm:
+    with open_llm(checkpoint, self_check=False) as llm:
         return TOP_K * int(llm.assembly.facts.slot_bytes)
 
 
@@ -94,9 +92,9 @@ def test_logits_are_bit_equal(
     checkpoint: Path, expected: torch.Tensor, preset: str, share: str
 ) -> None:
     experts = experts_setting(checkpoint, share)
-    with models.open_llm(checkpoint, preset=preset, experts=experts) as llm:
+    with open_llm(checkpoint, preset=preset, experts=experts) as llm:
         logits = models.run_logits(llm, PROMPT, FORCED)
-        cache, decode = llm.assembly.cache, llm.assembly.metrics.decode
+        cache, decode = llm.assembly.cache, llm.assembly.metrics.total.decode
         llm.assembly.engine.idle()
         assert cache.slots == max(TOP_K, int(cache.total * {"least": 0}.get(share, _part(share))))
         assert cache.resident <= cache.slots
@@ -112,7 +110,7 @@ def _part(share: str) -> float:
 
 @pytest.mark.usefixtures("restless")
 def test_what_ran_before_changes_no_bit(checkpoint: Path, expected: torch.Tensor) -> None:
-    with models.open_llm(checkpoint, experts="25%") as llm:
+    with open_llm(checkpoint, experts="25%") as llm:
         for seed in range(2):
             models.run_logits(llm, models.prompt_of(7 + 20 * seed, seed), FORCED[:4])
             assert torch.equal(models.run_logits(llm, PROMPT, FORCED), expected)
@@ -120,23 +118,22 @@ def test_what_ran_before_changes_no_bit(checkpoint: Path, expected: torch.Tensor
 
 def test_the_room_for_context_changes_no_bit(checkpoint: Path, expected: torch.Tensor) -> None:
     context = len(PROMPT) + len(FORCED)
-    with models.open_llm(checkpoint, context=context) as llm:
+    with open_llm(checkpoint, context=context) as llm:
         assert torch.equal(models.run_logits(llm, PROMPT, FORCED), expected)
 
 
 def test_the_self_check_changes_no_bit(checkpoint: Path, expected: torch.Tensor) -> None:
-    with models.open_llm(checkpoint, experts="25%", self_check=False) as llm:
+    with open_llm(checkpoint, experts="25%", self_check=False) as llm:
         assert torch.equal(models.run_logits(llm, PROMPT, FORCED), expected)
 
 
 @pytest.mark.parametrize("experts", ["25%", "2%"])
 @pytest.mark.usefixtures("restless")
-def test_the_sample_model(monkeypatch: pytest.MonkeyPatch, experts: str) -> None:
+def test_the_sample_model(experts: str) -> None:
     """Trained routers, 32 experts a layer, and a prompt that uses nearly all of them."""
-    monkeypatch.setattr(budget, "MAX_CHUNK_TOKENS", 64)
     prompt = models.prompt_of(100, vocabulary=4096)
-    with models.open_llm("sample") as llm:
+    with open_llm("sample", chunk=64) as llm:
         expected = models.run_logits(llm, prompt, FORCED)
-    with models.open_llm("sample", experts=experts) as llm:
+    with open_llm("sample", chunk=64, experts=experts) as llm:
         assert llm.assembly.cache.slots < llm.assembly.cache.total
         assert torch.equal(models.run_logits(llm, prompt, FORCED), expected)

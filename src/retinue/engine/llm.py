@@ -187,18 +187,24 @@ class LLM:
     def serve(self, requests: Sequence[Request]) -> Iterator[None]:
         """Run requests to their ends; yields after each step in which one of them got further.
 
-        Raises what made one of them fail, when all have ended. Those that still run when the
-        caller leaves early are cancelled.
+        The last time is when all have ended. Raises what made one of them fail, after that. Those
+        that still run when the caller leaves early are cancelled.
         """
         engine = self.assembly.engine
         for request in requests:
+            engine.check(request.prompt)
+        for request in requests:
             engine.add(request)
         self._running += requests
+        told = not requests
         try:
             while not all(request.state.final for request in requests):
                 moved = self.assembly.engine.step()  # asked anew: it may have been closed
                 if any(request in moved for request in requests):
+                    told = all(request.state.final for request in requests)
                     yield
+            if not told:  # another caller's steps brought the end
+                yield
             if not engine.busy:
                 engine.idle()
         finally:

@@ -101,7 +101,8 @@ class Scheduler:
         assert sequence is not None
         if intact:
             self.share(request)
-        if intact and request.done and request.reuse and not self.limits.sharing:
+        kept = not self.limits.sharing and not self.limits.whole_prompts
+        if intact and request.done and request.reuse and kept:
             self.parked.append(Parked(request.tokens[: request.done], sequence, table))
         else:
             self.pool.give(table)
@@ -133,12 +134,13 @@ class Scheduler:
         return True
 
     def _before(self, request: "Request") -> Parked | None:
-        """The parked sequence that `request` goes on from."""
-        for parked in reversed(self.parked):
-            count = len(parked.tokens)
-            if count < len(request.prompt) and request.prompt[:count] == parked.tokens:
-                return parked
-        return None
+        """The longest parked sequence that `request` goes on from."""
+        found, prompt = None, request.prompt
+        for parked in self.parked:
+            count, best = len(parked.tokens), len(found.tokens) if found else 0
+            if best <= count < len(prompt) and prompt[:count] == parked.tokens:
+                found = parked
+        return found
 
     def _unpark(self) -> None:
         self.pool.give(self.parked.pop(0).table)

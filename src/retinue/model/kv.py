@@ -188,13 +188,16 @@ class Store(Cache):
     # --- what transformers asks
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens before the pass, of the longest of its sequences."""
         return max((s.sequence.length for s in self.segments), default=0)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Keys and offset of a mask for all; the masks that count are made by sequence."""
         return self.get_seq_length() + query_length, 0
 
     @property
     def is_sliding(self) -> list[bool]:
+        """By layer, whether it attends through a window."""
         return [getattr(layer, "window", None) is not None for layer in self.layers]
 
 
@@ -215,6 +218,7 @@ class Pool(CacheLayerMixin):
         self._returned: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Take the room for all tokens, now that heads and widths are known."""
         self.keys, self.values = self._room(key_states), self._room(value_states)
         self.is_initialized = True
 
@@ -224,6 +228,7 @@ class Pool(CacheLayerMixin):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store [1, heads, tokens, width]; return what attention in this pass may need."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         keys, values = self.keys, self.values
@@ -244,12 +249,15 @@ class Pool(CacheLayerMixin):
             self._returned = None
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """As the store's."""
         return self._store.get_mask_sizes(query_length, 0)
 
     def get_seq_length(self) -> int:
+        """As the store's."""
         return self._store.get_seq_length()
 
     def get_max_length(self) -> int:
+        """-1: no bound that transformers should know."""
         return -1
 
 
