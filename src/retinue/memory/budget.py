@@ -23,6 +23,7 @@ from retinue.types import Facts
 RUNTIME_BYTES = 470 << 20
 RESERVE_BYTES = 48 << 20
 CHUNK_TOKENS, BATCH = Config().chunk, Config().batch
+_LESS = "a smaller `--context`, `--kv-tokens`, `--chunk` or `--batch`"
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,9 +138,10 @@ def _hint(smallest: int) -> str:
     possible = available_bytes() + resident_bytes()
     if smallest > possible:
         return (
-            f"only {format_size(possible)} are available: close other programs or raise the limit"
+            f"only {format_size(possible)} are available: close other programs, raise the limit, or"
+            f" use {_LESS}"
         )
-    return f"use `--memory {smallest}` or more, or a smaller `--context`"
+    return f"use `--memory {smallest}` or more, or {_LESS}"
 
 
 def _slot_limit(facts: Facts, experts: str | int, least: int) -> int:
