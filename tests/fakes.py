@@ -13,7 +13,7 @@ from retinue.engine.blocks import BlockPool
 from retinue.engine.cohort import Cohort
 from retinue.engine.engine import Engine
 from retinue.engine.request import Request, new_request
-from retinue.engine.scheduler import Limits
+from retinue.engine.scheduler import Limits, Scheduler
 from retinue.errors import Cancelled
 from retinue.metrics import PhaseCounters
 from retinue.model.kv import Segment
@@ -130,9 +130,7 @@ def make(
     limits = Limits(**({"context": CONTEXT, "chunk": CHUNK, "batch": BATCH} | fields))
     engine = Engine(
         network,  # type: ignore[arg-type]
-        BlockPool(blocks),
-        limits,
-        cohort,
+        Scheduler(BlockPool(blocks), limits, cohort),
         vocabulary=VOCABULARY,
         end_tokens=frozenset([END]),
     )

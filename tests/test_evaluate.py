@@ -14,6 +14,7 @@ from retinue.engine.assembly import Assembly, assemble
 from retinue.engine.evaluate import Evaluation, evaluate, make_profile, passes
 from retinue.engine.tasks import TaskIds
 from retinue.errors import Cancelled
+from retinue.model.kv import Segment
 from retinue.model.profiles import write_profile
 
 EXACT = [name for name, row in PRESETS.items() if row.exact]
@@ -174,10 +175,10 @@ def decoded(folder: Path, preset: str, share: str, monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr(host, "_look_ahead", patient)
         monkeypatch.setattr(assembly.mover, "submit", lambda *a: (reads.append(1), submit(*a))[1])
         for text in TEXTS:
-            sequence = runner.new_sequence(64)
+            sequence = runner.new_sequence(list(range(4)))
             for token in text.ids:
-                runner.run([token], sequence, "decode")
-        counters = assembly.metrics.decode
+                runner.run([Segment(sequence, [token])], "decode")
+        counters = assembly.metrics.total.decode
         return counters.misses + counters.pending, len(reads), assembly.mover.bytes_read
 
 

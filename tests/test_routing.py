@@ -27,7 +27,8 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
 from retinue.errors import Unsupported
 from retinue.model.expert_map import ExpertsModule
-from retinue.model.routing import Rerouted, Restriction, probe
+from retinue.model.restriction import Rerouted, Restriction, probe
+from retinue.model.routing import Router
 from retinue.policy.base import Choice
 from retinue.policy.route.next_resident import NextResident
 
@@ -83,8 +84,18 @@ def some(count: int, seed: int = 3) -> np.ndarray:
     return random.argsort(axis=1).argsort(axis=1) < count
 
 
+def outside(router: nn.Module) -> Router:
+    """`router` as the look-ahead asks it, with nothing else in its block."""
+    return Router(router, nn.Module())
+
+
 def restrict(router: nn.Module, resident: np.ndarray) -> Restriction:
-    made = Restriction([router], [found(router)], NextResident(), lambda layer, tokens: resident)
+    made = Restriction(
+        [outside(router)],
+        [found(router)],
+        NextResident(),
+        lambda layer, tokens: resident,
+    )
     made.active = True
     return made
 
@@ -221,7 +232,9 @@ def test_policies_see_scores_ids_and_weights() -> None:
 
     router, hidden = make_router("olmoe"), inputs()
     logits, weights, ids = router(hidden)
-    made = Restriction([router], [found(router)], Watching(), lambda layer, tokens: some(8))
+    made = Restriction(
+        [outside(router)], [found(router)], Watching(), lambda layer, tokens: some(8)
+    )
     made.active = True
     router(hidden)
     made.close()
@@ -282,7 +295,7 @@ def test_a_router_of_its_own_kind_is_refused() -> None:
     """phimoe chooses by two maxima, not by topk."""
     config = PhimoeConfig(hidden_size=HIDDEN, num_local_experts=EXPERTS, num_experts_per_tok=2)
     with pytest.raises(Unsupported, match="0 times"):
-        probe(PhimoeTopKRouter(config).eval(), found(nn.Identity()))
+        probe(Router(PhimoeTopKRouter(config).eval(), nn.Module()), found(nn.Identity()))
 
 
 def test_a_missing_router_is_refused() -> None:
@@ -294,6 +307,6 @@ def test_a_missing_router_is_refused() -> None:
 def test_the_probe_leaves_no_trace(name: str) -> None:
     router, hidden = make_router(name), inputs()
     plain = router(hidden)[2]
-    probe(router, found(router))
+    probe(outside(router), found(router))
     assert torch.equal(router(hidden)[2], plain)
     assert "forward" not in vars(router)

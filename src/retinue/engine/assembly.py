@@ -13,7 +13,7 @@ from retinue.engine.blocks import BlockPool
 from retinue.engine.cohort import Cohort
 from retinue.engine.engine import Engine
 from retinue.engine.residents import Residents, known_beforehand
-from retinue.engine.scheduler import Limits
+from retinue.engine.scheduler import Limits, Scheduler
 from retinue.memory.budget import Split, split
 from retinue.memory.cache import ExpertCache
 from retinue.memory.checkpoint import open_checkpoint
@@ -23,6 +23,7 @@ from retinue.memory.machine import cores
 from retinue.memory.mover import Mover
 from retinue.memory.tier import Tier
 from retinue.metrics import Metrics
+from retinue.model.abilities import Abilities
 from retinue.model.attention import install
 from retinue.model.experts import IMPLEMENTATION, ExpertHost
 from retinue.model.kv import Store
@@ -36,6 +37,7 @@ from retinue.policy.presets import Preset, preset
 from retinue.policy.profile import Profile
 from retinue.types import BLOCK_TOKENS, Facts
 
+BLIND = "no look-ahead: some routers of this model cannot be asked"
 APPROXIMATE = "this preset is approximate: its tokens are not those of the plain model"
 
 
@@ -104,31 +106,15 @@ def assemble(model: str | Path, config: Config) -> Assembly:
         store = Store(network.model.config, limits.kv_tokens, shareable=abilities.batching)
         if store.shareable:
             install(network.model, store)
-        cohort = Cohort(
-            layers=facts.moe_layers,
-            experts=facts.experts_per_layer,
-            top_k=facts.top_k,
-            slots=limits.slots,
-        )
-        engine = Engine(
-            Runner(network, host, mover, metrics, store),
-            BlockPool(store.tokens // BLOCK_TOKENS),
-            Limits(
-                limits.context,
-                limits.chunk,
-                config.batch,
-                whole_prompts=not abilities.chunked_prefill,
-                sharing=store.packable,
-            ),
-            cohort,
-            vocabulary=facts.vocab_size,
-            end_tokens=end_tokens(network),
-        )
+        scheduler = _scheduler(facts, limits, config, abilities, store)
+        runner = Runner(network, host, mover, metrics, store)
+        engine = Engine(runner, scheduler, facts.vocab_size, end_tokens(network))
         tokenizer = load_tokenizer(folder)
         residents = _residents(host, policies, known, network, config)
         undo.pop_all()
     notes += [reader.note] if reader.note else []
     notes += abilities.notes
+    notes += [BLIND] if policies.predictor.needs and not host.sees_ahead else []
     notes += [APPROXIMATE] if not chosen.exact else []
     load_s = time.perf_counter() - started
     return Assembly(
@@ -149,6 +135,25 @@ def assemble(model: str | Path, config: Config) -> Assembly:
         load_s,
         notes,
     )
+
+
+def _scheduler(
+    facts: Facts, limits: Split, config: Config, abilities: Abilities, store: Store
+) -> Scheduler:
+    cohort = Cohort(
+        layers=facts.moe_layers,
+        experts=facts.experts_per_layer,
+        top_k=facts.top_k,
+        slots=limits.slots,
+    )
+    bounds = Limits(
+        limits.context,
+        limits.chunk,
+        config.batch,
+        whole_prompts=not abilities.chunked_prefill,
+        sharing=store.packable,
+    )
+    return Scheduler(BlockPool(store.tokens // BLOCK_TOKENS), bounds, cohort)
 
 
 def _host(

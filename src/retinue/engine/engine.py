@@ -9,10 +9,8 @@ from typing import Protocol
 
 import torch
 
-from retinue.engine.blocks import BlockPool
-from retinue.engine.cohort import Cohort
 from retinue.engine.request import Request, State
-from retinue.engine.scheduler import Limits, Scheduler, Work
+from retinue.engine.scheduler import Scheduler, Work
 from retinue.errors import Cancelled, RetinueError, UsageError
 from retinue.metrics import PhaseCounters
 from retinue.model.experts import ExpertHost
@@ -41,16 +39,12 @@ class Engine:
     def __init__(
         self,
         runner: Runner,
-        pool: BlockPool,
-        limits: Limits,
-        cohort: Cohort,
-        *,
+        scheduler: Scheduler,
         vocabulary: int,
         end_tokens: frozenset[int],
     ) -> None:
         self._runner, self._vocabulary, self._end_tokens = runner, vocabulary, end_tokens
-        self.limits = limits
-        self.scheduler = Scheduler(pool, limits, cohort)
+        self.scheduler, self.limits = scheduler, scheduler.limits
 
     def add(self, request: Request) -> None:
         """Queue `request`. Raises UsageError for a prompt that can never run."""

@@ -57,8 +57,6 @@ def abilities_of(model: PreTrainedModel) -> Abilities:
     notes = []
     if not chunked:
         notes.append("prompts run whole: in chunks this family's logits differ, or it refuses")
-    if not look_ahead:
-        notes.append("no look-ahead: some routers of this family cannot be asked")
     if not batching:
         notes.append("each request has passes of its own: together this family's logits differ")
     return Abilities(chunked, batching, look_ahead, restricted, tuple(notes))
