@@ -2,6 +2,8 @@
 
 import json
 import logging
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -113,3 +115,17 @@ def test_the_hint_of_what_no_machine_holds_names_the_options(call: Call) -> None
     done = call("plan", "sample", "--kv-tokens", 10**12)
     assert done.code == 3
     assert "`--kv-tokens`" in done.err
+
+
+def test_the_time_in_which_a_set_of_experts_is_loaded_counts(olmoe: Path) -> None:
+    with models.open_llm(olmoe) as llm:
+        begin = llm.assembly.host.begin
+
+        def slowly(tasks: Sequence[str | None]) -> int:
+            time.sleep(0.05)
+            return begin(tasks)
+
+        llm.assembly.host.begin = slowly
+        (output,) = llm.generate([models.prompt_of(4)], models.greedy(4))
+    assert output.stats.prefill_s > 0.05
+    assert output.stats.decode_s > 3 * 0.05
