@@ -20,12 +20,14 @@ Prompt = str | Sequence[int]
 class LLM:
     """A Mixture-of-Experts model inside a byte budget.
 
-    model: a checkpoint folder, or `sample`. memory: upper bound for the process's peak resident
-    memory, such as `4GiB`. experts: upper bound for the resident experts, such as `25%`. The
-    other settings are those of `Config`; defaults < `RETINUE_*` environment < arguments.
+    model: a checkpoint folder, a repository id, which is downloaded, or `sample`. memory: upper
+    bound for the process's peak resident memory, such as `4GiB`. experts: upper bound for the
+    resident experts, such as `25%`. The other settings are those of `Config`; defaults <
+    `RETINUE_*` environment < arguments.
 
-    Raises Refused before anything is loaded when the model does not fit or is not served, and
-    CheckpointError when its files are damaged. Not thread-safe but for `cancel`.
+    Raises Refused before anything is loaded when the model does not fit or is not served,
+    CheckpointError when its files are damaged, and DownloadError when it cannot be fetched. Not
+    thread-safe but for `cancel`.
     """
 
     def __init__(
