@@ -37,6 +37,8 @@ def execute(options: Namespace) -> int:
     threads = config.threads or cores()
     before = Speeds(measure_disk(files), measure_memory(threads=threads, at_most_bytes=room))
     with LLM.from_config(folder, config) as llm:
+        for text in llm.assembly.notes:
+            note(f"note: {text}", "yellow")
         stats, prompt_tokens = _measure(llm, options, facts, config)
         after = Speeds(measure_disk(files), _memory_again(llm, threads, before))
     speeds = Speeds(

@@ -57,7 +57,9 @@ def execute(options: Namespace) -> int:
         if finding.fix:
             print(f"     {'':<18} hint: {finding.fix}", file=out)
     problems = [finding for finding in findings if not finding.good]
-    verdict = f"{len(problems)} problems" if problems else "everything is as it should be"
+    verdict = "everything is as it should be"
+    if problems:
+        verdict = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
     print(f"\n{verdict}", file=out)
     if options.json:
         emit_json(
@@ -165,7 +167,8 @@ def _model(folder: Path, config: Config) -> list[Finding]:
                 Finding("precision", f"as-is ({facts.stored or facts.dtype} experts)"),
                 Finding("fits", f"{split.slots} of {facts.total_experts} experts resident"),
                 Finding("self-check", "passed" if config.self_check else "skipped"),
-                *(Finding("note", text, good=False) for text in llm.assembly.notes),
+                # What needs a remedy has a finding of its own above.
+                *(Finding("note", text) for text in llm.assembly.notes),
             ]
     except UsageError:
         raise
@@ -179,7 +182,8 @@ def _headers(folder: Path, config: Config) -> list[Finding]:
 
     try:
         facts = survey(folder)
-        limits = split(facts, memory=config.memory, context=config.context, experts=config.experts)
+        fixed = preset(config.preset).build().placement.fixed
+        limits = split(facts, **config.room(), each_layer=fixed)
     except UsageError:
         raise
     except RetinueError as error:

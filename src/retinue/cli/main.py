@@ -22,7 +22,7 @@ from retinue.memory.budget import fits_whole
 from retinue.memory.home import find_here
 from retinue.memory.process import prepare
 
-LOADING = ("run", "bench")  # verbs that load a model
+LOADING = ("run", "bench", "eval", "profile")  # verbs that need a model loaded
 
 
 def build_parser() -> ArgumentParser:
@@ -122,7 +122,9 @@ def _add_eval(verbs: object) -> None:
         "retinue eval sample --preset popular-by-task --experts 40% --per-task 4",
     )
     _add_texts(evaluation)
-    add_config_options(evaluation, tuple(name for name in ENGINE if name != "task"))
+    # One text after the other, each with its own task.
+    unused = ("task", "batch", "kv_tokens")
+    add_config_options(evaluation, tuple(name for name in ENGINE if name not in unused))
 
 
 def _add_texts(parser: ArgumentParser) -> None:

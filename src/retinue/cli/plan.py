@@ -71,7 +71,7 @@ def _text(plan: Plan) -> str:
         lines += [
             f"budget      {format_size(split.budget):>10}",
             f"  fixed     {format_size(split.fixed):>10}  runtime, and weights of every token",
-            f"  kv        {format_size(split.kv):>10}  for {split.context} tokens",
+            f"  kv        {format_size(split.kv):>10}  for {split.kv_tokens} tokens",
             f"  workspace {format_size(split.workspace):>10}"
             f"  for prompts, {split.chunk} tokens at once",
             f"  experts   {format_size(split.experts):>10}"
@@ -79,7 +79,7 @@ def _text(plan: Plan) -> str:
             "",
             f"decode      {plan.decode.low:.2f} to {plan.decode.high:.2f} tokens/s",
             f"prefill     {plan.prefill.low:.0f} to {plan.prefill.high:.0f} tokens/s"
-            f" (a prompt of {PROMPT_TOKENS})",
+            f" (a prompt of {min(PROMPT_TOKENS, split.context)})",
             *[f"- {reason}" for reason in plan.reasons],
         ]
     lines.append(f"smallest budget: {format_size(plan.smallest)} (`--memory {plan.smallest}`)")

@@ -138,9 +138,12 @@ class Engine:
         # A pass stops in its middle if nobody wants it any more.
         self._runner.host.stop = lambda: all(request.cancelled.is_set() for request in requests)
         try:
+            started = time.perf_counter()
             read = self._runner.host.begin([request.task for request in self.scheduler.running])
+            begun_s = time.perf_counter() - started
             logits, counters = self._runner.run([_segment(part) for part in parts], phase)
             counters.bytes_read += read
+            counters.seconds += begun_s
         except Cancelled:
             for request in requests:
                 self._end(request, State.CANCELLED)

@@ -1,5 +1,6 @@
 """The offline interface: `LLM(model, memory="4GiB").generate(prompts, SamplingParams(...))`."""
 
+import operator
 import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,12 +20,14 @@ Prompt = str | Sequence[int]
 class LLM:
     """A Mixture-of-Experts model inside a byte budget.
 
-    model: a checkpoint folder, or `sample`. memory: upper bound for the process's peak resident
-    memory, such as `4GiB`. experts: upper bound for the resident experts, such as `25%`. The
-    other settings are those of `Config`; defaults < `RETINUE_*` environment < arguments.
+    model: a checkpoint folder, a repository id, which is downloaded, or `sample`. memory: upper
+    bound for the process's peak resident memory, such as `4GiB`. experts: upper bound for the
+    resident experts, such as `25%`. The other settings are those of `Config`; defaults <
+    `RETINUE_*` environment < arguments.
 
-    Raises Refused before anything is loaded when the model does not fit or is not served, and
-    CheckpointError when its files are damaged. Not thread-safe but for `cancel`.
+    Raises Refused before anything is loaded when the model does not fit or is not served,
+    CheckpointError when its files are damaged, and DownloadError when it cannot be fetched. Not
+    thread-safe but for `cancel`.
     """
 
     def __init__(
@@ -76,7 +79,7 @@ class LLM:
     def assembly(self) -> Assembly:
         """The parts, for measurements. Raises UsageError after `close`."""
         if self._assembly is None:
-            raise UsageError("the model is closed")
+            raise UsageError("the model is closed", hint="open it again: `LLM(...)`")
         return self._assembly
 
     @property
@@ -100,9 +103,11 @@ class LLM:
         that begin alike compute that part once: by default where there are several. Alone, a
         prompt's answer does not depend on others; together, logits may differ by rounding.
 
-        Raises UsageError for a prompt that is empty or too long, and whatever made an answer
+        Raises UsageError for a prompt that is none, empty or too long, and whatever made an answer
         fail, after the other prompts were answered; the model stays usable.
         """
+        if not isinstance(prompts, Sequence):
+            raise _no_prompt(prompts)
         single = isinstance(prompts, str) or (bool(prompts) and isinstance(prompts[0], int))
         batch: Sequence[Any] = [prompts] if single else prompts
         # All are checked before the first one runs.
@@ -143,9 +148,12 @@ class LLM:
             request.cancelled.set()
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """Token ids of a text with the tokenizer's own special tokens; ids stay as they are."""
+        """Token ids of a text with the tokenizer's own special tokens; ids stay as they are.
+
+        Raises UsageError for what is neither, and for a text where there is no tokenizer.
+        """
         if not isinstance(prompt, str):
-            return [int(token) for token in prompt]
+            return _ids(prompt)
         if self.tokenizer is None:
             raise UsageError(
                 "the checkpoint has no tokenizer", hint="give the prompt as a list of token ids"
@@ -171,7 +179,11 @@ class LLM:
 
     def run(self, request: Request) -> Iterator[str]:
         """Run a request that was made by hand to its end; yields the text that is new."""
+        told = False
         for _ in self.serve([request]):
+            told = request.state.final
+            yield request.take_delta()
+        if not told:  # a step of another stream has ended it
             yield request.take_delta()
 
     def serve(self, requests: Sequence[Request]) -> Iterator[None]:
@@ -232,6 +244,21 @@ class LLM:
             logprobs=list(request.logprobs) if request.params.logprobs is not None else None,
             stats=self.stats(request) if final else Stats(),
         )
+
+
+def _ids(prompt: Sequence[int]) -> list[int]:
+    """Token ids as Python's own numbers, from whatever counts as a whole number."""
+    try:
+        return [operator.index(token) for token in prompt]
+    except TypeError as error:
+        raise _no_prompt(prompt) from error
+
+
+def _no_prompt(value: object) -> UsageError:
+    kind = type(value).__name__
+    return UsageError(
+        f"not a prompt: {kind} `{value!r:.60}`", hint="a text, or a list of token ids"
+    )
 
 
 def _stats(assembly: Assembly, request: Request) -> Stats:

@@ -74,12 +74,12 @@ class Residents:
         Returns the bytes read. Raises the error of a read that failed.
         """
         wanted = tuple(sorted(tasks, key=str)) if self._placement.by_task else ()
-        if self._tasks == wanted:
-            return 0
         for task in set(wanted) - self._said - self._names:
             self._said.add(task)
             what = "no task was given" if task is None else f"the profile has no task `{task}`"
             log.warning("%s: the popularity of all tasks together decides", what)
+        if self._tasks == wanted:
+            return 0
         before = self.bytes_read
         self._change(wanted)
         return self.bytes_read - before

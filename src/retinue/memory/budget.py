@@ -23,6 +23,7 @@ from retinue.types import Facts
 RUNTIME_BYTES = 470 << 20
 RESERVE_BYTES = 48 << 20
 CHUNK_TOKENS, BATCH = Config().chunk, Config().batch
+_LESS = "a smaller `--context`, `--kv-tokens`, `--chunk` or `--batch`"
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +62,8 @@ def pool_tokens(context: int, kv_tokens: int | None) -> int:
     """Tokens of all sequences together. Raises UsageError if the longest one has no room."""
     if kv_tokens is not None and kv_tokens < context:
         raise UsageError(
-            f"kv_tokens is out of range: `{kv_tokens}`", hint=f"the context alone has {context}"
+            f"kv_tokens is out of range: `{kv_tokens}`, the context alone has {context}",
+            hint=f"use `--kv-tokens {context}` or more, or a smaller `--context`",
         )
     return kv_tokens or context
 
@@ -136,9 +138,10 @@ def _hint(smallest: int) -> str:
     possible = available_bytes() + resident_bytes()
     if smallest > possible:
         return (
-            f"only {format_size(possible)} are available: close other programs or raise the limit"
+            f"only {format_size(possible)} are available: close other programs, raise the limit, or"
+            f" use {_LESS}"
         )
-    return f"use `--memory {smallest}` or more, or a smaller `--context`"
+    return f"use `--memory {smallest}` or more, or {_LESS}"
 
 
 def _slot_limit(facts: Facts, experts: str | int, least: int) -> int:

@@ -1,0 +1,35 @@
+"""Several streams at once: each one's last output comes, whoever ran the step that ended it."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from models import greedy, open_llm, prompt_of
+from retinue import LLM
+
+
+@pytest.fixture(scope="module")
+def llm() -> Iterator[LLM]:
+    with open_llm("sample", context=128) as opened:
+        yield opened
+
+
+def test_a_stream_that_another_ones_step_has_ended_still_gives_its_last_output(llm: LLM) -> None:
+    short, long = llm.stream(prompt_of(6), greedy(3)), llm.stream(prompt_of(7), greedy(24))
+    first = next(short)
+    assert [output.finish_reason for output in long][-1] == "length"
+    rest = list(short)
+    assert [output.finish_reason for output in rest] == ["length"]
+    assert first.delta + rest[0].delta == rest[0].text
+    assert len(rest[0].token_ids) == 3
+    assert rest[0].stats.budget_bytes > 0
+
+
+def test_a_cancelled_stream_says_so_though_another_one_was_closed_meanwhile(llm: LLM) -> None:
+    kept, left = llm.stream(prompt_of(6), greedy(24)), llm.stream(prompt_of(7), greedy(24))
+    next(kept), next(left)
+    llm.cancel()
+    del left
+    (last,) = kept
+    assert last.finish_reason == "cancelled"
+    assert llm.assembly.engine.busy is False
