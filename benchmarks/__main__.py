@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 
-from benchmarks import alone, versus
+from benchmarks import alone, sharing, versus
 from benchmarks.checkpoint import Checkpoint, NoCheckpointError, inspect
 from benchmarks.child import ChildFailedError, run_child, say
 from benchmarks.results import Document, Report, show
@@ -29,6 +29,8 @@ BENCHMARKS: dict[str, Callable[[Setting], Report]] = {
     "prefill": alone.prefill,
     "first-token": alone.first_token,
     "slots": alone.slots,
+    "batch": sharing.batch,
+    "second-turn": sharing.second_turn,
 }
 SMALL_SHAPE = "olmoe-mini"
 MEMORY, SMALL_MEMORY = "6GiB", "1.25GiB"

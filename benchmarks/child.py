@@ -64,6 +64,12 @@ def run_child(command: Sequence[str], group: Group | None = None) -> Done:
     return Done(document, wall_s)
 
 
+def timed(command: Sequence[str]) -> Document:
+    """The result of `command` with the whole process's time as `wall_s`."""
+    done = run_child(command)
+    return done.document | {"wall_s": round(done.wall_s, 4)}
+
+
 def environment() -> dict[str, str]:
     """Ours without settings that would make two runs differ, and without a network."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith("RETINUE_")}

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks import ours, peer_accelerate, peer_transformers
-from benchmarks.child import ChildFailedError, in_turn, run_child
+from benchmarks.child import ChildFailedError, in_turn, run_child, timed
 from benchmarks.group import memory_group
 from benchmarks.results import Document, Report, Row, best, compare, values
 from benchmarks.setting import Setting, fits_comfortably
@@ -33,7 +33,7 @@ def in_memory(setting: Setting) -> Report:
             notes.append("batched_mm is left out: its copies of experts would exceed memory")
             continue
         command = peer_transformers.command(checkpoint.folder, name, **counts)
-        engines[f"transformers {name}"] = partial(_plain, command)
+        engines[f"transformers {name}"] = partial(timed, command)
     turns = in_turn(setting.runs, engines)
     peers = {name: runs for name, runs in turns.runs.items() if name != "ours"}
     rows = _rows("in-memory", turns.runs["ours"], peers) if peers else []
@@ -45,11 +45,6 @@ def _gathered(setting: Setting) -> int:
     checkpoint = setting.checkpoint
     pairs: int = setting.counts(64, 32)["prompt_tokens"] * checkpoint.top_k
     return pairs * checkpoint.expert_bytes // checkpoint.experts
-
-
-def _plain(command: list[str]) -> Document:
-    done = run_child(command)
-    return done.document | {"wall_s": round(done.wall_s, 4)}
 
 
 def _rows(benchmark: str, mine: list[Document], peers: dict[str, list[Document]]) -> list[Row]:

@@ -341,7 +341,7 @@ def test_ours_and_a_peer_on_a_tiny_shape(tiny: Checkpoint) -> None:
     counts = {"prompt_tokens": 8, "new_tokens": 4}
     engines = {
         "ours": lambda: ours.bench(ours.bench_command(tiny, memory=GIB, **counts)),
-        "peer": lambda: versus._plain(peer_transformers.command(tiny.folder, "eager", **counts)),
+        "peer": lambda: child.timed(peer_transformers.command(tiny.folder, "eager", **counts)),
     }
     turns = in_turn(1, engines)
     assert not turns.notes
