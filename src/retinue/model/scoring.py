@@ -60,7 +60,7 @@ class Scorer:
         try:
             logits = self._model(
                 input_ids=torch.tensor([ids]), use_cache=False, logits_to_keep=count + 1
-            ).logits[0, :-1]
+            ).logits[0, -count - 1 : -1]  # not every class of model knows `logits_to_keep`
         except BaseException:
             self._host.cache.cancel_all()
             raise
