@@ -80,7 +80,7 @@ class Config:
     kv_tokens: int | None = _option(
         None, "tokens of all running requests together (default: the context)", "TOKENS"
     )
-    batch: int = _option(8, "requests that run at once", "N")
+    batch: int | None = _option(None, "requests that run at once (default: 1, in Python 8)", "N")
     chunk: int = _option(2048, "tokens of prompts that one pass takes at most", "TOKENS")
     preset: str = _option("auto", "a named combination of policies, see `retinue presets`", "NAME")
     task: str | None = _option(
@@ -114,8 +114,8 @@ class Config:
 
     def room(self) -> dict[str, Any]:
         """What `memory.budget.split` is asked for under this configuration."""
-        names = ("memory", "context", "experts", "kv_tokens", "chunk", "batch")
-        return {name: getattr(self, name) for name in names}
+        names = ("memory", "context", "experts", "kv_tokens", "chunk")
+        return {name: getattr(self, name) for name in names} | {"batch": self.batch or 1}
 
     def sampling(self) -> SamplingParams:
         """The sampling parameters of a request under this configuration."""
@@ -124,6 +124,7 @@ class Config:
 
 
 DEFAULT_CONTEXT = 4096
+DEFAULT_BATCH = 8  # of the Python interface, whose `generate` takes many prompts
 
 
 def load_config(

@@ -70,5 +70,7 @@ class Metrics:
         return self.now
 
     def finish(self) -> None:
-        """The pass succeeded."""
-        self.total.of(self.phase).add(self.now)
+        """The pass succeeded. The total keeps no times of single steps: it would grow for ever."""
+        total = self.total.of(self.phase)
+        total.add(self.now)
+        total.steps_s.clear()

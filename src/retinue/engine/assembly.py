@@ -149,7 +149,7 @@ def _scheduler(
     bounds = Limits(
         limits.context,
         limits.chunk,
-        config.batch,
+        config.batch or 1,
         whole_prompts=not abilities.chunked_prefill,
         sharing=store.packable,
     )

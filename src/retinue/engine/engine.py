@@ -122,7 +122,8 @@ class Engine:
         try:
             for group in self._runner.groups(segments):
                 counters = self._pass([work.parts[index] for index in group], work.phase)
-                if counters is not None and work.phase == "decode":
+                whole = len(group) == len(work.parts)
+                if counters is not None and work.phase == "decode" and whole:
                     self.scheduler.cohort.observe(counters, len(work.parts), work.ready)
         finally:
             # Others run the network too, such as `eval`: they are not cancelled with these.

@@ -3,11 +3,12 @@
 import operator
 import statistics
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from retinue.config import Config, load_config
+from retinue.config import DEFAULT_BATCH, Config, load_config
 from retinue.engine.assembly import Assembly, assemble
 from retinue.engine.request import Request, State, new_request
 from retinue.errors import UsageError
@@ -61,7 +62,8 @@ class LLM:
             "chunk": chunk,
             "self_check": self_check,
         }
-        self._open(model, load_config(flags))
+        config = load_config(flags)
+        self._open(model, replace(config, batch=config.batch or DEFAULT_BATCH))
 
     @classmethod
     def from_config(cls, model: str | Path, config: Config) -> Self:

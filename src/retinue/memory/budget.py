@@ -22,7 +22,7 @@ from retinue.types import Facts
 # libraries imported and its threads started, and page tables, file handles and stacks.
 RUNTIME_BYTES = 470 << 20
 RESERVE_BYTES = 48 << 20
-CHUNK_TOKENS, BATCH = Config().chunk, Config().batch
+CHUNK_TOKENS: int = Config().chunk
 _LESS = "a smaller `--context`, `--kv-tokens`, `--chunk` or `--batch`"
 
 
@@ -100,7 +100,7 @@ def split(
     experts: str | int | None = None,
     kv_tokens: int | None = None,
     chunk: int = CHUNK_TOKENS,
-    batch: int = BATCH,
+    batch: int = 1,
     each_layer: bool = False,
 ) -> Split:
     """Divide `memory`, or raise DoesNotFit with the smallest budget that would work.
