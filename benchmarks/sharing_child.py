@@ -74,7 +74,7 @@ def measure_batch(options: Namespace) -> dict[str, Any]:
         "answers_s": answers_s,
         "decode_tokens": decode.tokens,
         "decode_s": decode.seconds,
-        "decode_passes": len(decode.steps_s),
+        "decode_passes": decode.passes,
         "decode_tokens_per_s": decode.tokens / decode.seconds if decode.seconds else 0.0,
         "hit_rate": decode.hit_rate,
         "bytes_read": decode.bytes_read,

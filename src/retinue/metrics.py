@@ -9,6 +9,7 @@ from retinue.types import Phase
 class PhaseCounters:
     """What forward passes of one phase cost."""
 
+    passes: int = 0
     tokens: int = 0
     seconds: float = 0.0
     hits: int = 0  # distinct experts of a layer and step that were resident

@@ -72,6 +72,7 @@ class Runner:
             self._store.end()
             self._host.cache.cancel_all()
             raise
+        counters.passes = 1
         counters.tokens = sum(len(segment.tokens) for segment in segments)
         counters.seconds = time.perf_counter() - started
         counters.steps_s.append(counters.seconds)
