@@ -6,6 +6,7 @@ import pytest
 
 from command import ESCAPE
 from retinue.cli import demo
+from retinue.metrics import Costs, PhaseCounters
 from retinue.types import Output, Stats
 
 
@@ -42,12 +43,18 @@ def test_the_demonstration(
     assert ESCAPE not in out + err
 
 
+COSTS = Costs(
+    PhaseCounters(bytes_read=1 << 20),
+    PhaseCounters(tokens=4, seconds=1.0, hits=60, pending=5, misses=15, bytes_read=3 << 20),
+)
+
+
 def test_tokens_that_differ(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def run(share: str, prompts: list[str]) -> demo.Run:
         last = output(1, 2) if share == "100%" else output(1, 3)
-        return demo.Run(share, [output(1, 2)] * (len(prompts) - 1) + [last], 3 << 20)
+        return demo.Run(share, [output(1, 2)] * (len(prompts) - 1) + [last], 3 << 20, COSTS)
 
     monkeypatch.setattr(demo, "_run", run)
     assert demo.main() == 1
@@ -59,13 +66,13 @@ def test_tokens_that_differ(
 
 
 def test_the_table_adds_up() -> None:
-    table = demo._table([demo.Run("25%", [output(1), output(2)], 3 << 20)])
+    table = demo._table([demo.Run("25%", [output(1), output(2)], 3 << 20, COSTS)])
     header, row = table.splitlines()
     assert header.split() == [
         *("experts", "resident", "resident", "bytes"),
         *("hit", "rate", "bytes", "read", "tokens/s"),
     ]
-    # Two answers: 60 of 80 lookups hit, 4 MiB read, 4 tokens in one second.
+    # 60 of 80 lookups hit, 3 + 1 MiB read, 4 tokens in one second.
     assert " ".join(row.split()) == "25% 64 of 256 3 MiB 75% 4 MiB 4.0"
 
 

@@ -8,6 +8,7 @@ from retinue.cli.terminal import note, styled, table
 from retinue.config import format_size
 from retinue.engine.llm import LLM
 from retinue.memory.home import SAMPLE, sample_tasks
+from retinue.metrics import Costs
 from retinue.types import Output, SamplingParams
 
 TASKS = ("dialogue", "sql", "math_qa", "english_prose")
@@ -22,6 +23,7 @@ class Run:
     share: str
     outputs: list[Output]
     expert_bytes: int
+    costs: Costs  # of all passes: those that served several prompts count once
 
 
 def main() -> int:
@@ -55,25 +57,24 @@ def _run(share: str, prompts: list[str]) -> Run:
     note(f"loading the sample model with {share} of its experts")
     with LLM(SAMPLE, memory="2GiB", experts=share) as llm:
         outputs = llm.generate(prompts, PARAMS, progress=sys.stderr.isatty())
-        return Run(share, outputs, llm.assembly.cache.resident * llm.assembly.facts.expert_bytes)
+        assembly = llm.assembly
+        expert_bytes = assembly.cache.resident * assembly.facts.expert_bytes
+        return Run(share, outputs, expert_bytes, assembly.metrics.total)
 
 
 def _table(runs: list[Run]) -> str:
     rows = []
     for run in runs:
-        stats = [output.stats for output in run.outputs]
-        tokens = sum(s.decode_tokens_per_s * s.decode_s for s in stats)
-        hits = sum(s.hits for s in stats)
-        looked_up = hits + sum(s.pending + s.misses for s in stats)
-        read = sum(s.bytes_read + s.prefill_bytes_read for s in stats)
+        stats, decode = run.outputs[-1].stats, run.costs.decode
+        read = decode.bytes_read + run.costs.prefill.bytes_read
         rows.append(
             (
                 run.share,
-                f"{stats[-1].resident_experts} of {stats[-1].total_experts}",
+                f"{stats.resident_experts} of {stats.total_experts}",
                 format_size(run.expert_bytes),
-                f"{hits / looked_up:.0%}",
+                f"{decode.hit_rate:.0%}",
                 format_size(read),
-                f"{tokens / sum(s.decode_s for s in stats):.1f}",
+                f"{decode.tokens / decode.seconds:.1f}",
             )
         )
     header = ("experts", "resident", "resident bytes", "hit rate", "bytes read", "tokens/s")
