@@ -17,7 +17,7 @@ from retinue.model.experts import ExpertHost
 from retinue.model.kv import Segment, Sequence
 from retinue.types import FinishReason, Phase
 
-Part = tuple[Request, list[int]]
+Part = tuple[Request, Segment]
 
 
 class Runner(Protocol):
@@ -118,17 +118,17 @@ class Engine:
 
     def _run(self, work: Work) -> list[Request]:
         """Run the passes of `work`, one for all requests where the family allows it."""
-        segments = [_segment(part) for part in work.parts]
+        parts = [(request, _segment(request, tokens)) for request, tokens in work.parts]
         try:
-            for group in self._runner.groups(segments):
-                counters = self._pass([work.parts[index] for index in group], work.phase)
-                whole = len(group) == len(work.parts)
+            for group in self._runner.groups([segment for _, segment in parts]):
+                counters = self._pass([parts[index] for index in group], work.phase)
+                whole = len(group) == len(parts)
                 if counters is not None and work.phase == "decode" and whole:
-                    self.scheduler.cohort.observe(counters, len(work.parts), work.ready)
+                    self.scheduler.cohort.observe(counters, len(parts), work.ready)
         finally:
             # Others run the network too, such as `eval`: they are not cancelled with these.
             self._runner.host.stop = lambda: False
-        return [request for request, _ in work.parts]
+        return [request for request, _ in parts]
 
     def _pass(self, parts: list[Part], phase: Phase) -> PhaseCounters | None:
         """One forward pass; returns what it cost.
@@ -142,7 +142,7 @@ class Engine:
             started = time.perf_counter()
             read = self._runner.host.begin([request.task for request in self.scheduler.running])
             begun_s = time.perf_counter() - started
-            logits, counters = self._runner.run([_segment(part) for part in parts], phase)
+            logits, counters = self._runner.run([segment for _, segment in parts], phase)
             counters.bytes_read += read
             counters.seconds += begun_s
         except Cancelled:
@@ -159,9 +159,10 @@ class Engine:
                 self._end(request, State.FAILED)
             raise
         else:
-            for row, (request, tokens) in enumerate(parts):
-                request.costs.of(phase).add(counters, tokens=len(tokens))
-                request.done += len(tokens)
+            for row, (request, segment) in enumerate(parts):
+                count = len(segment.tokens)
+                request.costs.of(phase).add(counters, tokens=count)
+                request.done += count
                 self._advance(request, logits[row])
             return counters
         return None
@@ -187,7 +188,7 @@ class Engine:
         if (logprob := request.sampler.logprob(logits, token)) is not None:
             request.logprobs.append(logprob)
         request.tell(request.text.push(token))
-        full = len(request.tokens) >= self.limits.context
+        full = request.length >= self.limits.context
         ended = token in self._end_tokens and not params.ignore_eos
         if ended or request.text.stopped:
             self._end(request, State.DONE, reason="stop")
@@ -216,7 +217,6 @@ class Engine:
 ENDED_BY: dict[State, FinishReason] = {State.CANCELLED: "cancelled", State.FAILED: "error"}
 
 
-def _segment(part: Part) -> Segment:
-    request, tokens = part
+def _segment(request: Request, tokens: list[int]) -> Segment:
     assert request.sequence is not None
     return Segment(request.sequence, tokens)

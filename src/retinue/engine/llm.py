@@ -200,11 +200,11 @@ class LLM:
         for request in requests:
             engine.add(request)
         self._running += requests
-        told = not requests
+        told, ours = not requests, set(requests)
         try:
             while not all(request.state.final for request in requests):
                 moved = self.assembly.engine.step()  # asked anew: it may have been closed
-                if any(request in moved for request in requests):
+                if not ours.isdisjoint(moved):
                     told = all(request.state.final for request in requests)
                     yield
             if not told:  # another caller's steps brought the end

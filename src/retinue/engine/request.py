@@ -71,6 +71,11 @@ class Request:
         """Prompt and answer so far."""
         return self.prompt + self.token_ids
 
+    @property
+    def length(self) -> int:
+        """Tokens of prompt and answer so far."""
+        return len(self.prompt) + len(self.token_ids)
+
     def tell(self, delta: str) -> None:
         """Put text that is new where `take_delta` finds it."""
         self._delta += delta

@@ -148,9 +148,9 @@ class Scheduler:
     def _prefill(self) -> Work:
         work, left = Work("prefill"), self.limits.chunk
         for request in self.running:
-            rest = request.prompt[request.done :]
             if request.decoding or left == 0:
                 continue
+            rest = request.prompt[request.done :]
             if self.limits.whole_prompts and len(rest) > left:
                 break  # a later pass begins with it
             work.parts.append((request, rest[:left]))
