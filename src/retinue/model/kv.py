@@ -237,10 +237,16 @@ class Pool(CacheLayerMixin):
         self._store.write(keys, key_states)
         self._store.write(values, value_states)
         if self.in_place:
-            return _as_states(keys), _as_states(values)
+            return self.all_states()
         reads = self._store.reads(self.window)
         self._returned = _as_states(keys.index_select(0, reads)), _as_states(values[reads])
         return self._returned
+
+    def all_states(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The keys and values of all places: [1, heads, places, width]."""
+        assert self.keys is not None
+        assert self.values is not None
+        return _as_states(self.keys), _as_states(self.values)
 
     def see(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Learn what attention was called with in this layer."""
