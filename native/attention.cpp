@@ -1,7 +1,7 @@
 // Attention of one new token a sequence over keys and values in a pool.
 #include <algorithm>
 #include <cmath>
-#include <vector>
+#include <memory>
 
 #include "numbers.h"
 #include "pool.h"
@@ -47,14 +47,20 @@ RETINUE_INLINE void weigh(float* scores, int64_t n, const float* sink) {
     for (int64_t t = 0; t < n; ++t) scores[t] /= total;
 }
 
+// Numbers that the heads of one key head need for a sequence of n tokens.
+int64_t memory_of(const retinue_attention& a, int64_t n) {
+    const int64_t group = a.heads / a.key_heads;
+    return group * (a.width + a.value_width + n) + a.width + a.value_width;
+}
+
 // One sequence's heads that share a key head.
-RETINUE_CLONES void attend(const retinue_attention& a, int64_t sequence, int64_t head) {
+RETINUE_CLONES void attend(const retinue_attention& a, int64_t sequence, int64_t head,
+                           float* memory) {
     const int64_t group = a.heads / a.key_heads, width = a.width, wide = a.value_width;
     const int64_t first = a.sequences->starts[sequence], stop = a.sequences->stops[sequence];
     const int64_t* places = a.sequences->places[sequence];
     const int64_t n = stop - first;
-    std::vector<float> memory(static_cast<size_t>(group * (width + wide + n) + width + wide));
-    float *query = memory.data(), *out = query + group * width, *scores = out + group * wide;
+    float *query = memory, *out = query + group * width, *scores = out + group * wide;
     float *key = scores + group * n, *value = key + width;
     const retinue_operand keys = operand(a.keys, a.type), values = operand(a.values, a.type);
 
@@ -97,13 +103,25 @@ extern "C" int32_t retinue_attend(const retinue_attention* attention) {
     const bool known = a.type == RETINUE_TYPE_F32 || a.type == RETINUE_TYPE_BF16;
     if (!known || a.key_heads < 1 || a.heads % a.key_heads) return RETINUE_BAD_ARGUMENT;
     const int64_t units = a.sequences->count * a.key_heads;
-    int64_t numbers = 0;
-    for (int64_t s = 0; s < a.sequences->count; ++s)
-        numbers += (a.sequences->stops[s] - a.sequences->starts[s]) * a.key_heads * a.width;
-    auto unit = [&](int32_t, int64_t u) { attend(a, u / a.key_heads, u % a.key_heads); };
-    if (numbers < SMALL)
-        for (int64_t u = 0; u < units; ++u) unit(0, u);
-    else
-        retinue::parallel(units, unit);
-    return RETINUE_OK;
+    int64_t numbers = 0, longest = 0;
+    for (int64_t s = 0; s < a.sequences->count; ++s) {
+        const int64_t n = a.sequences->stops[s] - a.sequences->starts[s];
+        numbers += n * a.key_heads * a.width;
+        longest = std::max(longest, n);
+    }
+    try {
+        const int64_t each = memory_of(a, longest);
+        const std::unique_ptr<float[]> memory(
+            new float[static_cast<size_t>(each * retinue::pool_threads())]);
+        auto unit = [&](int32_t thread, int64_t u) {
+            attend(a, u / a.key_heads, u % a.key_heads, memory.get() + thread * each);
+        };
+        if (numbers < SMALL)
+            for (int64_t u = 0; u < units; ++u) unit(0, u);
+        else
+            retinue::parallel(units, unit);
+        return RETINUE_OK;
+    } catch (...) {
+        return RETINUE_OUT_OF_MEMORY;
+    }
 }

@@ -278,7 +278,11 @@ int32_t run(const retinue_instruction& i) {
 }  // namespace
 
 extern "C" int32_t retinue_evaluate(const retinue_instruction* instructions, int64_t count) {
-    for (int64_t n = 0; n < count; ++n)
-        if (const int32_t error = run(instructions[n]); error != RETINUE_OK) return error;
-    return RETINUE_OK;
+    try {
+        for (int64_t n = 0; n < count; ++n)
+            if (const int32_t error = run(instructions[n]); error != RETINUE_OK) return error;
+        return RETINUE_OK;
+    } catch (...) {  // nothing else is thrown than what says that memory is lacking
+        return RETINUE_OUT_OF_MEMORY;
+    }
 }

@@ -11,6 +11,7 @@
 #ifdef __cplusplus
 extern "C" {
 #endif
+#pragma GCC visibility push(default)
 
 enum { RETINUE_TYPE_I64 = 3, RETINUE_TYPE_BOOL = 4 };  // beside the types of activations
 
@@ -104,6 +105,7 @@ int32_t retinue_attend(const retinue_attention* attention);
 // Run the instructions one after the other.
 int32_t retinue_evaluate(const retinue_instruction* instructions, int64_t count);
 
+#pragma GCC visibility pop
 #ifdef __cplusplus
 }
 #endif

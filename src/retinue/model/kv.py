@@ -162,7 +162,7 @@ class Store(Cache):
         query = key = 0
         for segment in self.segments:
             sequence, count = segment.sequence, len(segment.tokens)
-            skipped, stop = _skipped(sequence, window), sequence.length + count
+            skipped, stop = window_left(sequence, window), sequence.length + count
             keys: slice | torch.Tensor = slice(key, key + stop - skipped)
             if in_place:
                 keys = sequence.places[skipped:stop]
@@ -182,7 +182,7 @@ class Store(Cache):
         for segment in self.segments:
             sequence = segment.sequence
             stop = sequence.length + len(segment.tokens)
-            parts.append(sequence.places[_skipped(sequence, window) : stop])
+            parts.append(sequence.places[window_left(sequence, window) : stop])
         return torch.cat(parts)
 
     # --- what transformers asks
@@ -289,7 +289,7 @@ def _as_states(pool: torch.Tensor) -> torch.Tensor:
     return pool.unsqueeze(0).transpose(1, 2)
 
 
-def _skipped(sequence: Sequence, window: int | None) -> int:
+def window_left(sequence: Sequence, window: int | None) -> int:
     """Past tokens that a sliding window has left behind for the next query."""
     return 0 if window is None else max(0, sequence.length - window + 1)
 
