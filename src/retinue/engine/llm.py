@@ -47,6 +47,7 @@ class LLM:
         batch: int | None = None,
         chunk: int | None = None,
         self_check: bool | None = None,
+        eager: bool | None = None,
     ) -> None:
         flags = {
             "memory": memory,
@@ -61,6 +62,7 @@ class LLM:
             "batch": batch,
             "chunk": chunk,
             "self_check": self_check,
+            "eager": eager,
         }
         config = load_config(flags)
         self._open(model, replace(config, batch=config.batch or DEFAULT_BATCH))

@@ -77,8 +77,9 @@ class Program:
         self._table[:] = list(self._numbers)
         self._calls = self._compile(items)
         self.logits = self._tensor(recording.logits)
-        natives = sum(not isinstance(item, _Torch) for item in items)
-        self.native_share = natives / len(items)
+        small = [item for item in items if not _is_large(item)]
+        natives = sum(not isinstance(item, _Torch) for item in small)
+        self.native_share = natives / max(1, len(small))
 
     def run(self) -> None:
         """Compute. Raises what experts raise; the next run begins anew."""
@@ -251,6 +252,13 @@ class Program:
 
     def _leaf(self, value: Any) -> Any:
         return self._tensor(value) if isinstance(value, Ref) else value
+
+
+def _is_large(item: _Item) -> bool:
+    """Whether it is a product or experts: those cost what they cost."""
+    if isinstance(item, _Torch):
+        return item.operation.function in (*PRODUCTS, EXPERTS)
+    return isinstance(item, _Product)
 
 
 def _row_stride(ref: Ref) -> int | None:

@@ -16,7 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_flatten, tree_map
 
 from retinue.errors import Unsupported
-from retinue.model.kv import Store
+from retinue.model.attention import Mask
+from retinue.model.kv import Pool, Segment, Sequence, Span, Store, window_left
+from retinue.types import BLOCK_TOKENS
 
 EXPERTS, ATTEND = "experts", "attend"
 aten = torch.ops.aten
@@ -83,11 +85,13 @@ def record(
 ) -> Recording:
     """What `model` does with `tokens [1, n]` at `positions [1, n]`, of n sequences.
 
-    `store` has begun a pass over them. Later steps find the same two tensors changed. Raises
-    Unsupported where a step depends on values, and what the family's own code raises.
+    Later steps find the same two tensors changed. Raises Unsupported where a step depends on
+    values, and what the family's own code raises.
     """
     recorder = _Recorder()
-    marked = _Marked(store, recorder)
+    marked = _Marked(store)
+    stand_in = Sequence([0], BLOCK_TOKENS - 1)
+    marked.begin([Segment(stand_in, [0]) for _ in range(tokens.shape[1])])
     with _marks(model, recorder, marked), recorder:
         logits = model(
             input_ids=tokens,
@@ -172,8 +176,9 @@ def _without_computing(func: Any, args: Any) -> torch.Tensor:
 class _Marked(Store):
     """The store during a recording: nothing is written to it."""
 
-    def __init__(self, store: Store, recorder: _Recorder) -> None:
+    def __init__(self, store: Store) -> None:
         self.__dict__.update(store.__dict__)
+        self._spans = {}
         self.new: tuple[torch.Tensor, torch.Tensor] | None = None
         self.returned: tuple[torch.Tensor, torch.Tensor] | None = None
 
@@ -181,8 +186,9 @@ class _Marked(Store):
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         pool = self.pool(layer_idx)
-        if not (pool.is_initialized and pool.in_place):
-            raise Unsupported("attention takes other keys than those that are stored")
+        if not pool.is_initialized:
+            with _disable_current_modes():
+                pool.lazy_initialization(key_states, value_states)
         self.new = key_states, value_states
         with _disable_current_modes():
             self.returned = pool.all_states()
@@ -193,16 +199,16 @@ class _Marked(Store):
 def _marks(model: nn.Module, recorder: _Recorder, store: _Marked) -> Iterator[None]:
     """Let experts and attention leave marks in the recording instead of computing."""
     saved: list[tuple[nn.Module, str, Any]] = []
-    marks: dict[str, Callable[[nn.Module], Any]] = {
-        "retinue_run": lambda module: _experts_mark(module, recorder),
-        "retinue_attend": lambda module: _attention_mark(recorder, store),
+    marks: dict[str, Callable[[nn.Module, Any], Any]] = {
+        "retinue_run": lambda module, own: _experts_mark(module, recorder),
+        "retinue_attend": lambda module, own: _attention_mark(recorder, store, own.name),
     }
     try:
         for module in model.modules():
             for name, mark in marks.items():
                 if (own := vars(module).get(name)) is not None:
                     saved.append((module, name, own))
-                    setattr(module, name, mark(module))
+                    setattr(module, name, mark(module, own))
         yield
     finally:
         for module, name, own in saved:
@@ -219,7 +225,7 @@ def _experts_mark(module: nn.Module, recorder: _Recorder) -> Callable[..., torch
     return run
 
 
-def _attention_mark(recorder: _Recorder, store: _Marked) -> Callable[..., Any]:
+def _attention_mark(recorder: _Recorder, store: _Marked, name: str) -> Callable[..., Any]:
     def attend(
         module: nn.Module,
         query: torch.Tensor,
@@ -232,6 +238,9 @@ def _attention_mark(recorder: _Recorder, store: _Marked) -> Callable[..., Any]:
         if returned is None or new is None or key is not returned[0] or value is not returned[1]:
             raise Unsupported("attention takes other keys than those that are stored")
         store.returned = None
+        with _disable_current_modes():
+            if not _sees_all(mask, name, store.pool(int(module.layer_idx)), store.tokens):
+                raise Unsupported("attention leaves out some of the keys before it")
         shape = (query.shape[0], query.shape[2], query.shape[1], value.shape[-1])
         with _disable_current_modes():
             out = torch.zeros(shape, dtype=query.dtype)
@@ -239,6 +248,18 @@ def _attention_mark(recorder: _Recorder, store: _Marked) -> Callable[..., Any]:
         return out, None
 
     return attend
+
+
+def _sees_all(mask: Any, name: str, pool: Pool, tokens: int) -> bool:
+    """Whether `mask` lets one token attend to all that the layer's window has not left behind."""
+    if not isinstance(mask, Mask):
+        return mask is None
+    sequence = Sequence(list(range(tokens // BLOCK_TOKENS)), tokens - 1)
+    skipped = window_left(sequence, pool.window)
+    own = mask.of(name, Span(0, 1, sequence.length, skipped, slice(0)))
+    if own is None:
+        return True
+    return bool(own.all()) if own.dtype == torch.bool else not bool(own.any())
 
 
 def _needed(operations: list[Operation], logits: Ref) -> list[Operation]:
