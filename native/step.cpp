@@ -216,7 +216,7 @@ RETINUE_INLINE bool topk(const retinue_instruction& i) {
             std::partial_sort(queue.begin(), queue.begin() + k, queue.end(), before);
         } else {
             std::nth_element(queue.begin(), queue.begin() + k - 1, queue.end(), before);
-            std::sort(queue.begin(), queue.begin() + k - 1, before);
+            if (i.scalars[1] != 0) std::sort(queue.begin(), queue.begin() + k - 1, before);
         }
         for (int64_t e = 0; e < k; ++e) {
             const Entry& entry = queue[static_cast<size_t>(e)];
@@ -251,6 +251,19 @@ RETINUE_INLINE bool gather(const retinue_instruction& i) {
     return true;
 }
 
+RETINUE_INLINE bool put(const retinue_instruction& i) {
+    const int64_t* index = static_cast<const int64_t*>(i.b.at);
+    for (int64_t row = 0; row < i.sizes[0]; ++row) {
+        for (int64_t k = 0; k < i.sizes[1]; ++k) {
+            float a;
+            load(i.a, row * i.a.strides[0] + k * i.a.strides[1], 1, 1, &a);
+            const int64_t at = index[row * i.b.strides[0] + k * i.b.strides[1]];
+            store(i.out, row * i.out.strides[0] + at * i.out.strides[1], 1, 1, &a);
+        }
+    }
+    return true;
+}
+
 RETINUE_CLONES bool compute(const retinue_instruction& i) {
     if (i.operation < RETINUE_SUM_OF) return pointwise(i);
     switch (i.operation) {
@@ -262,6 +275,7 @@ RETINUE_CLONES bool compute(const retinue_instruction& i) {
         case RETINUE_TOPK: return topk(i);
         case RETINUE_ROWS:
         case RETINUE_PICK: return gather(i);
+        case RETINUE_PUT: return put(i);
         default: return false;
     }
 }

@@ -56,9 +56,11 @@ enum {
     RETINUE_MAX_OF,
     RETINUE_MIN_OF,
     RETINUE_SOFTMAX,       // over the last dimension
-    RETINUE_TOPK,          // a [n, m]: out [n, k] the largest, b int64 their places; scalars[0]: k
+    // a [n, m]: out [n, k] the largest, b int64 their places; scalars: k, and whether in order.
+    RETINUE_TOPK,
     RETINUE_ROWS,          // out [n, m] = a[b [n], m]
     RETINUE_PICK,          // out [n, k] = a[n, b [n, k]]
+    RETINUE_PUT,           // out[n, b [n, k]] = a [n, k]
     RETINUE_PRODUCT = 128,  // out = retinue_linear of a; b: a retinue_matrix, c: its bias or null
     RETINUE_ATTEND,         // b: a retinue_attention
 };

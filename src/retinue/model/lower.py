@@ -7,6 +7,7 @@ int64 and bool. `lower` returns None for all else, which torch then runs.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -145,6 +146,15 @@ def _binary(kind: int) -> Callable[[Operation], list[Instruction]]:
     return build
 
 
+def _of_bools(kind: int) -> Callable[[Operation], list[Instruction]]:
+    def build(operation: Operation) -> list[Instruction]:
+        if _out(operation).dtype != torch.bool:
+            raise _UnknownError
+        return (_unary if kind == native.NOT else _binary)(kind)(operation)
+
+    return build
+
+
 def _copy_into(operation: Operation) -> list[Instruction]:
     """`copy_`, and everything else whose second argument becomes the first."""
     into, value = operation.args[:2]
@@ -210,11 +220,28 @@ def _masked_fill(operation: Operation) -> list[Instruction]:
     return _over(native.WHERE, out.shape, [_operand(out, out.shape), *inputs])
 
 
+def _stack(operation: Operation) -> list[Instruction]:
+    out = _out(operation)
+    axis = (operation.args[1] if len(operation.args) > 1 else 0) % len(out.shape)
+    parts = [_unsqueezed(part, axis) for part in operation.args[0]]
+    return _joined(out, parts, axis)
+
+
+def _unsqueezed(ref: Ref, axis: int) -> Ref:
+    shape = (*ref.shape[:axis], 1, *ref.shape[axis:])
+    strides = (*ref.strides[:axis], 0, *ref.strides[axis:])
+    return Ref(ref.source, ref.dtype, shape, strides, ref.offset)
+
+
 def _cat(operation: Operation) -> list[Instruction]:
     out = _out(operation)
     axis = (operation.args[1] if len(operation.args) > 1 else 0) % len(out.shape)
+    return _joined(out, operation.args[0], axis)
+
+
+def _joined(out: Ref, parts: Sequence[Ref], axis: int) -> list[Instruction]:
     found, first = [], 0
-    for part in operation.args[0]:
+    for part in parts:
         at = out.offset + first * out.strides[axis]
         into = Ref(out.source, out.dtype, part.shape, out.strides, at)
         operands = [_operand(into, part.shape), _operand(part, part.shape)]
@@ -264,20 +291,24 @@ def _softmax(operation: Operation) -> list[Instruction]:
 
 
 def _topk(operation: Operation) -> list[Instruction]:
-    given, k, axis, largest, *_ = [*operation.args, -1, True][:4]
-    if len(operation.args) > 4 or operation.kwargs or not largest:
+    given, k, *options = operation.args
+    axis, largest, in_order = [*options, *(-1, True, True)[len(options) :]]
+    if operation.kwargs or not largest:
         raise _UnknownError
     values, places = operation.outputs
     order, sizes = _rows(given, axis % len(given.shape))
     refs = (values, given, places)
     strides = [[ref.strides[d] for d in order] for ref in refs]
     operands = [_operand(ref, ref.shape) for ref in refs]
-    return [_with(native.TOPK, sizes, operands, strides, (float(k),))]
+    return [_with(native.TOPK, sizes, operands, strides, (float(k), float(in_order)))]
 
 
 def _looked_up(table: Any, index: Any, out: Ref) -> list[Instruction]:
     """`out[..., :] = table[index[...], :]`."""
     flat = _flat_stride(index)
+    if len(table.shape) == 1:  # rows of one number
+        table = Ref(table.source, table.dtype, (*table.shape, 1), (*table.strides, 1), table.offset)
+        out = Ref(out.source, out.dtype, (*out.shape, 1), (*out.strides, 1), out.offset)
     if len(table.shape) != 2 or flat is None or index.dtype != torch.int64:
         raise _UnknownError
     count = math.prod(index.shape)
@@ -292,7 +323,7 @@ def _looked_up(table: Any, index: Any, out: Ref) -> list[Instruction]:
 def _flat_stride(ref: Ref) -> int | None:
     """The stride between neighbours, if the whole tensor is one row."""
     sizes = [(n, s) for n, s in zip(ref.shape, ref.strides, strict=True) if n != 1]
-    for (_, outer), (size, inner) in zip(sizes, sizes[1:], strict=False):
+    for (_, outer), (size, inner) in pairwise(sizes):
         if outer != size * inner:
             return None
     return sizes[-1][1] if sizes else 0
@@ -326,6 +357,20 @@ def _gather(operation: Operation) -> list[Instruction]:
     return [_with(native.PICK, out.shape, operands, [ref.strides for ref in refs])]
 
 
+def _scatter(operation: Operation) -> list[Instruction]:
+    given, axis, index, value = operation.args
+    out = _out(operation)
+    if len(given.shape) != 2 or axis % 2 != 1 or operation.kwargs:
+        raise _UnknownError
+    found: list[Instruction] = []
+    if not operation.changes:
+        found += _over(native.COPY, out.shape, [_operand(ref, out.shape) for ref in (out, given)])
+    value = _any(value, index.shape)
+    operands = [_operand(out, out.shape), value, _operand(index, index.shape)]
+    strides = [out.strides, value.strides, index.strides]
+    return [*found, _with(native.PUT, index.shape, operands, strides)]
+
+
 _TABLE: dict[str, Callable[[Operation], list[Instruction]]] = {
     "_to_copy": _unary(native.COPY),
     "clone": _unary(native.COPY),
@@ -353,7 +398,7 @@ _TABLE: dict[str, Callable[[Operation], list[Instruction]]] = {
     "relu": _unary(native.RELU_OF),
     "sin": _unary(native.SIN),
     "cos": _unary(native.COS),
-    "bitwise_not": _unary(native.NOT),
+    "bitwise_not": _of_bools(native.NOT),
     "logical_not": _unary(native.NOT),
     "gelu": _gelu,
     "softplus": _softplus,
@@ -374,9 +419,12 @@ _TABLE: dict[str, Callable[[Operation], list[Instruction]]] = {
     "ge": _binary(native.AT_LEAST),
     "logical_and": _binary(native.AND),
     "logical_or": _binary(native.OR),
+    "bitwise_and": _of_bools(native.AND),
+    "bitwise_or": _of_bools(native.OR),
     "where": _where,
     "masked_fill": _masked_fill,
     "cat": _cat,
+    "stack": _stack,
     "sum": _reduced(native.SUM_OF),
     "mean": _reduced(native.MEAN_OF),
     "amax": _reduced(native.MAX_OF),
@@ -387,4 +435,5 @@ _TABLE: dict[str, Callable[[Operation], list[Instruction]]] = {
     "index_select": _index_select,
     "index": _index,
     "gather": _gather,
+    "scatter": _scatter,
 }

@@ -7,6 +7,7 @@ was there before the step (weights, positions, the pool of keys and values) is u
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,18 @@ from torch.utils._pytree import tree_map
 from retinue.errors import Unsupported
 from retinue.memory import evaluator as layout
 from retinue.memory.native import Format, Native
+from retinue.model.kv import Pool
 from retinue.model.lower import TYPES, Instruction, Operand, lower
-from retinue.model.record import ATTEND, EXPERTS, PRODUCTS, Operation, Recording, Ref, aten
+from retinue.model.record import (
+    ATTEND,
+    EXPERTS,
+    PRODUCTS,
+    Operation,
+    Recording,
+    Ref,
+    aten,
+    layer_of,
+)
 
 ALIGNMENT = 64  # bytes
 Call = Callable[[], object]
@@ -30,6 +41,14 @@ class Spans:
     window: int | None
     starts: np.ndarray[Any, np.dtype[np.int64]]
     table: np.ndarray[Any, Any]  # one layout.SEQUENCES
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What attention reaches besides a step's own tensors: pools by layer, spans by window."""
+
+    pools: Mapping[int, Pool]
+    spans: Callable[[int | None], Spans]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,18 +83,16 @@ class Program:
         self,
         recording: Recording,
         library: Native,
-        pools: Mapping[int, Any],
-        spans: Callable[[int | None], Spans],
+        memory: Memory,
     ) -> None:
-        self._constants, self._library, self._pools = recording.constants, library, pools
-        self._spans = spans
+        self._constants, self._library = recording.constants, library
         self._numbers: dict[float, int] = {}
         self._keep: list[Any] = []
         items = [item for operation in recording.operations for item in self._items(operation)]
         self._arena, self._places = _plan(items, recording)
         self._table = np.zeros(len(self._numbers), dtype=np.float32)
         self._table[:] = list(self._numbers)
-        self._calls = self._compile(items)
+        self._calls = self._compile(items, memory)
         self.logits = self._tensor(recording.logits)
         small = [item for item in items if not _is_large(item)]
         natives = sum(not isinstance(item, _Torch) for item in small)
@@ -112,7 +129,9 @@ class Program:
             weight, given = args
         else:
             given, turned = args[-2:]
-            weight = Ref(turned.source, turned.dtype, turned.shape[::-1], turned.strides[::-1], turned.offset)
+            weight = Ref(
+                turned.source, turned.dtype, turned.shape[::-1], turned.strides[::-1], turned.offset
+            )
             bias = args[0] if len(args) == 3 else None
         rows, columns = weight.shape
         plain = weight.dtype == torch.bfloat16 == given.dtype and weight.strides == (columns, 1)
@@ -143,11 +162,13 @@ class Program:
             return torch.as_strided(constant, ref.shape, ref.strides, ref.offset)
         begin = self._places[ref.source]
         memory = self._arena[begin : begin + _aligned(ref.stop_bytes)].view(ref.dtype)
-        return torch.as_strided(memory, ref.shape, ref.strides, memory.storage_offset() + ref.offset)
+        return torch.as_strided(
+            memory, ref.shape, ref.strides, memory.storage_offset() + ref.offset
+        )
 
     # --- calls
 
-    def _compile(self, items: Sequence[_Item]) -> list[Call]:
+    def _compile(self, items: Sequence[_Item], memory: Memory) -> list[Call]:
         calls: list[Call] = []
         run: list[Any] = []
         for item in [*items, None]:
@@ -155,13 +176,13 @@ class Program:
                 run.append(item)
                 continue
             if run:
-                calls.append(self._native(run))
+                calls.append(self._native(run, memory))
                 run = []
             if item is not None:
                 calls.append(self._torch(item.operation))
         return calls
 
-    def _native(self, items: Sequence[Any]) -> Call:
+    def _native(self, items: Sequence[Any], memory: Memory) -> Call:
         table = np.zeros(len(items), dtype=layout.INSTRUCTION)
         for row, item in zip(table, items, strict=True):
             if isinstance(item, Instruction):
@@ -169,7 +190,7 @@ class Program:
             elif isinstance(item, _Product):
                 self._fill_product(row, item)
             else:
-                self._fill_attention(row, item.operation)
+                self._fill_attention(row, item.operation, memory)
         self._keep.append(table)
         return partial(self._library.evaluate, table.ctypes.data, len(table))
 
@@ -201,10 +222,10 @@ class Program:
         row["c"]["at"] = self._at(item.bias) if item.bias is not None else 0
         row["out"]["at"] = self._at(item.out)
 
-    def _fill_attention(self, row: Any, operation: Operation) -> None:
+    def _fill_attention(self, row: Any, operation: Operation, memory: Memory) -> None:
         query, key, value = operation.args
         (out,) = operation.outputs
-        pool = self._pools[int(operation.module.layer_idx)]  # type: ignore
+        pool = memory.pools[layer_of(operation.module)]
         options = operation.kwargs
         sinks = options.get("s_aux")
         table = np.zeros(1, dtype=layout.ATTENTION)
@@ -214,7 +235,7 @@ class Program:
         scale = options.get("scaling")
         table["scale"] = query.shape[3] ** -0.5 if scale is None else scale
         table["cap"] = options.get("softcap") or 0.0
-        table["sequences"] = self._spans(pool.window).table.ctypes.data
+        table["sequences"] = memory.spans(pool.window).table.ctypes.data
         for name, ref in (("query", query), ("key", key), ("value", value)):
             table[name] = self._at(ref)
             table[f"{name}_strides"] = [ref.strides[d] for d in (2, 1, 3)]
@@ -229,29 +250,28 @@ class Program:
         args, kwargs = tree_map(self._leaf, (operation.args, operation.kwargs))
         outs = [self._tensor(ref) for ref in operation.outputs]
         if operation.function == EXPERTS:
-            run = operation.module.retinue_run  # type: ignore
-            (out,) = outs
-
-            def experts() -> None:
-                out.copy_(run(*args))
-
-            return experts
+            return partial(_run_experts, operation.module, args, outs[0])
         function = operation.function
         if operation.changes:
             return partial(function, *args, **kwargs)
         if function in PRODUCTS:
             return partial(function.overloadpacket.out, *args, **kwargs, out=outs[0])
 
-        def call() -> None:
-            results = function(*args, **kwargs)
-            results = [results] if isinstance(results, torch.Tensor) else results
-            for out, result in zip(outs, results, strict=True):
-                out.copy_(result)
-
-        return call
+        return partial(_run_torch, partial(function, *args, **kwargs), outs)
 
     def _leaf(self, value: Any) -> Any:
         return self._tensor(value) if isinstance(value, Ref) else value
+
+
+def _run_experts(module: Any, args: Sequence[torch.Tensor], out: torch.Tensor) -> None:
+    out.copy_(module.retinue_run(*args))  # asked each time: a closed host leaves none
+
+
+def _run_torch(function: Callable[[], Any], outs: Sequence[torch.Tensor]) -> None:
+    results = function()
+    results = [results] if isinstance(results, torch.Tensor) else results
+    for out, result in zip(outs, results, strict=True):
+        out.copy_(result)
 
 
 def _is_large(item: _Item) -> bool:
@@ -267,7 +287,7 @@ def _row_stride(ref: Ref) -> int | None:
     if columns != 1 and ref.strides[-1] != 1:
         return None
     rows = [(n, s) for n, s in zip(lead, ref.strides, strict=False) if n != 1]
-    for (_, outer), (size, inner) in zip(rows, rows[1:], strict=False):
+    for (_, outer), (size, inner) in pairwise(rows):
         if outer != size * inner:
             return None
     return rows[-1][1] if rows else columns
@@ -276,9 +296,7 @@ def _row_stride(ref: Ref) -> int | None:
 def _refs(item: _Item) -> list[tuple[int, int]]:
     """The sources that `item` touches, with the bytes that it needs of each."""
     if isinstance(item, Instruction):
-        return [
-            (o.source, _operand_stop(o, item)) for o in item.operands if o.number is None
-        ]
+        return [(o.source, _operand_stop(o, item)) for o in item.operands if o.number is None]
     if isinstance(item, _Product):
         refs = [item.out, item.given, item.weight, *([item.bias] if item.bias else [])]
     else:

@@ -80,9 +80,7 @@ class Recording:
 
 
 @torch.inference_mode()
-def record(
-    model: Any, store: Store, tokens: torch.Tensor, positions: torch.Tensor
-) -> Recording:
+def record(model: Any, store: Store, tokens: torch.Tensor, positions: torch.Tensor) -> Recording:
     """What `model` does with `tokens [1, n]` at `positions [1, n]`, of n sequences.
 
     Later steps find the same two tensors changed. Raises Unsupported where a step depends on
@@ -183,7 +181,7 @@ class _Marked(Store):
         self.returned: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_: Any, **__: Any
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         pool = self.pool(layer_idx)
         if not pool.is_initialized:
@@ -239,7 +237,7 @@ def _attention_mark(recorder: _Recorder, store: _Marked, name: str) -> Callable[
             raise Unsupported("attention takes other keys than those that are stored")
         store.returned = None
         with _disable_current_modes():
-            if not _sees_all(mask, name, store.pool(int(module.layer_idx)), store.tokens):
+            if not _sees_all(mask, name, store.pool(layer_of(module)), store.tokens):
                 raise Unsupported("attention leaves out some of the keys before it")
         shape = (query.shape[0], query.shape[2], query.shape[1], value.shape[-1])
         with _disable_current_modes():
@@ -260,6 +258,11 @@ def _sees_all(mask: Any, name: str, pool: Pool, tokens: int) -> bool:
     if own is None:
         return True
     return bool(own.all()) if own.dtype == torch.bool else not bool(own.any())
+
+
+def layer_of(module: Any) -> int:
+    """The number of an attention module's layer."""
+    return int(module.layer_idx)
 
 
 def _needed(operations: list[Operation], logits: Ref) -> list[Operation]:

@@ -16,7 +16,7 @@ from retinue.errors import Unsupported
 from retinue.memory import evaluator as layout
 from retinue.memory import native
 from retinue.model.kv import Pool, Segment, Store, window_left
-from retinue.model.program import Program, Spans
+from retinue.model.program import Memory, Program, Spans
 from retinue.model.record import record
 
 MOST_SEQUENCES = 16  # of a prepared step; with more, what a step costs besides products is little
@@ -91,12 +91,11 @@ class Step:
         self._spans: dict[int | None, Spans] = {}
         recording = record(model, store, self._tokens, self._positions)
         pools = {n: layer for n, layer in enumerate(store.layers) if isinstance(layer, Pool)}
-        self._program = Program(recording, library, pools, self._spans_of)
+        self._program = Program(recording, library, Memory(pools, self._spans_of))
         self.native_share = self._program.native_share
 
     def run(self, segments: Items[Segment]) -> torch.Tensor:
-        """The logits after each of the segments: [count, vocabulary]. The pass is to be committed.
-        """
+        """The logits after each of the segments: [count, vocabulary]. The pass is to be committed."""
         sequences = [segment.sequence for segment in segments]
         lengths = [sequence.length for sequence in sequences]
         self._tokens.numpy()[0] = [segment.tokens[0] for segment in segments]
