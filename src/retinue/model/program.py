@@ -5,7 +5,7 @@ was there before the step (weights, positions, the pool of keys and values) is u
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -18,7 +18,8 @@ from retinue.errors import Unsupported
 from retinue.memory import evaluator as layout
 from retinue.memory.native import Format, Native
 from retinue.model.kv import Pool
-from retinue.model.lower import TYPES, Instruction, Operand, lower
+from retinue.model.instruction import TYPES, Instruction, Operand
+from retinue.model.lower import lower
 from retinue.model.record import (
     ATTEND,
     EXPERTS,
@@ -129,9 +130,7 @@ class Program:
             weight, given = args
         else:
             given, turned = args[-2:]
-            weight = Ref(
-                turned.source, turned.dtype, turned.shape[::-1], turned.strides[::-1], turned.offset
-            )
+            weight = replace(turned, shape=turned.shape[::-1], strides=turned.strides[::-1])
             bias = args[0] if len(args) == 3 else None
         rows, columns = weight.shape
         plain = weight.dtype == torch.bfloat16 == given.dtype and weight.strides == (columns, 1)
@@ -162,9 +161,8 @@ class Program:
             return torch.as_strided(constant, ref.shape, ref.strides, ref.offset)
         begin = self._places[ref.source]
         memory = self._arena[begin : begin + _aligned(ref.stop_bytes)].view(ref.dtype)
-        return torch.as_strided(
-            memory, ref.shape, ref.strides, memory.storage_offset() + ref.offset
-        )
+        offset = memory.storage_offset() + ref.offset
+        return torch.as_strided(memory, ref.shape, ref.strides, offset)
 
     # --- calls
 
@@ -240,7 +238,7 @@ class Program:
             table[name] = self._at(ref)
             table[f"{name}_strides"] = [ref.strides[d] for d in (2, 1, 3)]
         table["sinks"] = self._at(sinks) if sinks is not None else 0
-        table["keys"], table["values"] = pool.keys.data_ptr(), pool.values.data_ptr()
+        table["keys"], table["values"] = (states.data_ptr() for states in pool.all_states())
         table["out"] = self._at(out)
         self._keep.append(table)
         row["operation"], row["dimensions"] = layout.ATTEND, 1
@@ -305,7 +303,7 @@ def _refs(item: _Item) -> list[tuple[int, int]]:
 
 
 def _operand_stop(operand: Operand, item: Instruction) -> int:
-    last = sum((n - 1) * s for n, s in zip(item.sizes, operand.strides, strict=False))
+    last: int = sum((n - 1) * s for n, s in zip(item.sizes, operand.strides, strict=False))
     return operand.offset_bytes + (last + 1) * operand.dtype.itemsize
 
 

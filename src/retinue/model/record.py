@@ -102,11 +102,11 @@ def record(model: Any, store: Store, tokens: torch.Tensor, positions: torch.Tens
     return Recording(_needed(recorder.operations, found), recorder.constants, found)
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes operations, and tells by the storages of inputs and outputs whose memory it is."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.operations: list[Operation] = []
         self.constants: dict[int, torch.Tensor] = {}
         self._sources: dict[int, int] = {}

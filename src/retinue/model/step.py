@@ -95,7 +95,7 @@ class Step:
         self.native_share = self._program.native_share
 
     def run(self, segments: Items[Segment]) -> torch.Tensor:
-        """The logits after each of the segments: [count, vocabulary]. The pass is to be committed."""
+        """The logits after each segment [count, vocabulary], of a pass to be committed."""
         sequences = [segment.sequence for segment in segments]
         lengths = [sequence.length for sequence in sequences]
         self._tokens.numpy()[0] = [segment.tokens[0] for segment in segments]
