@@ -112,6 +112,7 @@ class NativeWork(Work):
         return new(self._tokens * self._k, self._hidden.shape[-1])
 
     def compute(self, experts: Sequence[int], slots: IntArray) -> None:
+        """Run `experts`, which lie in `slots`, in one call but for those that torch runs faster."""
         if self._kernel.most_tokens < self._tokens:
             experts, slots = self._leave_to_torch(experts, slots)
         if experts:
@@ -128,6 +129,7 @@ class NativeWork(Work):
         return [e for e, heavy in zip(experts, many, strict=True) if not heavy], slots[~many]
 
     def result(self) -> torch.Tensor:
+        """Weight the rows and sum them in router order: [tokens, hidden]."""
         return self._kernel.sum(self._rows, self._weights, self._hidden.dtype)
 
 
