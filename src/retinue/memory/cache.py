@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from retinue.errors import RetinueError
+from retinue.memory.intake import Intake
 from retinue.memory.layout import Block, ExpertLayout
 from retinue.memory.lease import Lease
 from retinue.memory.mover import Mover, Ticket, TicketState, Urgency
@@ -43,6 +44,7 @@ class ExpertCache:
         top_k: int,
     ) -> None:
         self._layouts, self._tier, self._mover, self._evictor = layouts, tier, mover, evictor
+        self._intake = Intake(mover, layouts)
         self.top_k = top_k
         self.experts = max(len(row) for row in layouts)
         shape = (len(layouts), self.experts)
@@ -353,8 +355,8 @@ class ExpertCache:
         slot = self._tier.take()
         assert slot is not None
         self._failed.pop(key, None)
-        extents = self._layouts[key.layer][key.index].extents
-        self._loading[key] = (self._mover.submit(extents, self._tier.memory(slot), urgency), slot)
+        layout = self._layouts[key.layer][key.index]
+        self._loading[key] = (self._intake.submit(key, layout, self._tier, slot, urgency), slot)
         self.slot_of[key] = LOADING
         self._transient[slot] = transient
 

@@ -100,6 +100,13 @@ class Grouped:
             yield start, min(start + step, self.rows)
 
 
+def encode(
+    form: Grouped, parameter: torch.Tensor, weights: torch.Tensor, scales: torch.Tensor
+) -> None:
+    """Encode [rows, columns] into memory that is there, in the fastest way."""
+    form.encode_into(parameter, weights, scales)
+
+
 def grouped(precision: str, rows: int, columns: int, *, transposed: bool = False) -> Format:
     """The format of a matrix whose parameter is [rows, columns], or its transposed."""
     plain = Grouped(PRECISIONS[precision], rows, columns)

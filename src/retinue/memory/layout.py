@@ -86,13 +86,19 @@ class Window:
 
 @dataclass(frozen=True, slots=True)
 class ExpertLayout:
-    """How one expert is read and seen: `windows[parameter]` are the blocks of its rows in order."""
+    """How one expert is read and seen: `windows[parameter]` are the blocks of its rows in order.
+
+    With `plain`, that is what the files hold: `extents` are its reads, into memory of their own,
+    and the slot gets what it is encoded to. With a checksum the one piece is the whole slot.
+    """
 
     pieces: tuple[Piece, ...]
     extents: tuple[Extent, ...]
     windows: dict[str, tuple[Window, ...]]
     weight_bytes: int
     slot_bytes: int
+    plain: "ExpertLayout | None" = None
+    checksum: int | None = None
 
     @property
     def read_bytes(self) -> int:
