@@ -44,7 +44,7 @@ class ExpertCache:
         top_k: int,
     ) -> None:
         self._layouts, self._tier, self._mover, self._evictor = layouts, tier, mover, evictor
-        self._intake = Intake(mover, layouts)
+        self._intake = Intake(layouts)
         self.top_k = top_k
         self.experts = max(len(row) for row in layouts)
         shape = (len(layouts), self.experts)
@@ -162,7 +162,7 @@ class ExpertCache:
         """The parameters of a READY expert that is now computed; counts its read as useful."""
         if self._fresh[layer, expert]:
             self._fresh[layer, expert] = False
-            self.used_bytes_read += self._layouts[layer][expert].weight_bytes
+            self.used_bytes_read += self._layouts[layer][expert].used_bytes
         return self._views[int(self.slot_of[layer, expert])]
 
     # --- reading
@@ -356,7 +356,8 @@ class ExpertCache:
         assert slot is not None
         self._failed.pop(key, None)
         layout = self._layouts[key.layer][key.index]
-        self._loading[key] = (self._intake.submit(key, layout, self._tier, slot, urgency), slot)
+        ticket = self._intake.submit(self._mover, key, layout, self._tier, slot, urgency)
+        self._loading[key] = (ticket, slot)
         self.slot_of[key] = LOADING
         self._transient[slot] = transient
 

@@ -22,25 +22,30 @@ _SMALL_STAGE_BYTES = 48 << 20  # of which a second one lets a read run beside an
 
 
 class Intake:
-    """Submits the reads of the experts in `layouts` to `mover`. Belongs to the engine's thread."""
+    """Submits the reads of the experts in `layouts`. Belongs to the engine's thread."""
 
-    def __init__(self, mover: Mover, layouts: Sequence[Sequence[ExpertLayout]]) -> None:
-        self._mover = mover
+    def __init__(self, layouts: Sequence[Sequence[ExpertLayout]]) -> None:
         self._checked: set[Expert] = set()  # its members are added by reader threads
         plain = [layout.plain.slot_bytes for row in layouts for layout in row if layout.plain]
         self._stages = _Stages(max(plain)) if plain else None
 
     def submit(
-        self, key: Expert, layout: ExpertLayout, tier: Tier, slot: int, urgency: Urgency
+        self,
+        mover: Mover,
+        key: Expert,
+        layout: ExpertLayout,
+        tier: Tier,
+        slot: int,
+        urgency: Urgency,
     ) -> Ticket:
-        """Start to fill `slot` of `tier` with the expert."""
+        """Let `mover` fill `slot` of `tier` with the expert."""
         if self._stages is not None and layout.plain is not None:
             task = partial(self._stages.encode, layout, layout.plain, tier.tensor(slot))
-            return self._mover.submit_task(task, urgency)
+            return mover.submit_task(task, urgency)
         finish = None
         if layout.checksum is not None and key not in self._checked:
             finish = partial(self._check, key, layout, tier.memory(slot))
-        return self._mover.submit(layout.extents, tier.memory(slot), urgency, finish)
+        return mover.submit(layout.extents, tier.memory(slot), urgency, finish)
 
     def _check(self, key: Expert, layout: ExpertLayout, memory: memoryview) -> None:
         check_expert(key, layout, memory)

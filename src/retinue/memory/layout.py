@@ -105,6 +105,11 @@ class ExpertLayout:
         """Bytes that a read of this expert moves from the disk."""
         return sum(extent.stop - extent.start for extent in self.extents)
 
+    @property
+    def used_bytes(self) -> int:
+        """Of these, those of weights."""
+        return self.weight_bytes if self.plain is None else self.plain.weight_bytes
+
     def views(self, slot: torch.Tensor) -> dict[str, tuple[Block, ...]]:
         """The expert's parameters as they lie in `slot`, a uint8 tensor `[slot_bytes]`."""
         return {

@@ -14,9 +14,9 @@ from typing import Any
 
 from retinue.errors import CheckpointError, Unsupported
 from retinue.memory.checkpoint import Checkpoint, TensorEntry
-from retinue.memory.formats import Transposed
+from retinue.memory.formats import Format, Transposed
 from retinue.memory.grouped import GROUP, PRECISIONS, Grouped, grouped
-from retinue.memory.layout import TORCH_DTYPES, Extent, ExpertLayout, Piece, Window
+from retinue.memory.layout import TORCH_DTYPES, ExpertLayout, Extent, Piece, Window
 from retinue.memory.quantised import PackedEntry
 from retinue.memory.recode import Windows, grouped_window
 
@@ -67,6 +67,11 @@ class StoredExperts:
     windows: Windows
     weight_bytes: int
     checksums: tuple[int, ...]
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of each parameter of an expert."""
+        return {name: _shape(found) for name, found in self.windows.items()}
 
     def layouts(self) -> list[ExpertLayout]:
         """How each of them is read and seen."""
@@ -152,9 +157,7 @@ def _part(window: Window) -> dict[str, Any]:
     if window.format is None or window.scales is None:
         dtype = _NAMES[window.dtype]
         return {"at": window.offset, "dtype": dtype, "shape": list(window.shape)}
-    transposed = isinstance(window.format, Transposed)
-    block = window.format.format if isinstance(window.format, Transposed) else window.format
-    assert isinstance(block, Grouped)
+    transposed, block = isinstance(window.format, Transposed), _block(window.format)
     size = {"rows": block.rows, "columns": block.columns, "transposed": transposed}
     return {"codes": window.offset, "scales": window.scales.offset, **size}
 
@@ -175,6 +178,26 @@ def _windows(precision: str, parts: list[dict[str, Any]]) -> tuple[Windows, int]
             count += block.stored_bytes
         blocks.append(window)
     return {name: tuple(blocks) for name, blocks in found.items()}, count
+
+
+def _shape(windows: tuple[Window, ...]) -> tuple[int, ...]:
+    """Of the parameter whose outputs lie in these windows."""
+    shapes = [window.shape for window in windows]
+    outputs = 0
+    if windows[0].format is not None:
+        matrices = [_block(window.format) for window in windows if window.format is not None]
+        outputs = 1 if isinstance(windows[0].format, Transposed) else 0
+        shapes = [
+            (form.columns, form.rows) if outputs else (form.rows, form.columns) for form in matrices
+        ]
+    total = sum(shape[outputs] for shape in shapes)
+    return (*shapes[0][:outputs], total, *shapes[0][outputs + 1 :])
+
+
+def _block(form: Format) -> Grouped:
+    block = form.format if isinstance(form, Transposed) else form
+    assert isinstance(block, Grouped)
+    return block
 
 
 def _stored(entry: TensorEntry, precision: str, content: dict[str, Any]) -> StoredExperts:
