@@ -1,0 +1,55 @@
+"""A linear layer whose weights stay in int8 or int4."""
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from retinue.memory import native
+from retinue.memory.grouped import LANES, Grouped
+
+_NATIVE = {8: native.Format.INT8, 4: native.Format.INT4}
+
+
+class GroupedLinear(nn.Module):
+    """`nn.Linear` for inference over weights in a grouped format.
+
+    Natively the inputs are quantised as well, see `native/retinue.h`. Without the kernels some
+    rows at a time are decoded, so that the scratch stays small.
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    bias: torch.Tensor | None
+
+    def __init__(
+        self,
+        form: Grouped,
+        codes: torch.Tensor,
+        scales: torch.Tensor,
+        bias: torch.Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        self.form, self.in_features, self.out_features = form, form.columns, form.rows
+        self.register_buffer("codes", codes, persistent=False)
+        self.register_buffer("scales", scales, persistent=False)
+        self.register_buffer("bias", bias, persistent=False)
+        self._dtype = torch.bfloat16 if bias is None else bias.dtype
+        self._library = native.library()
+        self._matrix = native.matrix(_NATIVE[form.bits], form.rows, form.columns, codes, scales)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """All of it, decoded: for the few modules that look at a linear layer's weights."""
+        return self.form.decode(self.codes, self.scales, self._dtype)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """input: [..., in_features]; returns [..., out_features], in the same type."""
+        if self._library is not None:
+            return self._library.linear(self._matrix, input.contiguous(), self.bias)
+        out = input.new_empty((*input.shape[:-1], self.out_features))
+        for start, stop in self.form.bands():
+            tiles = slice(start // LANES, -(-stop // LANES))
+            rows = Grouped(self.form.bits, stop - start, self.in_features)
+            weight = rows.decode(self.codes[tiles], self.scales[tiles], input.dtype)
+            out[..., start:stop] = functional.linear(input, weight)
+        return out if self.bias is None else out.add_(self.bias)
