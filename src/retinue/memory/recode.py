@@ -13,7 +13,7 @@ import torch
 
 from retinue.memory.files import ALIGNMENT
 from retinue.memory.formats import Format, Packed, Transposed
-from retinue.memory.grouped import Grouped, encode
+from retinue.memory.grouped import Grouped, encode, grouped_form
 from retinue.memory.layout import Block, ExpertLayout, Window
 
 Views = Mapping[str, tuple[Block, ...]]
@@ -131,6 +131,6 @@ def pairs(blocks: tuple[Block, ...], given: tuple[Block, ...]) -> list[tuple[Pac
 
 
 def _plain(form: Format) -> Grouped:
-    plain = form.format if isinstance(form, Transposed) else form
-    assert isinstance(plain, Grouped)
+    plain = grouped_form(form)
+    assert plain is not None, form
     return plain

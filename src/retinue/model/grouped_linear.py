@@ -46,10 +46,27 @@ class GroupedLinear(nn.Module):
         """input: [..., in_features]; returns [..., out_features], in the same type."""
         if self._library is not None:
             return self._library.linear(self._matrix, input.contiguous(), self.bias)
-        out = input.new_empty((*input.shape[:-1], self.out_features))
-        for start, stop in self.form.bands():
-            tiles = slice(start // LANES, -(-stop // LANES))
-            rows = Grouped(self.form.bits, stop - start, self.in_features)
-            weight = rows.decode(self.codes[tiles], self.scales[tiles], input.dtype)
-            out[..., start:stop] = functional.linear(input, weight)
+        out = _decoded_product(self.form, self.codes, self.scales, input)
         return out if self.bias is None else out.add_(self.bias)
+
+
+def grouped_product(
+    form: Grouped, codes: torch.Tensor, scales: torch.Tensor, inputs: torch.Tensor
+) -> torch.Tensor:
+    """`inputs [n, columns]` times the transposed matrix: [n, rows], in the inputs' type."""
+    if (library := native.library()) is None:
+        return _decoded_product(form, codes, scales, inputs)
+    matrix = native.matrix(_NATIVE[form.bits], form.rows, form.columns, codes, scales)
+    return library.linear(matrix, inputs.contiguous())
+
+
+def _decoded_product(
+    form: Grouped, codes: torch.Tensor, scales: torch.Tensor, inputs: torch.Tensor
+) -> torch.Tensor:
+    out = inputs.new_empty((*inputs.shape[:-1], form.rows))
+    for start, stop in form.bands():
+        tiles = slice(start // LANES, -(-stop // LANES))
+        rows = Grouped(form.bits, stop - start, form.columns)
+        weight = rows.decode(codes[tiles], scales[tiles], inputs.dtype)
+        out[..., start:stop] = functional.linear(inputs, weight)
+    return out

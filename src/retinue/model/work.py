@@ -16,7 +16,9 @@ from torch.nn import functional
 
 from retinue.memory.cache import Views
 from retinue.memory.formats import Packed
+from retinue.memory.grouped import grouped_form
 from retinue.memory.layout import Block
+from retinue.model.grouped_linear import grouped_product
 from retinue.model.kernels import ExpertKernel
 from retinue.model.linear import product
 from retinue.types import Demand, IntArray
@@ -182,6 +184,8 @@ def _linear(module: nn.Module, inputs: torch.Tensor, views: Views, name: str) ->
 
 
 def _product(inputs: torch.Tensor, weight: Block, transposed: Any) -> torch.Tensor:
+    if isinstance(weight, Packed) and (form := grouped_form(weight.format)) is not None:
+        return grouped_product(form, weight.weights, weight.scales, inputs)
     numbers = in_type(weight, inputs.dtype)
     return product(inputs, numbers.T if transposed else numbers)
 
