@@ -12,7 +12,7 @@ from retinue.cli.terminal import audience, emit_json, note, table
 from retinue.config import Config, format_size
 from retinue.engine.bound import with_bound
 from retinue.engine.llm import LLM
-from retinue.engine.request import new_request
+from retinue.engine.request import Request, new_request
 from retinue.errors import UsageError
 from retinue.memory.budget import split
 from retinue.memory.home import locate
@@ -72,11 +72,19 @@ def _measure(llm: LLM, options: Namespace, facts: Facts, config: Config) -> tupl
                 hint=f"use `--context {len(prompt) + count + 1}`, or fewer tokens",
             )
         forced = [ids.randrange(facts.vocab_size) for _ in range(count + 1)]
-        params = SamplingParams(max_new_tokens=count + 1, ignore_eos=True)
-        request = new_request(prompt, params, None, forced=forced, task=config.task)
-        for _ in llm.run(request):
-            pass
+        if options.warm:
+            _run(llm, prompt, forced[:1], config)
+        request = _run(llm, prompt, forced, config)
     return llm.stats(request), len(request.prompt)
+
+
+def _run(llm: LLM, prompt: list[int], forced: list[int], config: Config) -> Request:
+    """Feed `prompt`, then `forced`, whatever the model would have said."""
+    params = SamplingParams(max_new_tokens=len(forced), ignore_eos=True)
+    request = new_request(prompt, params, None, forced=forced, task=config.task)
+    for _ in llm.run(request):
+        pass
+    return request
 
 
 def _texts(path: Path) -> list[str]:
