@@ -148,7 +148,29 @@ def _text(document: dict[str, Any], stats: Stats, before: Speeds, after: Speeds)
         ("disk", _two(before.disk_bytes_per_s, after.disk_bytes_per_s), "before and after"),
         ("memory", _two(before.memory_bytes_per_s, after.memory_bytes_per_s), "before and after"),
     ]
-    return table(("measured", "", ""), rows)
+    return f"{table(('measured', '', ''), rows)}\n\n{_where(stats)}"
+
+
+def _where(stats: Stats) -> str:
+    """Where each phase's seconds went: the last four add up to the first."""
+    header = ("phase", "seconds", "at the bound", "read stall", "experts", "dense", "overhead")
+    bound = ""
+    if stats.share_of_bound:
+        bound = f"{stats.decode_s * stats.share_of_bound:.2f}"
+    phases = {
+        "prefill": (stats.prefill_s, ("prefill_stall_s", "prefill_expert_s", "prefill_dense_s")),
+        "decode": (stats.decode_s, ("stall_s", "expert_s", "dense_s")),
+    }
+    rows = []
+    for name, (whole_s, keys) in phases.items():
+        parts = [getattr(stats, key) for key in keys]
+        shown = [_part(part, whole_s) for part in [*parts, whole_s - sum(parts)]]
+        rows.append((name, f"{whole_s:.2f}", bound if name == "decode" else "", *shown))
+    return table(header, rows)
+
+
+def _part(seconds: float, whole_s: float) -> str:
+    return f"{seconds:.2f} ({seconds / whole_s:.0%})" if whole_s else ""
 
 
 def _two(first: float, second: float) -> str:

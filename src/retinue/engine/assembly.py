@@ -105,7 +105,7 @@ def assemble(model: str | Path, config: Config) -> Assembly:
             self_check(host, experts.modules, experts.layouts, network.model.dtype)
         store = Store(network.model.config, limits.kv_tokens, shareable=abilities.batching)
         if store.shareable:
-            install(network.model, store)
+            install(network.model, store, network.dense)
         scheduler = _scheduler(facts, limits, config, abilities, store)
         runner = Runner(network, host, mover, metrics, store)
         engine = Engine(runner, scheduler, facts.vocab_size, end_tokens(network))

@@ -5,6 +5,7 @@ the end. So the result does not depend on what was resident, on the order in whi
 nor on how a layer was cut into waves.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
@@ -122,7 +123,7 @@ class ExpertHost:
             while todo:
                 ready = [e for e in todo if cache.slot_of[layer, e] >= 0]
                 for expert in ready:
-                    work.compute(expert, cache.use(layer, expert))
+                    self._compute(work, layer, expert)
                     todo.remove(expert)
                     lease.release(expert)
                     if len(missing):
@@ -130,7 +131,18 @@ class ExpertHost:
                         missing = cache.fetch(layer, missing)
                 if not ready:
                     missing = self._stall(layer, todo, missing)
-        return work.result()
+        return self._sum(work)
+
+    def _compute(self, work: "_Work", layer: int, expert: int) -> None:
+        views, started = self.cache.use(layer, expert), time.perf_counter()
+        work.compute(expert, views)
+        self.metrics.now.expert_s += time.perf_counter() - started
+
+    def _sum(self, work: "_Work") -> torch.Tensor:
+        started = time.perf_counter()
+        result = work.result()
+        self.metrics.now.expert_s += time.perf_counter() - started
+        return result
 
     def _run_resident(self, layer: int, work: "_Work") -> torch.Tensor:
         """A layer that nothing can evict: there is nothing to ask and no book to keep."""
@@ -140,8 +152,8 @@ class ExpertHost:
             self.metrics.now.hits += len(work.experts)
         self.cache.mark_used(layer, work.experts)
         for expert in work.experts.tolist():
-            work.compute(expert, self.cache.use(layer, expert))
-        return work.result()
+            self._compute(work, layer, expert)
+        return self._sum(work)
 
     def _start_reads(self, demand: Demand, slots: IntArray, hidden: torch.Tensor) -> IntArray:
         """Submit demand reads, then look ahead. Returns the experts that found no room yet."""

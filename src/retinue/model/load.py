@@ -28,6 +28,7 @@ from retinue.memory.checkpoint import Checkpoint, TensorEntry
 from retinue.memory.files import ALIGNMENT, Reader
 from retinue.memory.layout import STORED_DTYPES, TORCH_DTYPES
 from retinue.memory.quantised import PackedEntry, explain
+from retinue.metrics import Clock
 from retinue.model.architecture import model_class
 from retinue.model.expert_map import ExpertMap, map_experts
 from retinue.model.linear import use_row_linears
@@ -51,6 +52,7 @@ class Network:
     model: PreTrainedModel
     checkpoint: Checkpoint
     experts: ExpertMap
+    dense: Clock  # time in linear layers, and in attention where the engine installs its own
 
     @property
     def text_config(self) -> PreTrainedConfig:
@@ -78,10 +80,10 @@ def build(checkpoint: Checkpoint) -> Network:
     dtype = _dtype(config, checkpoint)
     with _parameters_on_meta(), no_init_weights():
         model = chosen.build(dtype)
-    use_row_linears(model)
+    clock = use_row_linears(model)
     model.tie_weights()
     model.train(False)
-    return Network(model, checkpoint, map_experts(model, checkpoint))
+    return Network(model, checkpoint, map_experts(model, checkpoint), clock)
 
 
 def load_dense(network: Network, reader: Reader) -> None:
