@@ -138,7 +138,7 @@ def _store(network: Network, limits: Split, abilities: Abilities) -> Store:
     """Keys, values and states of all sequences, and the attention over them."""
     store = Store(network.model.config, limits.kv_tokens, shareable=abilities.batching)
     if store.shareable:
-        install(network.model, store)
+        install(network.model, store, network.dense)
     return store
 
 

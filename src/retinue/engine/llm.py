@@ -286,9 +286,16 @@ def _stats(assembly: Assembly, request: Request) -> Stats:
         bytes_read_per_token=_rate(decode.bytes_read, decode.tokens),
         read_bytes_per_s=_rate(decode.bytes_read, decode.seconds),
         stall_s=decode.stall_s,
+        expert_s=decode.expert_s,
+        dense_s=decode.dense_s,
+        overhead_s=decode.overhead_s,
         degraded_share=decode.degraded_share,
         used_bytes_read=decode.used_bytes_read,
         prefill_bytes_read=prefill.bytes_read,
+        prefill_stall_s=prefill.stall_s,
+        prefill_expert_s=prefill.expert_s,
+        prefill_dense_s=prefill.dense_s,
+        prefill_overhead_s=prefill.overhead_s,
         reused_tokens=request.reused,
     )
 

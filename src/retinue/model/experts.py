@@ -5,8 +5,10 @@ the end. So the result does not depend on what was resident, on the order in whi
 nor on how a layer was cut into waves.
 """
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -26,6 +28,7 @@ from retinue.policy.base import Ahead, BoolArray, Policies
 from retinue.types import Demand, FloatArray, IntArray
 
 IMPLEMENTATION = "retinue"
+Result = TypeVar("Result")
 # Sees (layer, hidden, index, weights) of every layer that runs.
 Watch = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], None]
 WAIT_S = 0.1  # how often a stalled layer looks whether its request was cancelled
@@ -129,13 +132,13 @@ class ExpertHost:
                     missing = self._stall(layer, todo, missing)
                 # While some wait for room, they ask again as soon as one more may leave.
                 for some in [[e] for e in ready] if len(missing) or not ready else [ready]:
-                    work.compute(some, cache.use(layer, some))
+                    self._timed(work.compute, some, cache.use(layer, some))
                     todo.difference_update(some)
                     lease.release(some)
                     if len(missing):
                         cache.poll()
                         missing = cache.fetch(layer, missing)
-        return work.result()
+        return self._timed(work.result)
 
     def _run_token(
         self,
@@ -153,7 +156,8 @@ class ExpertHost:
         self.metrics.now.hits += len(set(experts.tolist()))
         self.cache.mark_used(layer, experts)
         slots = self.cache.use(layer, experts)
-        return kernel.run_token(experts, slots, np.flatnonzero(there), hidden, weights)
+        ranks = np.flatnonzero(there)
+        return self._timed(kernel.run_token, experts, slots, ranks, hidden, weights)
 
     def _run_resident(self, layer: int, work: Work) -> torch.Tensor:
         """A layer that nothing can evict: there is nothing to ask and no book to keep."""
@@ -163,8 +167,15 @@ class ExpertHost:
             self.metrics.now.hits += len(work.experts)
         self.cache.mark_used(layer, work.experts)
         experts = work.experts.tolist()
-        work.compute(experts, self.cache.use(layer, experts))
-        return work.result()
+        self._timed(work.compute, experts, self.cache.use(layer, experts))
+        return self._timed(work.result)
+
+    def _timed(self, compute: Callable[..., Result], *arguments: Any) -> Result:
+        """What `compute` gives; its time counts as that of routed experts."""
+        started = time.perf_counter()
+        result = compute(*arguments)
+        self.metrics.now.expert_s += time.perf_counter() - started
+        return result
 
     def _work(
         self, layer: int, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor

@@ -1,11 +1,14 @@
 """A linear layer whose weights stay in int8 or int4."""
 
+import time
+
 import torch
 from torch import nn
 from torch.nn import functional
 
 from retinue.memory import native
 from retinue.memory.grouped import LANES, Grouped
+from retinue.metrics import Clock
 
 _NATIVE = {8: native.Format.INT8, 4: native.Format.INT4}
 
@@ -14,7 +17,7 @@ class GroupedLinear(nn.Module):
     """`nn.Linear` for inference over weights in a grouped format.
 
     Natively the inputs are quantised as well, see `native/retinue.h`. Without the kernels some
-    rows at a time are decoded, so that the scratch stays small.
+    rows at a time are decoded, so that the scratch stays small. `clock` counts its time.
     """
 
     codes: torch.Tensor
@@ -27,8 +30,10 @@ class GroupedLinear(nn.Module):
         codes: torch.Tensor,
         scales: torch.Tensor,
         bias: torch.Tensor | None = None,
+        clock: Clock | None = None,
     ) -> None:
         super().__init__()
+        self._clock = clock or Clock()
         self.form, self.in_features, self.out_features = form, form.columns, form.rows
         self.register_buffer("codes", codes, persistent=False)
         self.register_buffer("scales", scales, persistent=False)
@@ -44,6 +49,12 @@ class GroupedLinear(nn.Module):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """input: [..., in_features]; returns [..., out_features], in the same type."""
+        started = time.perf_counter()
+        output = self._apply_to(input)
+        self._clock.seconds += time.perf_counter() - started
+        return output
+
+    def _apply_to(self, input: torch.Tensor) -> torch.Tensor:
         if self._library is not None:
             return self._library.linear(self._matrix, input.contiguous(), self.bias)
         out = _decoded_product(self.form, self.codes, self.scales, input)

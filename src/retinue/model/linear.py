@@ -1,11 +1,14 @@
 """A linear layer that reads its weights faster when there are few rows, as in decoding."""
 
+import time
+
 import torch
 from torch import nn
 from torch.nn import functional
 
 from retinue.memory import native
 from retinue.memory.native import Format, Matrix
+from retinue.metrics import Clock
 
 FEW_ROWS = 32  # from there on a matrix product of torch is faster
 
@@ -28,22 +31,36 @@ def product(inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 class RowLinear(nn.Linear):
-    """`nn.Linear` for inference, with `product` for few rows."""
+    """`nn.Linear` for inference, with `product` for few rows. `clock` counts its time."""
+
+    clock: Clock
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """input: [..., in_features]; returns [..., out_features]."""
+        started = time.perf_counter()
+        output = self._apply_to(input)
+        self.clock.seconds += time.perf_counter() - started
+        return output
+
+    def _apply_to(self, input: torch.Tensor) -> torch.Tensor:
         if input.numel() > FEW_ROWS * self.in_features or self._parameters["bias"] is not None:
             return super().forward(input)
         rows = input.reshape(-1, self.in_features)
         return product(rows, self.weight).view(*input.shape[:-1], -1)
 
 
-def use_row_linears(model: nn.Module) -> None:
-    """Put a RowLinear with the same parameters in the place of each plain `nn.Linear`."""
+def use_row_linears(model: nn.Module) -> Clock:
+    """Put a RowLinear with the same parameters in the place of each plain `nn.Linear`.
+
+    Returns the clock that all of them share.
+    """
+    clock = Clock()
     for module in list(model.modules()):
         for name, child in module.named_children():
             if type(child) is nn.Linear:
                 bias = child._parameters["bias"] is not None
                 replacement = RowLinear(child.in_features, child.out_features, bias, device="meta")
                 replacement.weight, replacement.bias = child.weight, child.bias
+                replacement.clock = clock
                 setattr(module, name, replacement)
+    return clock
