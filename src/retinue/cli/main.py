@@ -96,9 +96,6 @@ def _add_bench(verbs: object) -> None:
     bench.add_argument("--prompt-tokens", type=int, default=64, metavar="N", help="(default: 64)")
     bench.add_argument("--new-tokens", type=int, default=32, metavar="N", help="(default: 32)")
     bench.add_argument("--prompts", metavar="FILE", help="texts, one a line, instead of random ids")
-    bench.add_argument(
-        "--warm", action="store_true", help="run each prompt once before its clock starts"
-    )
     add_config_options(bench, (*ENGINE, "seed"))
 
 

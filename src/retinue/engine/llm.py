@@ -2,6 +2,7 @@
 
 import operator
 import statistics
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -220,6 +221,18 @@ class LLM:
         for request in requests:
             if request.state is State.FAILED and request.error is not None:
                 raise request.error
+
+    def fill(self) -> None:
+        """Read every expert now, where all of them fit, instead of when one is first needed.
+
+        The time counts as `load_s`. Raises the error of a read that failed.
+        """
+        assembly = self.assembly
+        if not assembly.cache.holds_everything:
+            return
+        started = time.perf_counter()
+        assembly.cache.place(assembly.network.experts.there)
+        assembly.load_s += time.perf_counter() - started
 
     def stats(self, request: Request) -> Stats:
         """What `request` has cost. Passes that served several requests count for each of them."""
