@@ -122,10 +122,14 @@ void prepare(const float* x, int32_t format, int32_t groups, const Block& block,
             continue;
         }
         if (block.pairs) {
-            const int64_t first = static_cast<int64_t>(group + g) * block.tokens * kGroup;
-            for (int i = 0; i < kGroup; i++) {
-                const int64_t pair = static_cast<int64_t>(i / 2) * block.tokens + token;
-                block.pairs[first + pair * 2 + i % 2] = float_to_bf16(x[i]);
+            uint32_t pairs[kGroup / 2];
+            for (int i = 0; i < kGroup / 2; i++) {
+                pairs[i] = float_to_bf16(x[2 * i]) |
+                           static_cast<uint32_t>(float_to_bf16(x[2 * i + 1])) << 16;
+            }
+            uint16_t* first = block.pairs + (at - token) * kGroup + 2 * token;
+            for (int i = 0; i < kGroup / 2; i++) {
+                memcpy(first + static_cast<int64_t>(i) * block.tokens * 2, pairs + i, 4);
             }
             continue;
         }
