@@ -66,6 +66,21 @@ def bar(total: int) -> Iterator[Callable[[], Any]]:
         yield lambda: shown.update()
 
 
+@contextmanager
+def byte_bar() -> Iterator[Callable[[int, int], Any]]:
+    """A progress bar over bytes on stderr; yields what is told of new ones, and of all."""
+    from tqdm import tqdm
+
+    settings = {"unit": "B", "unit_scale": True, "unit_divisor": 1024, "dynamic_ncols": True}
+    with tqdm(file=sys.stderr, **settings) as shown:
+
+        def advance(count: int, whole: int) -> None:
+            shown.total = whole
+            shown.update(count)
+
+        yield advance
+
+
 def _encoder(folder: Path, texts: list[TaskText]) -> Callable[[str, bool], list[int]]:
     tokenizer = load_tokenizer(folder)
     words = any(
