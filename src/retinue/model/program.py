@@ -17,8 +17,8 @@ from torch.utils._pytree import tree_map
 from retinue.errors import Unsupported
 from retinue.memory import evaluator as layout
 from retinue.memory.native import Format, Native
-from retinue.model.kv import Pool
 from retinue.model.instruction import TYPES, Instruction, Operand
+from retinue.model.kv import Pool
 from retinue.model.lower import lower
 from retinue.model.record import (
     ATTEND,
