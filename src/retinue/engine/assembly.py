@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from retinue.config import Config
 from retinue.engine.blocks import BlockPool
 from retinue.engine.cohort import Cohort
@@ -26,6 +24,7 @@ from retinue.metrics import Metrics
 from retinue.model.abilities import Abilities
 from retinue.model.attention import install
 from retinue.model.experts import IMPLEMENTATION, ExpertHost
+from retinue.model.kernels import find_kernels, use_threads
 from retinue.model.kv import Store
 from retinue.model.load import Network, build, end_tokens, load_dense, load_tokenizer
 from retinue.model.reference import self_check
@@ -86,7 +85,7 @@ def assemble(model: str | Path, config: Config) -> Assembly:
     policies = chosen.build()
     limits = split(facts, **config.room(), each_layer=policies.placement.fixed)
     known = known_beforehand(folder, facts, policies.placement, config)
-    torch.set_num_threads(threads)
+    use_threads(threads)
     with ExitStack() as undo:
         tier = Tier(limits.slots, limits.slot_bytes)
         undo.callback(tier.release)
@@ -103,9 +102,7 @@ def assemble(model: str | Path, config: Config) -> Assembly:
         if config.self_check:
             experts = network.experts
             self_check(host, experts.modules, experts.layouts, network.model.dtype)
-        store = Store(network.model.config, limits.kv_tokens, shareable=abilities.batching)
-        if store.shareable:
-            install(network.model, store)
+        store = _store(network, limits, abilities)
         scheduler = _scheduler(facts, limits, config, abilities, store)
         runner = Runner(network, host, mover, metrics, store)
         engine = Engine(runner, scheduler, facts.vocab_size, end_tokens(network))
@@ -137,6 +134,14 @@ def assemble(model: str | Path, config: Config) -> Assembly:
     )
 
 
+def _store(network: Network, limits: Split, abilities: Abilities) -> Store:
+    """Keys, values and states of all sequences, and the attention over them."""
+    store = Store(network.model.config, limits.kv_tokens, shareable=abilities.batching)
+    if store.shareable:
+        install(network.model, store, network.dense)
+    return store
+
+
 def _scheduler(
     facts: Facts, limits: Split, config: Config, abilities: Abilities, store: Store
 ) -> Scheduler:
@@ -162,7 +167,8 @@ def _host(
     modules, layouts = network.experts.modules, network.experts.layouts
     cache = ExpertCache(layouts, tier, mover, policies.evictor, network.top_k)
     routers = find_routers(network.model, modules)
-    return ExpertHost(modules, routers, cache, policies, metrics)
+    kernels = find_kernels(modules, layouts, tier, network.model.dtype)
+    return ExpertHost(modules, routers, cache, policies, metrics, kernels)
 
 
 def _residents(

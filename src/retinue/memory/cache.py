@@ -158,12 +158,14 @@ class ExpertCache:
         finally:
             lease.end()
 
-    def use(self, layer: int, expert: int) -> Views:
-        """The parameters of a READY expert that is now computed; counts its read as useful."""
-        if self._fresh[layer, expert]:
-            self._fresh[layer, expert] = False
-            self.used_bytes_read += self._layouts[layer][expert].used_bytes
-        return self._views[int(self.slot_of[layer, expert])]
+    def use(self, layer: int, experts: Sequence[int] | IntArray) -> IntArray:
+        """The slots of READY experts that are now computed; counts their reads as useful."""
+        fresh = self._fresh[layer, experts]
+        if fresh.any():
+            for expert in np.asarray(experts)[fresh].tolist():
+                self.used_bytes_read += self._layouts[layer][expert].used_bytes
+            self._fresh[layer, experts] = False
+        return np.asarray(self.slot_of[layer, experts], dtype=np.int64)
 
     # --- reading
 

@@ -124,6 +124,12 @@ def grouped(precision: str, rows: int, columns: int, *, transposed: bool = False
     return Transposed(plain) if transposed else plain
 
 
+def grouped_form(form: Format) -> Grouped | None:
+    """The matrix [outputs, inputs] that is stored, also where the parameter is transposed."""
+    stored = form.format if isinstance(form, Transposed) else form
+    return stored if isinstance(stored, Grouped) else None
+
+
 def _nearest4(groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes -8..7 [..., 32] and scales [..., 1], the best of several by the squared error."""
     at = groups.abs().argmax(-1, keepdim=True)

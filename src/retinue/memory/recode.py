@@ -13,7 +13,7 @@ import torch
 
 from retinue.memory.files import ALIGNMENT
 from retinue.memory.formats import Format, Packed, Transposed
-from retinue.memory.grouped import Grouped, encode
+from retinue.memory.grouped import Grouped, encode, grouped_form
 from retinue.memory.layout import Block, ExpertLayout, Window
 
 Views = Mapping[str, tuple[Block, ...]]
@@ -132,6 +132,6 @@ def pairs(blocks: tuple[Block, ...], given: tuple[Block, ...]) -> list[tuple[Pac
 
 def plain_format(form: Format) -> Grouped:
     """What `form` is beneath a transposition."""
-    plain = form.format if isinstance(form, Transposed) else form
-    assert isinstance(plain, Grouped)
+    plain = grouped_form(form)
+    assert plain is not None, form
     return plain

@@ -32,6 +32,7 @@ from retinue.memory.grouped import LANES, Grouped, encode
 from retinue.memory.layout import STORED_DTYPES, TORCH_DTYPES
 from retinue.memory.manifest import explain_pack, precision_of
 from retinue.memory.quantised import PackedEntry, explain
+from retinue.metrics import Clock
 from retinue.model.architecture import model_class
 from retinue.model.expert_map import ExpertMap, map_experts
 from retinue.model.grouped_linear import GroupedLinear
@@ -67,6 +68,7 @@ class Network:
     model: PreTrainedModel
     checkpoint: Checkpoint
     experts: ExpertMap
+    dense: Clock  # time in linear layers, and in attention where the engine installs its own
     linears: tuple[DenseLinear, ...] = ()
 
     @property
@@ -101,16 +103,16 @@ def build(checkpoint: Checkpoint, precision: str = AS_IS) -> Network:
     dtype = _dtype(config, checkpoint)
     with _parameters_on_meta(), no_init_weights():
         model = chosen.build(dtype)
-    use_row_linears(model)
+    clock = use_row_linears(model)
     model.tie_weights()
     model.train(False)
-    experts = map_experts(model, checkpoint)
+    experts, linears = map_experts(model, checkpoint), list[DenseLinear]()
     if packed is not None:
-        return Network(model, checkpoint, experts, tuple(stored_linears(checkpoint, experts)))
-    if precision == AS_IS:
-        return Network(model, checkpoint, experts)
-    linears = linears_to_encode(model, checkpoint, experts, precision)
-    return Network(model, checkpoint, encoded_experts(experts, precision), tuple(linears))
+        linears = stored_linears(checkpoint, experts)
+    elif precision != AS_IS:
+        linears = linears_to_encode(model, checkpoint, experts, precision)
+        experts = encoded_experts(experts, precision)
+    return Network(model, checkpoint, experts, clock, tuple(linears))
 
 
 def load_dense(network: Network, reader: Reader) -> None:
@@ -155,7 +157,9 @@ def _load_linear(network: Network, linear: DenseLinear, reader: Reader) -> None:
             band = Grouped(form.bits, len(rows), form.columns)
             encode(band, rows, codes[tiles], scales[tiles])
     bias = None if plain.bias is None else plain.bias.data
-    setattr(model.get_submodule(owner), name, GroupedLinear(form, codes, scales, bias))
+    setattr(
+        model.get_submodule(owner), name, GroupedLinear(form, codes, scales, bias, network.dense)
+    )
 
 
 def row_bands(

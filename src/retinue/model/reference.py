@@ -16,7 +16,8 @@ from retinue.memory.formats import Packed
 from retinue.memory.layout import Block, ExpertLayout, Piece
 from retinue.memory.recode import encode_expert
 from retinue.model.expert_map import ExpertsModule
-from retinue.model.experts import ExpertHost, apply_expert
+from retinue.model.experts import ExpertHost
+from retinue.model.work import apply_expert
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 DAMAGED = "the checkpoint is damaged; download the file again"

@@ -55,6 +55,7 @@ class Runner:
         those with a cache of their own, which are lost).
         """
         read, used = self._mover.bytes_read, self._host.cache.used_bytes_read
+        dense = self._network.dense.seconds
         started = time.perf_counter()
         counters = self._metrics.begin(phase)
         self._host.cache.begin_step(phase)
@@ -76,6 +77,7 @@ class Runner:
         counters.tokens = sum(len(segment.tokens) for segment in segments)
         counters.seconds = time.perf_counter() - started
         counters.steps_s.append(counters.seconds)
+        counters.dense_s = self._network.dense.seconds - dense
         counters.bytes_read = self._mover.bytes_read - read
         counters.used_bytes_read = self._host.cache.used_bytes_read - used
         self._metrics.finish()

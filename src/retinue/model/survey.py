@@ -179,8 +179,8 @@ def _workspace_per_token(network: "Network", heads: int, head_dim: int) -> int:
     stream = 3 * hidden * item
     norms = 3 * 4 * max(hidden, query)
     attention = norms + (4 * query + 2 * key_value) * item
-    # In the worst case one expert is chosen by every token.
-    experts = network.top_k * hidden * item + (2 * hidden + 2 * inner) * item
+    # In the worst case one expert is chosen by every token. Native kernels give rows in fp32.
+    experts = network.top_k * hidden * 4 + (2 * hidden + 2 * inner) * item
     return int(stream + max(attention, experts))
 
 
