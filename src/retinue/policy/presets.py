@@ -6,7 +6,7 @@ from typing import Any
 
 from retinue.errors import UsageError
 from retinue.policy.base import NoPredictor, Placement, Policies
-from retinue.policy.evict.heat import Heat
+from retinue.policy.evict.pace import Pace
 from retinue.policy.evict.recency import Recency
 from retinue.policy.miss.fetch import FetchAll
 from retinue.policy.place.chance import Chance
@@ -51,9 +51,13 @@ PRESETS = {
             "auto",
             True,
             "the best exact combination that we measured",
-            ("evict: heat", "predict: next gate", "miss: fetch all"),
+            (
+                "evict: pace",
+                "predict: next gate",
+                "miss: fetch all",
+            ),
             "look-ahead reads only while the disk would be idle",
-            lambda: Policies(Heat(), NextGate(), FetchAll()),
+            lambda: Policies(Pace(), NextGate(), FetchAll()),
         ),
         Preset(
             "on-demand",
