@@ -32,7 +32,7 @@ class Preset:
         return {key: value for key, value in asdict(self).items() if key != "build"}
 
 
-_REROUTED = ("evict: recency", "predict: nothing", "miss: fetch all", "route: next resident")
+_REROUTED = ("evict: recency", "predict: nothing", "miss: fetch nothing", "route: next resident")
 _RULE = (
     "a token whose expert is not resident goes to the next resident one in its router's ranking,"
     " and the family's own rule makes the weights; slots are split evenly over the layers"
