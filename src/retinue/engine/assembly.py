@@ -30,6 +30,7 @@ from retinue.model.load import Network, build, end_tokens, load_dense, load_toke
 from retinue.model.reference import self_check
 from retinue.model.routing import find_routers
 from retinue.model.runner import Runner
+from retinue.model.step import Steps
 from retinue.model.survey import survey_abilities
 from retinue.policy.base import Policies
 from retinue.policy.presets import Preset
@@ -98,7 +99,8 @@ def assemble(reserved: Reserved) -> Assembly:
             self_check(host, experts.modules, experts.layouts, network.model.dtype)
         store = _store(network, limits, abilities)
         scheduler = _scheduler(facts, limits, config, abilities, store)
-        runner = Runner(network, host, mover, metrics, store)
+        steps = None if config.eager else _steps(network, store, abilities, notes)
+        runner = Runner(network, host, mover, metrics, store, steps)
         engine = Engine(runner, scheduler, facts.vocab_size, end_tokens(network))
         tokenizer = load_tokenizer(folder)
         residents = _residents(host, policies, known, network, config)
@@ -152,6 +154,13 @@ def _scheduler(
         sharing=store.packable,
     )
     return Scheduler(BlockPool(store.tokens // BLOCK_TOKENS), bounds, cohort)
+
+
+def _steps(network: Network, store: Store, abilities: Abilities, notes: list[str]) -> Steps:
+    """The prepared steps; that of one sequence is recorded now, as nobody waits for a token."""
+    steps = Steps(network.model, store, notes.append, abilities.unprepared)
+    steps.prepare(1)
+    return steps
 
 
 def _host(

@@ -51,6 +51,7 @@ class LLM:
         batch: int | None = None,
         chunk: int | None = None,
         self_check: bool | None = None,
+        eager: bool | None = None,
     ) -> None:
         flags = {
             "memory": memory,
@@ -65,6 +66,7 @@ class LLM:
             "batch": batch,
             "chunk": chunk,
             "self_check": self_check,
+            "eager": eager,
         }
         config = load_config(flags)
         self._open(model, replace(config, batch=config.batch or DEFAULT_BATCH))
