@@ -80,7 +80,7 @@ def assemble(reserved: Reserved) -> Assembly:
     started = time.perf_counter()
     config, folder, facts = reserved.config, reserved.folder, reserved.facts
     policies, limits, tier = reserved.policies, reserved.split, reserved.tier
-    threads = config.threads or cores()
+    threads, notes = config.threads or cores(), [*reserved.notes]
     use_threads(threads)
     with ExitStack() as undo:
         undo.callback(reserved.release)
@@ -105,7 +105,8 @@ def assemble(reserved: Reserved) -> Assembly:
         tokenizer = load_tokenizer(folder)
         residents = _residents(host, policies, known, network, config)
         undo.pop_all()
-    notes = [*reserved.notes, *([reader.note] if reader.note else []), *abilities.notes]
+    notes += [reader.note] if reader.note else []
+    notes += abilities.notes
     notes += [BLIND] if policies.predictor.needs and not host.sees_ahead else []
     notes += [APPROXIMATE] if not reserved.preset.exact else []
     load_s = reserved.seconds + time.perf_counter() - started
