@@ -23,6 +23,7 @@ ENVIRONMENT_KEYS = (
     "batch",
     "chunk",
     "preset",
+    "task",
     "precision",
     "threads",
     "self_check",

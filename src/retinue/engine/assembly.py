@@ -10,13 +10,13 @@ from retinue.config import Config
 from retinue.engine.blocks import BlockPool
 from retinue.engine.cohort import Cohort
 from retinue.engine.engine import Engine
+from retinue.engine.reserve import Reserved
 from retinue.engine.residents import Residents, known_beforehand
 from retinue.engine.scheduler import Limits, Scheduler
-from retinue.memory.budget import Split, split
+from retinue.memory.budget import Split
 from retinue.memory.cache import ExpertCache
 from retinue.memory.checkpoint import open_checkpoint
 from retinue.memory.files import Reader
-from retinue.memory.home import locate
 from retinue.memory.machine import cores
 from retinue.memory.mover import Mover
 from retinue.memory.tier import Tier
@@ -31,9 +31,9 @@ from retinue.model.reference import self_check
 from retinue.model.routing import find_routers
 from retinue.model.runner import Runner
 from retinue.model.step import Steps
-from retinue.model.survey import survey, survey_abilities
+from retinue.model.survey import survey_abilities
 from retinue.policy.base import Policies
-from retinue.policy.presets import Preset, preset
+from retinue.policy.presets import Preset
 from retinue.policy.profile import Profile
 from retinue.types import BLOCK_TOKENS, Facts
 
@@ -75,22 +75,16 @@ class Assembly:
         self.tier.release()
 
 
-def assemble(model: str | Path, config: Config) -> Assembly:
-    """Load `model` under `config`. Refuses before loading what cannot fit."""
+def assemble(reserved: Reserved) -> Assembly:
+    """Load a model into the memory that is reserved for it, which is given back on an error."""
     started = time.perf_counter()
-    notes: list[str] = []
-    folder = locate(model, notes.append)
-    chosen = preset(config.preset)
-    threads = config.threads or cores()
-    facts = survey(folder, config.precision)
-    policies = chosen.build()
-    limits = split(facts, **config.room(), each_layer=policies.placement.fixed)
-    known = known_beforehand(folder, facts, policies.placement, config)
+    config, folder, facts = reserved.config, reserved.folder, reserved.facts
+    policies, limits, tier = reserved.policies, reserved.split, reserved.tier
+    threads, notes = config.threads or cores(), [*reserved.notes]
     use_threads(threads)
     with ExitStack() as undo:
-        tier = Tier(limits.slots, limits.slot_bytes)
-        undo.callback(tier.release)
-        tier.touch()  # while the network is built and its other weights are read
+        undo.callback(reserved.release)
+        known = known_beforehand(folder, facts, policies.placement, config)
         network = build(open_checkpoint(folder), config.precision)
         network.model.set_experts_implementation(IMPLEMENTATION)
         abilities = survey_abilities(network)
@@ -114,12 +108,12 @@ def assemble(model: str | Path, config: Config) -> Assembly:
     notes += [reader.note] if reader.note else []
     notes += abilities.notes
     notes += [BLIND] if policies.predictor.needs and not host.sees_ahead else []
-    notes += [APPROXIMATE] if not chosen.exact else []
-    load_s = time.perf_counter() - started
+    notes += [APPROXIMATE] if not reserved.preset.exact else []
+    load_s = reserved.seconds + time.perf_counter() - started
     return Assembly(
         facts,
         limits,
-        chosen,
+        reserved.preset,
         threads,
         network,
         tokenizer,

@@ -42,7 +42,9 @@ class Activation(IntEnum):
 
 
 class Matrix(ctypes.Structure):
-    """`rows` by `columns` numbers at given addresses; whoever makes it keeps the memory alive."""
+    """`rows` by `columns` numbers at given addresses; `held` is what keeps the memory alive."""
+
+    held: object = None
 
     _fields_ = [
         ("codes", ctypes.c_void_p),
@@ -97,7 +99,7 @@ def scales_bytes(format: Format, rows: int, columns: int) -> int:
 def matrix(
     format: Format, rows: int, columns: int, codes: torch.Tensor, scales: torch.Tensor | None = None
 ) -> Matrix:
-    """The matrix that lies in these tensors, whose bytes count, not their types or shapes."""
+    """The matrix that lies in these tensors, and keeps them; their bytes count, not their types."""
     for tensor, size in (
         (codes, codes_bytes(format, rows, columns)),
         (scales, scales_bytes(format, rows, columns)),
@@ -106,7 +108,9 @@ def matrix(
             given = None if tensor is None else tensor.nbytes
             raise ValueError(f"{given = } bytes: {size} are needed, contiguous")
     address = scales.data_ptr() if scales is not None else None
-    return Matrix(codes.data_ptr(), address, format, rows, columns, 0)
+    made = Matrix(codes.data_ptr(), address, format, rows, columns, 0)
+    made.held = codes, scales
+    return made
 
 
 class Native:
