@@ -266,7 +266,7 @@ bool has_tiles() {
 }  // namespace
 
 const Kernels* amx_kernels() {
-    static const Kernels table = {"avx512-amx", true,     load, store,  prepare,
+    static const Kernels table = {"avx512-amx", true,     load, store, round_to, prepare,
                                   activate,     multiply, sum,  encode, decode};
     static const bool usable = has_tiles();
     return usable ? &table : nullptr;
