@@ -68,9 +68,9 @@ struct Chunk {
 };
 
 // The products of a group are scaled while those of the next two are made.
-template <int AHEAD_BYTES>
-void multiply_codes(const Chunk& chunk, const Block& block, const uint8_t* ahead, int32_t stride,
-                    float* out) {
+// Meanwhile memory is asked for `ahead`, some lines with each group; returns what comes then.
+const uint8_t* multiply_codes(const Chunk& chunk, const Block& block, const uint8_t* ahead,
+                              int lines, int32_t stride, float* out) {
     constexpr int kLag = 2;
     alignas(64) int32_t dots[2 * kLag][kTokens * kLanes];
     __m512 sums[kTokens];
@@ -85,9 +85,7 @@ void multiply_codes(const Chunk& chunk, const Block& block, const uint8_t* ahead
     const float* x_scales = block.scales + before;
     for (int g = 0; g < chunk.groups + kLag; g++) {
         if (g < chunk.groups) {
-            for (int i = 0; i < AHEAD_BYTES; i += 64) {
-                __builtin_prefetch(ahead + g * AHEAD_BYTES + i, 0, 2);
-            }
+            for (int i = 0; i < lines; i++, ahead += 64) __builtin_prefetch(ahead, 0, 2);
             _tile_zero(0);
             _tile_loadd(1, x + g * block.tokens * kGroup, kGroup);
             _tile_loadd(2, chunk.weights + g * kCodes, 64);
@@ -104,6 +102,7 @@ void multiply_codes(const Chunk& chunk, const Block& block, const uint8_t* ahead
     for (int t = 0; t < kTokens; t++) {
         if (t < block.tokens) _mm512_storeu_ps(out + static_cast<int64_t>(t) * stride, sums[t]);
     }
+    return ahead;
 }
 
 template <int FORMAT>
@@ -123,12 +122,12 @@ void multiply_tile(const Tile& tile, const Block* blocks, int32_t count, int32_t
         chunk.groups = left < kChunk ? left : kChunk;
         chunk.scales = tile.scales + first * kLanes;
         unpack<FORMAT>(codes, chunk.groups, chunk.weights);
-        // The first block also asks for what is unpacked next.
+        // What is unpacked next is asked for while this is multiplied, evenly.
         const uint8_t* ahead = codes + chunk.groups * kBytes;
-        multiply_codes<kBytes>(chunk, blocks[0], ahead, stride, out);
-        for (int32_t i = 1; i < count; i++) {
-            multiply_codes<0>(chunk, blocks[i], ahead, stride,
-                              out + static_cast<int64_t>(i) * kTokens * stride);
+        const int lines = (kBytes / 64 + count - 1) / count;
+        for (int32_t i = 0; i < count; i++) {
+            ahead = multiply_codes(chunk, blocks[i], ahead, lines, stride,
+                                   out + static_cast<int64_t>(i) * kTokens * stride);
         }
     }
     _tile_release();

@@ -16,8 +16,9 @@ constexpr int kUnitRows = kGroup;
 // Tokens that are worked on at once, which bounds the scratch; more go in turns.
 constexpr int64_t kTurn = 2048, kMostOfOne = 512;
 
-Scratch call_scratch;
-std::vector<Scratch> thread_scratch;
+// Never freed: a thread that still computes while the process ends must not lose them.
+Scratch& call_scratch = *new Scratch;
+std::vector<Scratch>& thread_scratch = *new std::vector<Scratch>;
 
 int64_t element_bytes(int32_t type) { return type == RETINUE_TYPE_F32 ? 4 : 2; }
 
