@@ -14,6 +14,13 @@ constexpr int kLeastTokens = 10;  // of a block; with fewer VNNI is faster
 constexpr int kChunk = 64;       // groups of a tile that are unpacked at a time: 32 KiB
 constexpr int kCodes = kLanes * kGroup;
 
+// GCC 12 knows that few bytes, or none, are read by the instructions that load tiles and their
+// shapes: before them, whatever was written must be in memory.
+template <typename T>
+inline void settle(const T& memory) {
+    __asm__ volatile("" : : "r"(&memory) : "memory");
+}
+
 // The shapes of the eight tile registers, as the processor reads them.
 struct alignas(64) Shapes {
     uint8_t palette = 1, start = 0, reserved[14] = {};
@@ -113,6 +120,7 @@ void multiply_tile(const Tile& tile, const Block* blocks, int32_t count, int32_t
     shapes.set(0, kTokens, 64);
     shapes.set(1, kTokens, kGroup);
     shapes.set(2, kGroup / 4, 64);
+    settle(shapes);
     _tile_loadconfig(&shapes);
     constexpr int kBytes = FORMAT == RETINUE_INT4 ? kCodes / 2 : kCodes;
     for (int first = 0; first < tile.groups(); first += kChunk) {
@@ -122,6 +130,7 @@ void multiply_tile(const Tile& tile, const Block* blocks, int32_t count, int32_t
         chunk.groups = left < kChunk ? left : kChunk;
         chunk.scales = tile.scales + first * kLanes;
         unpack<FORMAT>(codes, chunk.groups, chunk.weights);
+        settle(chunk);
         // What is unpacked next is asked for while this is multiplied, evenly.
         const uint8_t* ahead = codes + chunk.groups * kBytes;
         const int lines = (kBytes / 64 + count - 1) / count;
@@ -187,6 +196,7 @@ void multiply_pairs(const Tile& tile, const Block* blocks, int32_t count, int32_
                 _mm512_store_si512(end[row],
                                    _mm512_maskz_loadu_epi16(valid, weights + row * row_bytes));
             }
+            settle(end);
         }
         // The next sixteen rows lie behind these: ask for them in the order of memory.
         const uint8_t* ahead = tile.codes + tile.rows * row_bytes + g * kLanes * 64;
@@ -223,6 +233,7 @@ void multiply_bf16(const Tile& tile, const Block* blocks, int32_t count, int32_t
     Shapes shapes;
     for (int i = 0; i < 5; i++) shapes.set(i, tile.rows, 64);
     for (int i = 5; i < 7; i++) shapes.set(i, kGroup / 2, 64);
+    settle(shapes);
     _tile_loadconfig(&shapes);
     for (int32_t first = 0; first < count; first += 4) {
         const int32_t four = count - first < 4 ? count - first : 4;
