@@ -208,6 +208,10 @@ class Native:
         )
         return out
 
+    def evaluate(self, instructions: int, count: int) -> None:
+        """Run the instructions at that address, which `memory/evaluator.py` describes."""
+        _check(self._c.retinue_evaluate(instructions, count))
+
     def encode(self, x: torch.Tensor, format: Format) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes and scales, as bytes, of x [rows, columns] whose columns are neighbours."""
         rows, columns = x.shape
@@ -286,5 +290,6 @@ _ARGUMENTS: dict[str, list[type]] = {
     "retinue_experts": [ctypes.POINTER(_Shape), _I, _P, _P, _P, _P, _P],
     "retinue_sum": [_P, _P, _L, _I, _I, _I, _P],
     "retinue_encode": [_P, _L, _I, _I, _I, _I, _P, _P],
+    "retinue_evaluate": [_P, _L],
     "retinue_decode": [ctypes.POINTER(Matrix), _I, _P],
 }
