@@ -34,7 +34,7 @@ families: .venv/.ready
 	@$(BIN)/python -m tests.families_table
 
 # torch comes first and by itself, so that the resolver has no choice left for its largest part.
-.venv/.ready: pyproject.toml
+.venv/.ready: pyproject.toml setup.py $(wildcard native/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "retinue needs Python 3.11 or later: make PYTHON=python3.11 ..." >&2; exit 1; }
 	@echo "setting up .venv: this downloads torch and takes some minutes" >&2
@@ -44,5 +44,5 @@ families: .venv/.ready
 	@touch $@
 
 clean:
-	rm -rf .venv build dist src/*.egg-info .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv build dist src/*.egg-info src/retinue/*.so .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 
-from benchmarks import alone, sharing, versus
+from benchmarks import alone, packed, sharing, versus
 from benchmarks.checkpoint import Checkpoint, NoCheckpointError, inspect
 from benchmarks.child import ChildFailedError, run_child, say
 from benchmarks.results import Document, Report, show
@@ -31,10 +31,13 @@ BENCHMARKS: dict[str, Callable[[Setting], Report]] = {
     "slots": alone.slots,
     "batch": sharing.batch,
     "second-turn": sharing.second_turn,
+    "llamacpp-small": packed.llamacpp_small,
+    "llamacpp-whole": packed.llamacpp_whole,
+    "qwen3": packed.qwen3,
 }
 SMALL_SHAPE = "olmoe-mini"
 MEMORY, SMALL_MEMORY = "6GiB", "1.25GiB"
-PACKAGES = ("retinue", "torch", "transformers", "accelerate")
+PACKAGES = ("retinue", "torch", "transformers", "accelerate", "llama_cpp_python", "gguf")
 
 
 def build_parser() -> ArgumentParser:
@@ -60,8 +63,8 @@ def build_parser() -> ArgumentParser:
     parser.add_argument(
         "--memory",
         metavar="SIZE",
-        help=f"the limit, except for `in-memory` and `slots` (default: {MEMORY},"
-        f" {SMALL_MEMORY} without CHECKPOINT)",
+        help="the limit, where a benchmark has none of its own"
+        f" (default: {MEMORY}, {SMALL_MEMORY} without CHECKPOINT)",
     )
     parser.add_argument("--runs", type=positive, default=3, metavar="N", help="(default: 3)")
     each = "(default: each benchmark's own count)"

@@ -18,7 +18,7 @@ SHARES = ("13%", "25%", "50%", "75%", "100%")
 def bound(setting: Setting) -> Report:
     """Decode at the given memory against the machine's bound for the same reads."""
     counts = setting.counts(64, 32)
-    command = ours.bench_command(setting.checkpoint, memory=setting.memory_bytes, **counts)
+    command = ours.bench_command(setting.checkpoint.folder, memory=setting.memory_bytes, **counts)
     runs = in_turn(setting.runs, {"ours": partial(ours.bench, command)}).runs
     row = compare(
         ("bound", "decode", "tokens/s"),
@@ -33,7 +33,7 @@ def prefill(setting: Setting) -> Report:
     """A cold prompt against reading every expert once at the disk's measured speed."""
     checkpoint = setting.checkpoint
     counts = setting.counts(512, 0) | {"new_tokens": 0}
-    command = ours.bench_command(checkpoint, memory=setting.memory_bytes, **counts)
+    command = ours.bench_command(checkpoint.folder, memory=setting.memory_bytes, **counts)
     runs = in_turn(setting.runs, {"ours": partial(ours.bench, command)}).runs
     for document in runs["ours"]:
         document["read_all_s"] = checkpoint.expert_bytes / document["disk_bytes_per_s"]
@@ -88,7 +88,7 @@ def slots(setting: Setting) -> Report:
     checkpoint = given if fits_comfortably(given) else setting.small()
     counts = setting.counts(64, 64)
     engines = {
-        share: partial(ours.bench, ours.bench_command(checkpoint, experts=share, **counts))
+        share: partial(ours.bench, ours.bench_command(checkpoint.folder, experts=share, **counts))
         for share in SHARES
     }
     turns = in_turn(setting.runs, engines, must=SHARES[0])

@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from benchmarks.checkpoint import Checkpoint
 from benchmarks.child import Done, run_child
@@ -21,7 +22,7 @@ _IMPORTS = (
 
 
 def bench_command(
-    checkpoint: Checkpoint,
+    folder: Path,
     *,
     prompt_tokens: int,
     new_tokens: int,
@@ -29,7 +30,7 @@ def bench_command(
     experts: str | None = None,
 ) -> list[str]:
     """`retinue bench` with its JSON; without `memory` it has its own default."""
-    command = [sys.executable, "-m", "retinue", "bench", str(checkpoint.folder), "--json"]
+    command = [sys.executable, "-m", "retinue", "bench", str(folder), "--json"]
     command += ["--prompt-tokens", str(prompt_tokens), "--new-tokens", str(new_tokens)]
     if memory is not None:
         command += ["--memory", str(memory)]

@@ -2,7 +2,7 @@
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from retinue.cli.terminal import table
@@ -38,6 +38,10 @@ class Row:
         ratios = [f"{value:.2f}" for value in (self.ratio, self.lowest, self.highest)]
         ours, other = _shown(self.ours, self.unit), _shown(self.other, self.unit)
         return (self.benchmark, self.what, ours, self.against, other, *ratios, verdict)
+
+    def promised(self, ratio: float) -> "Row":
+        """The row with a verdict on its ratio; 0 promises nothing."""
+        return replace(self, ok=self.ratio >= ratio) if ratio else self
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,10 +14,11 @@ from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import OlmoeConfig
+from transformers import OlmoeConfig, PreTrainedConfig, Qwen3MoeConfig
 
 Tensors = dict[str, torch.Tensor]
 
@@ -31,37 +32,92 @@ class Shape:
     """The sizes of one OLMoE model."""
 
     hidden: int
-    intermediate: int
+    intermediate: int  # of one expert
     layers: int
     heads: int
     experts: int
     top_k: int
     vocabulary: int = 50304
 
-    def config(self) -> OlmoeConfig:
+    @property
+    def key_value_heads(self) -> int:
+        return self.heads
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden // self.heads
+
+    @property
+    def query_norm(self) -> int:
+        """Width of the norm over queries: all heads at once."""
+        return self.hidden
+
+    @property
+    def key_norm(self) -> int:
+        return self.hidden
+
+    def config(self) -> PreTrainedConfig:
         """What becomes the checkpoint's config.json."""
         return OlmoeConfig(
-            hidden_size=self.hidden,
+            **self._shared(),
             intermediate_size=self.intermediate,
-            num_hidden_layers=self.layers,
-            num_attention_heads=self.heads,
-            num_key_value_heads=self.heads,
-            num_experts=self.experts,
-            num_experts_per_tok=self.top_k,
-            vocab_size=self.vocabulary,
-            max_position_embeddings=4096,
-            tie_word_embeddings=False,
+            num_key_value_heads=self.key_value_heads,
             architectures=["OlmoeForCausalLM"],
-            dtype="bfloat16",
-            pad_token_id=0,
-            bos_token_id=1,
-            eos_token_id=2,
+        )
+
+    def _shared(self) -> dict[str, Any]:
+        return {
+            "hidden_size": self.hidden,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_experts": self.experts,
+            "num_experts_per_tok": self.top_k,
+            "vocab_size": self.vocabulary,
+            "max_position_embeddings": 4096,
+            "tie_word_embeddings": False,
+            "dtype": "bfloat16",
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Qwen3(Shape):
+    """The sizes of one Qwen3 model with experts: few heads of keys, each of a width of its own."""
+
+    @property
+    def key_value_heads(self) -> int:
+        return self.heads // 8
+
+    @property
+    def head_dim(self) -> int:
+        return 128
+
+    @property
+    def query_norm(self) -> int:
+        """Each head alone."""
+        return self.head_dim
+
+    @property
+    def key_norm(self) -> int:
+        return self.head_dim
+
+    def config(self) -> PreTrainedConfig:
+        return Qwen3MoeConfig(
+            **self._shared(),
+            moe_intermediate_size=self.intermediate,
+            num_key_value_heads=self.key_value_heads,
+            head_dim=self.head_dim,
+            norm_topk_prob=True,
+            architectures=["Qwen3MoeForCausalLM"],
         )
 
 
-SHAPES = {
+SHAPES: dict[str, Shape] = {
     "olmoe-mini": Shape(1024, 512, layers=8, heads=8, experts=32, top_k=4),
     "olmoe-1b-7b": Shape(2048, 1024, layers=16, heads=16, experts=64, top_k=8),
+    "qwen3-15b-a3b": Qwen3(2048, 768, layers=24, heads=32, experts=128, top_k=8, vocabulary=151936),
 }
 
 
@@ -96,16 +152,27 @@ def _shards(shape: Shape) -> Iterator[Tensors]:
 
 
 def _layer(shape: Shape, prefix: str) -> Tensors:
-    square = (shape.hidden, shape.hidden)
-    sizes = {f"self_attn.{part}_proj.weight": square for part in "qkvo"}
+    queries = shape.heads * shape.head_dim
+    keys = shape.key_value_heads * shape.head_dim
+    sizes = {
+        "self_attn.q_proj.weight": (queries, shape.hidden),
+        "self_attn.k_proj.weight": (keys, shape.hidden),
+        "self_attn.v_proj.weight": (keys, shape.hidden),
+        "self_attn.o_proj.weight": (shape.hidden, queries),
+    }
     sizes["mlp.gate.weight"] = (shape.experts, shape.hidden)
     for expert in range(shape.experts):
         for part in ("gate", "up"):
             sizes[f"mlp.experts.{expert}.{part}_proj.weight"] = (shape.intermediate, shape.hidden)
         sizes[f"mlp.experts.{expert}.down_proj.weight"] = (shape.hidden, shape.intermediate)
     tensors = {prefix + name: _drawn(prefix + name, size) for name, size in sizes.items()}
-    norms = ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm")
-    return tensors | {f"{prefix}{norm}.weight": _ones(shape.hidden) for norm in norms}
+    norms = {
+        "input_layernorm": shape.hidden,
+        "post_attention_layernorm": shape.hidden,
+        "self_attn.q_norm": shape.query_norm,
+        "self_attn.k_norm": shape.key_norm,
+    }
+    return tensors | {f"{prefix}{norm}.weight": _ones(size) for norm, size in norms.items()}
 
 
 def _drawn(key: str, size: tuple[int, ...], std: float = WEIGHT_STD) -> torch.Tensor:

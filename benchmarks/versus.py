@@ -25,7 +25,7 @@ def in_memory(setting: Setting) -> Report:
         return Report(notes=[f"left out: {size} of weights do not fit comfortably into memory"])
     counts = setting.counts(64, 32)
     engines: dict[str, Engine] = {
-        "ours": partial(ours.bench, ours.bench_command(checkpoint, **counts))
+        "ours": partial(ours.bench, ours.bench_command(checkpoint.folder, **counts))
     }
     notes = []
     for name in peer_transformers.IMPLEMENTATIONS:
@@ -75,7 +75,7 @@ def offload(setting: Setting) -> Report:
     if peer.cpu_bytes > setting.checkpoint.total_bytes:
         peer.notes.add("the whole model fits into the limit: the peer offloads nothing")
     counts = setting.counts(64, 8)
-    command = ours.bench_command(setting.checkpoint, memory=limit, **counts)
+    command = ours.bench_command(setting.checkpoint.folder, memory=limit, **counts)
 
     def mine() -> Document:
         with memory_group(limit) as group:

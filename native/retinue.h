@@ -27,6 +27,7 @@
 #ifdef __cplusplus
 extern "C" {
 #endif
+#pragma GCC visibility push(default)
 
 #define RETINUE_ABI 1  // changes with anything below
 
@@ -89,6 +90,7 @@ int32_t retinue_encode(const void* x, int64_t x_stride, int32_t type, int32_t fo
 // The numbers that the matrix stands for, to out [rows, columns] of `type`. On the caller's thread.
 int32_t retinue_decode(const retinue_matrix* matrix, int32_t type, void* out);
 
+#pragma GCC visibility pop
 #ifdef __cplusplus
 }
 #endif

@@ -177,7 +177,7 @@ def test_a_child_in_a_group_may_not_outgrow_it() -> None:
 
 def test_our_commands_are_ones_that_retinue_knows() -> None:
     command = ours.bench_command(
-        SMALL, prompt_tokens=5, new_tokens=3, memory=2 * GIB, experts="25%"
+        SMALL.folder, prompt_tokens=5, new_tokens=3, memory=2 * GIB, experts="25%"
     )
     options = build_parser().parse_args(command[3:])
     assert (options.verb, options.model, options.json) == ("bench", "small", True)
@@ -340,7 +340,7 @@ def test_no_checkpoint_is_said(tmp_path: Path) -> None:
 def test_ours_and_a_peer_on_a_tiny_shape(tiny: Checkpoint) -> None:
     counts = {"prompt_tokens": 8, "new_tokens": 4}
     engines = {
-        "ours": lambda: ours.bench(ours.bench_command(tiny, memory=GIB, **counts)),
+        "ours": lambda: ours.bench(ours.bench_command(tiny.folder, memory=GIB, **counts)),
         "peer": lambda: child.timed(peer_transformers.command(tiny.folder, "eager", **counts)),
     }
     turns = in_turn(1, engines)

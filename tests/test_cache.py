@@ -40,10 +40,10 @@ def test_resident_experts_are_not_read_again() -> None:
 def test_what_finds_no_room_is_left_over_in_order() -> None:
     with Rig((6,), slots=3) as rig, rig.cache.lease(0, ids(0, 1, 2, 3, 4)) as lease:
         assert rig.load(0, 4, 3, 0, 2, 1) == [2, 1]
-        lease.release(3)
+        lease.release([3])
         assert rig.load(0, 2, 1) == [1]
         assert rig.resident(0) == [0, 2, 4]
-        lease.release(4)
+        lease.release([4])
         assert rig.load(0, 1) == []
 
 
@@ -75,11 +75,12 @@ def test_reads_are_counted_once_they_are_used() -> None:
         rig.load(0, 0, 1)
         assert rig.cache.used_bytes_read == 0
         for _ in range(2):
-            assert rig.cache.use(0, 1)["w"][0].shape == (1500,)
+            (slot,) = rig.cache.use(0, [1]).tolist()
+            assert rig.cache.views(slot)["w"][0].shape == (1500,)
             assert rig.cache.used_bytes_read == 6000
         rig.load(0, 2)  # the evictor sends 0 away, which was never used
         rig.load(0, 0)
-        rig.cache.use(0, 0)
+        rig.cache.use(0, [0])
         assert rig.cache.used_bytes_read == 12000
 
 
@@ -101,7 +102,7 @@ def test_pinned_experts_stay() -> None:
         rig.load(0, 0, 1, 2)
         with rig.cache.lease(0, ids(0, 1)):
             with rig.cache.lease(0, ids(1)) as second:
-                second.release(1)
+                second.release([1])
             assert rig.load(0, 3) == []  # 2 leaves, though 0 and 1 would be first
             assert rig.resident(0) == [0, 1, 3]
             with pytest.raises(AssertionError, match="pinned"):
@@ -114,7 +115,7 @@ def test_a_lease_ends_with_an_exception() -> None:
     with Rig((4,), slots=2) as rig:
         rig.load(0, 0, 1)
         with pytest.raises(KeyError), rig.cache.lease(0, ids(0, 1)) as lease:
-            lease.release(7)
+            lease.release([7])
         rig.cache.check()
 
 

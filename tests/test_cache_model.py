@@ -197,14 +197,14 @@ class Run:
                 self.end(at)
             else:
                 key = keys.pop()
-                lease.release(key.index)
+                lease.release([key.index])
                 self.model.pins[key] -= 1
         return {}
 
     def use(self) -> dict[str, Any]:
         ready = [key for key, slot in self.state().items() if slot >= 0]
         for key in ready[:2]:
-            self.cache.use(*key)
+            self.cache.use(key.layer, [key.index])
         layer, one = self.any_layer(), np.ones(1)
         demand = Demand(layer, ids(0), one.astype(np.int64), one.astype(np.float32))
         self.cache.touch(demand, tokens=1)

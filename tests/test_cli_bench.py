@@ -10,8 +10,10 @@ from command import BOUND_KEYS, MEMORY, STATS_KEYS, Call, caller, refused
 from retinue.cli import bench
 from retinue.engine.llm import LLM
 from retinue.engine.request import Request
+from retinue.types import Stats
 
 BENCH_KEYS = {"model", "preset", "precision", "threads", "prompt_tokens", "new_tokens"}
+PARTS = ("stall", "expert", "dense", "overhead")
 GB = 10**9
 
 
@@ -59,6 +61,12 @@ def test_bench_of_the_sample(call: Call) -> None:
     assert document["memory_bytes_per_s"] == 10 * GB
     share = document["decode_tokens_per_s"] / document["bound_tokens_per_s"]
     assert document["share_of_bound"] == pytest.approx(share)
+    for phase in ("", "prefill_"):
+        seconds = document["prefill_s" if phase else "decode_s"]
+        parts = [document[f"{phase}{part}_s"] for part in PARTS]
+        assert sum(parts) == pytest.approx(seconds)
+        assert min(parts) >= 0
+        assert min(parts[1:]) > 0
     for said in ("20 tokens of prompt", "1.00 and 3.00 GB/s", "256 experts resident"):
         assert said in done.err
 
@@ -80,6 +88,17 @@ def test_the_same_work_whatever_is_resident(
     call("bench", olmoe, *MEMORY, "--new-tokens", 7, "--seed", 5)
     assert requests[2].prompt != first.prompt
     assert requests[2].token_ids != first.token_ids
+
+
+def test_where_all_experts_fit_they_are_read_before_the_clock_starts(
+    call: Call, olmoe: Path
+) -> None:
+    work = ("--prompt-tokens", 9, "--new-tokens", 2, "--json")
+    whole = call("bench", olmoe, *MEMORY, *work).document
+    assert whole["resident_experts"] == whole["total_experts"]
+    assert (whole["prefill_bytes_read"], whole["misses"], whole["pending"]) == (0, 0, 0)
+    some = call("bench", olmoe, *MEMORY, *work, "--experts", "50%").document
+    assert some["prefill_bytes_read"] > 0
 
 
 def test_no_decode_has_no_bound(call: Call, olmoe: Path) -> None:
@@ -110,6 +129,27 @@ def test_prompts_that_cannot_be_used(call: Call, olmoe: Path, tmp_path: Path) ->
     refused(call("bench", "sample", *MEMORY, "--prompts", file), 2, "no prompts in")
     file.write_text("hello")
     refused(call("bench", olmoe, *MEMORY, "--prompts", file), 2, "no tokenizer")
+
+
+def test_the_table_of_where_the_time_went() -> None:
+    stats = Stats(
+        prefill_s=4.0,
+        prefill_expert_s=3.0,
+        prefill_dense_s=0.5,
+        decode_s=10.0,
+        stall_s=1.0,
+        expert_s=5.0,
+        dense_s=3.0,
+        share_of_bound=0.8,
+    )
+    head, prefill, decode = bench._where(stats).splitlines()
+    assert head.split()[-4:] == ["stall", "experts", "dense", "overhead"]
+    assert prefill.split() == [
+        *("prefill", "4.00", "0.00", "(0%)", "3.00", "(75%)", "0.50", "(12%)", "0.50", "(12%)")
+    ]
+    assert decode.split()[1:5] == ["10.00", "8.00", "1.00", "(10%)"]
+    assert decode.split()[-2:] == ["1.00", "(10%)"]
+    assert bench._where(Stats()).splitlines()[2].split() == ["decode", "0.00"]
 
 
 @pytest.mark.parametrize(

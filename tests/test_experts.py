@@ -21,8 +21,8 @@ from retinue import LLM
 from retinue.errors import Cancelled
 from retinue.memory.files import Reader
 from retinue.memory.mover import Urgency
-from retinue.model.experts import apply_expert, weighted_sum
 from retinue.model.reference import TOLERANCE, reference_experts
+from retinue.model.work import apply_expert, weighted_sum
 from retinue.types import Demand, Want
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -187,7 +187,8 @@ def test_the_reference_reads_what_the_cache_reads(olmoe: Path, checkpoints: Path
             while not cache.has_all(2):
                 cache.wait(1.0)
             for expert in range(models.EXPERTS):
-                ours, plain = cache.use(2, expert), read_expert(layouts[2][expert])
+                (slot,) = cache.use(2, [expert]).tolist()
+                ours, plain = cache.views(slot), read_expert(layouts[2][expert])
                 assert ours.keys() == plain.keys()
                 for name in ours:
                     assert torch.equal(torch.cat(ours[name]), torch.cat(plain[name]))
@@ -265,7 +266,7 @@ def test_a_wrong_forecast_gives_its_slot_to_what_is_needed(olmoe: Path) -> None:
 class _Queue:
     """A mover whose readers never come."""
 
-    def submit(self, extents: Any, slot: Any, urgency: Urgency) -> Any:
+    def submit(self, extents: Any, slot: Any, urgency: Urgency, finish: Any = None) -> Any:
         return _Ticket(urgency)
 
     def cancel(self, ticket: Any) -> None:

@@ -33,6 +33,14 @@ def test_only_passes_that_succeed_count_for_the_process() -> None:
     assert (metrics.total.prefill.tokens, metrics.total.decode.tokens) == (5, 2)
 
 
+def test_the_parts_of_a_phase_add_up_to_it() -> None:
+    counters = PhaseCounters(seconds=10.0, stall_s=1.0, expert_s=2.0, dense_s=3.0)
+    assert counters.overhead_s == 4.0
+    counters.add(PhaseCounters(seconds=5.0, stall_s=0.5, expert_s=0.25, dense_s=0.25))
+    assert (counters.stall_s, counters.expert_s, counters.dense_s) == (1.5, 2.25, 3.25)
+    assert counters.overhead_s == 8.0
+
+
 def test_nothing_looked_up_is_no_miss() -> None:
     assert PhaseCounters().hit_rate == 1.0
     assert PhaseCounters().degraded_share == 0.0

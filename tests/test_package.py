@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import pytest
 import retinue
 
 ROOT = Path(__file__).resolve().parents[1]
-NEEDED = ("LICENSE", "NOTICE", "README.md", "pyproject.toml")
+NEEDED = ("LICENSE", "NOTICE", "README.md", "pyproject.toml", "setup.py", "MANIFEST.in")
 SETUPTOOLS = 77  # the first that reads `license = "..."` as pyproject.toml has it
 
 
@@ -38,8 +39,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         print(f"\nTHE WHEEL WAS NOT TESTED: {reason}", file=sys.__stderr__, flush=True)
         pytest.skip(f"the wheel was not tested: {reason}")
     copy, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    junk = shutil.ignore_patterns("*.egg-info", "__pycache__")
+    junk = shutil.ignore_patterns("*.egg-info", "__pycache__", "*.so")
     shutil.copytree(ROOT / "src", copy / "src", ignore=junk)
+    shutil.copytree(ROOT / "native", copy / "native", ignore=junk)
     for name in NEEDED:
         shutil.copy(ROOT / name, copy / name)
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-index"]
@@ -75,7 +77,8 @@ def run(code: str, installed: Path) -> str:
 
 
 def test_name_and_version(wheel: Path) -> None:
-    assert wheel.name == f"retinue-{retinue.__version__}-py3-none-any.whl"
+    platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
+    assert wheel.name == f"retinue-{retinue.__version__}-py3-none-{platform}.whl"
 
 
 def test_holds_the_package_and_nothing_else(installed: Path) -> None:
@@ -83,7 +86,9 @@ def test_holds_the_package_and_nothing_else(installed: Path) -> None:
     assert tops == {"retinue", f"retinue-{retinue.__version__}.dist-info"}
     sources = ROOT / "src" / "retinue"
     there = {f.relative_to(sources) for f in sources.rglob("*") if f.is_file()}
-    there = {file for file in there if "__pycache__" not in file.parts}
+    there = {file for file in there if "__pycache__" not in file.parts and file.suffix != ".so"}
+    if shutil.which(os.environ.get("CXX", "c++")):
+        there.add(Path("libretinue.so"))
     package = installed / "retinue"
     assert {f.relative_to(package) for f in package.rglob("*") if f.is_file()} == there
 

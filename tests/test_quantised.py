@@ -166,7 +166,8 @@ def test_every_weight_is_that_of_the_counterpart(
         llm.generate(models.prompt_of(40), models.greedy(2))
         (found,) = assembly.network.experts.modules
         for expert in range(found.experts):
-            views = assembly.cache.use(found.layer, expert)
+            (slot,) = assembly.cache.use(found.layer, [expert]).tolist()
+            views = assembly.cache.views(slot)
             for name, blocks in views.items():
                 parts = [b.decode(dtype) if isinstance(b, Packed) else b for b in blocks]
                 assert torch.equal(torch.cat(parts), state[f"{found.name}.{name}"][expert])

@@ -10,25 +10,26 @@ import torch
 import models
 from retinue.errors import NotFinite, SelfCheckFailed
 from retinue.memory.cache import ExpertCache, Views
-from retinue.model import experts
+from retinue.model import work
 
 Corruption = Callable[[ExpertCache, int, int, Views], Views]
 
 
 def corrupt(monkeypatch: pytest.MonkeyPatch, change: Corruption) -> None:
     """Let the cache hand out something else than what was read."""
-    plain = ExpertCache.use
+    plain = ExpertCache.views
 
-    def use(cache: ExpertCache, layer: int, expert: int) -> Views:
-        return change(cache, layer, expert, plain(cache, layer, expert))
+    def views(cache: ExpertCache, slot: int) -> Views:
+        layer, expert = cache._owner[slot].tolist()
+        return change(cache, layer, expert, plain(cache, slot))
 
-    monkeypatch.setattr(ExpertCache, "use", use)
+    monkeypatch.setattr(ExpertCache, "views", views)
 
 
 def neighbour(cache: ExpertCache, layer: int, expert: int, views: Views) -> Views:
     """Another resident expert of the same layer, as soon as there is one."""
     others = [e for e in range(cache.experts) if cache.slot_of[layer, e] >= 0 and e != expert]
-    return cache.views(int(cache.slot_of[layer, others[0]])) if others else views
+    return cache._views[int(cache.slot_of[layer, others[0]])] if others else views
 
 
 def halves(cache: ExpertCache, layer: int, expert: int, views: Views) -> Views:
@@ -55,8 +56,8 @@ def test_a_wrong_path_is_noticed(
 
 
 def test_a_wrong_order_of_weights_is_noticed(olmoe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = experts.weighted_sum
-    monkeypatch.setattr(experts, "weighted_sum", lambda rows, w: plain(rows, w.flip(-1)))
+    plain = work.weighted_sum
+    monkeypatch.setattr(work, "weighted_sum", lambda rows, w: plain(rows, w.flip(-1)))
     with pytest.raises(SelfCheckFailed):
         models.open_llm(olmoe)
 

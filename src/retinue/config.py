@@ -27,8 +27,10 @@ ENVIRONMENT_KEYS = (
     "precision",
     "threads",
     "self_check",
+    "eager",
 )
-PRECISIONS = ("as-is",)
+AS_IS = "as-is"
+PRECISIONS = (AS_IS, "int8", "int4")
 
 _UNITS = {"": 1, "B": 1}
 _UNITS |= {f"{letter}B": 1000**n for n, letter in enumerate("KMGT", 1)}
@@ -90,9 +92,10 @@ class Config:
     profile: str | None = _option(
         None, "what `retinue profile` wrote; default: what it remembered of this model", "FILE"
     )
-    precision: str = _option("as-is", "of weights in memory: as-is", "NAME")
+    precision: str = _option(AS_IS, "of weights in memory: as-is, int8 or int4", "NAME")
     threads: int | None = _option(None, "cores that may be used", "N")
     self_check: bool = _option(True, "compare with the reference at load")
+    eager: bool = _option(False, "run each decoding step as transformers does, unprepared")
     max_new_tokens: int = _option(256, "longest answer, in tokens", "N")
     temperature: float = _option(0.0, "0 is greedy", "T")
     top_p: float = _option(1.0, "sample from the most likely tokens of this total share", "P")

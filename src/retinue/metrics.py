@@ -6,6 +6,13 @@ from retinue.types import Phase
 
 
 @dataclass(slots=True)
+class Clock:
+    """Seconds that one kind of work has taken so far, written by the engine thread."""
+
+    seconds: float = 0.0
+
+
+@dataclass(slots=True)
 class PhaseCounters:
     """What forward passes of one phase cost."""
 
@@ -22,6 +29,8 @@ class PhaseCounters:
     rerouted: int = 0  # tokens' chosen experts that another one served
     degraded_weight: float = 0.0  # of it, not served by the expert that the router chose
     stall_s: float = 0.0  # time in which a layer had nothing to compute and waited for reads
+    expert_s: float = 0.0  # in the routed experts' matrices, and in summing what they gave
+    dense_s: float = 0.0  # in linear layers and attention outside of routed experts
     steps_s: list[float] = field(default_factory=list)
 
     @property
@@ -29,6 +38,11 @@ class PhaseCounters:
         """Hits over all lookups; 1 when nothing was looked up."""
         total = self.hits + self.pending + self.misses
         return self.hits / total if total else 1.0
+
+    @property
+    def overhead_s(self) -> float:
+        """The rest: norms, routers, look-ahead, books, Python. The four add up to `seconds`."""
+        return self.seconds - self.stall_s - self.expert_s - self.dense_s
 
     @property
     def degraded_share(self) -> float:

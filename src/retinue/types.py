@@ -120,10 +120,17 @@ class Stats:
     bytes_read: int = 0
     bytes_read_per_token: float = 0.0
     read_bytes_per_s: float = 0.0
-    stall_s: float = 0.0
+    stall_s: float = 0.0  # with the three that follow: all of `decode_s`
+    expert_s: float = 0.0
+    dense_s: float = 0.0
+    overhead_s: float = 0.0
     degraded_share: float = 0.0
     used_bytes_read: int = 0
     prefill_bytes_read: int = 0
+    prefill_stall_s: float = 0.0
+    prefill_expert_s: float = 0.0
+    prefill_dense_s: float = 0.0
+    prefill_overhead_s: float = 0.0
     reused_tokens: int = 0
     disk_bytes_per_s: float | None = None
     memory_bytes_per_s: float | None = None
@@ -160,7 +167,7 @@ class Facts:
     experts_per_layer: int
     total_experts: int
     top_k: int
-    expert_bytes: int  # of one expert's weights as they are stored
+    expert_bytes: int  # of one expert's weights as they are in memory
     slot_bytes: int  # room that one expert takes in memory, alignment included
     dense_bytes: int  # of all weights that are not routed experts, in memory
     dense_bytes_per_token: int  # of those, what one decode step reads
@@ -175,6 +182,12 @@ class Facts:
     state_bytes: int = 0  # of a sequence, whatever its length: recurrent and convolution states
     stored: str = ""  # the experts' format, where it is not the type that is computed in
     decoded_bytes: int = 0  # of one expert in that type, where it has to be decoded to it
+    plain_bytes: int = 0  # of one expert in the files, where it is encoded when it is read
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes of one expert's weights that a miss reads."""
+        return self.plain_bytes or self.expert_bytes
 
     @property
     def min_slots(self) -> int:

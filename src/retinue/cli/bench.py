@@ -12,7 +12,7 @@ from retinue.cli.terminal import audience, emit_json, note, table
 from retinue.config import Config, format_size
 from retinue.engine.bound import with_bound
 from retinue.engine.llm import LLM
-from retinue.engine.request import new_request
+from retinue.engine.request import Request, new_request
 from retinue.errors import UsageError
 from retinue.memory.budget import split
 from retinue.memory.home import locate
@@ -29,7 +29,7 @@ def execute(options: Namespace) -> int:
     needed = prompt_tokens + new_tokens + 1
     config = config_from(options, context=None if options.prompts else needed)
     folder = locate(options.model, note)
-    facts = survey(folder)
+    facts = survey(folder, config.precision)
     limits = split(facts, **config.room())
     # Nothing is loaded yet, so the probe may take what the model will.
     room = min(384 << 20, limits.budget - limits.fixed)
@@ -39,6 +39,7 @@ def execute(options: Namespace) -> int:
     with LLM.from_config(folder, config) as llm:
         for text in llm.assembly.notes:
             note(f"note: {text}", "yellow")
+        llm.fill()
         stats, prompt_tokens = _measure(llm, options, facts, config)
         after = Speeds(measure_disk(files), _memory_again(llm, threads, before))
     speeds = Speeds(
@@ -72,11 +73,17 @@ def _measure(llm: LLM, options: Namespace, facts: Facts, config: Config) -> tupl
                 hint=f"use `--context {len(prompt) + count + 1}`, or fewer tokens",
             )
         forced = [ids.randrange(facts.vocab_size) for _ in range(count + 1)]
-        params = SamplingParams(max_new_tokens=count + 1, ignore_eos=True)
-        request = new_request(prompt, params, None, forced=forced, task=config.task)
-        for _ in llm.run(request):
-            pass
+        request = _run(llm, prompt, forced, config)
     return llm.stats(request), len(request.prompt)
+
+
+def _run(llm: LLM, prompt: list[int], forced: list[int], config: Config) -> Request:
+    """Feed `prompt`, then `forced`, whatever the model would have said."""
+    params = SamplingParams(max_new_tokens=len(forced), ignore_eos=True)
+    request = new_request(prompt, params, None, forced=forced, task=config.task)
+    for _ in llm.run(request):
+        pass
+    return request
 
 
 def _texts(path: Path) -> list[str]:
@@ -140,7 +147,29 @@ def _text(document: dict[str, Any], stats: Stats, before: Speeds, after: Speeds)
         ("disk", _two(before.disk_bytes_per_s, after.disk_bytes_per_s), "before and after"),
         ("memory", _two(before.memory_bytes_per_s, after.memory_bytes_per_s), "before and after"),
     ]
-    return table(("measured", "", ""), rows)
+    return f"{table(('measured', '', ''), rows)}\n\n{_where(stats)}"
+
+
+def _where(stats: Stats) -> str:
+    """Where each phase's seconds went: the last four add up to the first."""
+    header = ("phase", "seconds", "at the bound", "read stall", "experts", "dense", "overhead")
+    bound = ""
+    if stats.share_of_bound:
+        bound = f"{stats.decode_s * stats.share_of_bound:.2f}"
+    phases = {
+        "prefill": (stats.prefill_s, ("prefill_stall_s", "prefill_expert_s", "prefill_dense_s")),
+        "decode": (stats.decode_s, ("stall_s", "expert_s", "dense_s")),
+    }
+    rows = []
+    for name, (whole_s, keys) in phases.items():
+        parts = [getattr(stats, key) for key in keys]
+        shown = [_part(part, whole_s) for part in [*parts, whole_s - sum(parts)]]
+        rows.append((name, f"{whole_s:.2f}", bound if name == "decode" else "", *shown))
+    return table(header, rows)
+
+
+def _part(seconds: float, whole_s: float) -> str:
+    return f"{seconds:.2f} ({seconds / whole_s:.0%})" if whole_s else ""
 
 
 def _two(first: float, second: float) -> str:

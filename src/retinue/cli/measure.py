@@ -31,7 +31,7 @@ def measured(options: Namespace, config: Config) -> Iterator[tuple[Assembly, lis
     data = Path(options.data) if options.data else sample_tasks()
     texts = read_texts(data, options.per_task)
     folder = locate(options.model, note)
-    facts = survey(folder)
+    facts = survey(folder, config.precision)
     ids = as_ids(texts, _encoder(folder, texts), facts.vocab_size)
     if config.context is None:
         longest = max(len(text.ids) for text in ids)
@@ -65,6 +65,21 @@ def bar(total: int) -> Iterator[Callable[[], Any]]:
 
     with tqdm(total=total, unit="text", dynamic_ncols=True, file=sys.stderr) as shown:
         yield lambda: shown.update()
+
+
+@contextmanager
+def byte_bar() -> Iterator[Callable[[int, int], Any]]:
+    """A progress bar over bytes on stderr; yields what is told of new ones, and of all."""
+    from tqdm import tqdm
+
+    settings = {"unit": "B", "unit_scale": True, "unit_divisor": 1024, "dynamic_ncols": True}
+    with tqdm(file=sys.stderr, **settings) as shown:
+
+        def advance(count: int, whole: int) -> None:
+            shown.total = whole
+            shown.update(count)
+
+        yield advance
 
 
 def _encoder(folder: Path, texts: list[TaskText]) -> Callable[[str, bool], list[int]]:

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from retinue.config import Config
 from retinue.engine.blocks import BlockPool
 from retinue.engine.cohort import Cohort
@@ -26,11 +24,13 @@ from retinue.metrics import Metrics
 from retinue.model.abilities import Abilities
 from retinue.model.attention import install
 from retinue.model.experts import IMPLEMENTATION, ExpertHost
+from retinue.model.kernels import find_kernels, use_threads
 from retinue.model.kv import Store
 from retinue.model.load import Network, build, end_tokens, load_dense, load_tokenizer
 from retinue.model.reference import self_check
 from retinue.model.routing import find_routers
 from retinue.model.runner import Runner
+from retinue.model.step import Steps
 from retinue.model.survey import survey_abilities
 from retinue.policy.base import Policies
 from retinue.policy.presets import Preset
@@ -80,12 +80,12 @@ def assemble(reserved: Reserved) -> Assembly:
     started = time.perf_counter()
     config, folder, facts = reserved.config, reserved.folder, reserved.facts
     policies, limits, tier = reserved.policies, reserved.split, reserved.tier
-    threads = config.threads or cores()
+    threads, notes = config.threads or cores(), [*reserved.notes]
+    use_threads(threads)
     with ExitStack() as undo:
         undo.callback(reserved.release)
         known = known_beforehand(folder, facts, policies.placement, config)
-        torch.set_num_threads(threads)
-        network = build(open_checkpoint(folder))
+        network = build(open_checkpoint(folder), config.precision)
         network.model.set_experts_implementation(IMPLEMENTATION)
         abilities = survey_abilities(network)
         reader, metrics = Reader(), Metrics()
@@ -97,16 +97,16 @@ def assemble(reserved: Reserved) -> Assembly:
         if config.self_check:
             experts = network.experts
             self_check(host, experts.modules, experts.layouts, network.model.dtype)
-        store = Store(network.model.config, limits.kv_tokens, shareable=abilities.batching)
-        if store.shareable:
-            install(network.model, store)
+        store = _store(network, limits, abilities)
         scheduler = _scheduler(facts, limits, config, abilities, store)
-        runner = Runner(network, host, mover, metrics, store)
+        steps = None if config.eager else _steps(network, store, abilities, notes)
+        runner = Runner(network, host, mover, metrics, store, steps)
         engine = Engine(runner, scheduler, facts.vocab_size, end_tokens(network))
         tokenizer = load_tokenizer(folder)
         residents = _residents(host, policies, known, network, config)
         undo.pop_all()
-    notes = [*reserved.notes, *([reader.note] if reader.note else []), *abilities.notes]
+    notes += [reader.note] if reader.note else []
+    notes += abilities.notes
     notes += [BLIND] if policies.predictor.needs and not host.sees_ahead else []
     notes += [APPROXIMATE] if not reserved.preset.exact else []
     load_s = reserved.seconds + time.perf_counter() - started
@@ -130,6 +130,14 @@ def assemble(reserved: Reserved) -> Assembly:
     )
 
 
+def _store(network: Network, limits: Split, abilities: Abilities) -> Store:
+    """Keys, values and states of all sequences, and the attention over them."""
+    store = Store(network.model.config, limits.kv_tokens, shareable=abilities.batching)
+    if store.shareable:
+        install(network.model, store, network.dense)
+    return store
+
+
 def _scheduler(
     facts: Facts, limits: Split, config: Config, abilities: Abilities, store: Store
 ) -> Scheduler:
@@ -149,13 +157,21 @@ def _scheduler(
     return Scheduler(BlockPool(store.tokens // BLOCK_TOKENS), bounds, cohort)
 
 
+def _steps(network: Network, store: Store, abilities: Abilities, notes: list[str]) -> Steps:
+    """The prepared steps; that of one sequence is recorded now, as nobody waits for a token."""
+    steps = Steps(network.model, store, notes.append, abilities.unprepared)
+    steps.prepare(1)
+    return steps
+
+
 def _host(
     network: Network, tier: Tier, mover: Mover, policies: Policies, metrics: Metrics
 ) -> ExpertHost:
     modules, layouts = network.experts.modules, network.experts.layouts
     cache = ExpertCache(layouts, tier, mover, policies.evictor, network.top_k)
     routers = find_routers(network.model, modules)
-    return ExpertHost(modules, routers, cache, policies, metrics)
+    kernels = find_kernels(modules, layouts, tier, network.model.dtype)
+    return ExpertHost(modules, routers, cache, policies, metrics, kernels)
 
 
 def _residents(

@@ -2,6 +2,7 @@
 
 import operator
 import statistics
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -50,6 +51,7 @@ class LLM:
         batch: int | None = None,
         chunk: int | None = None,
         self_check: bool | None = None,
+        eager: bool | None = None,
     ) -> None:
         flags = {
             "memory": memory,
@@ -64,6 +66,7 @@ class LLM:
             "batch": batch,
             "chunk": chunk,
             "self_check": self_check,
+            "eager": eager,
         }
         config = load_config(flags)
         self._open(model, replace(config, batch=config.batch or DEFAULT_BATCH))
@@ -231,6 +234,18 @@ class LLM:
             if request.state is State.FAILED and request.error is not None:
                 raise request.error
 
+    def fill(self) -> None:
+        """Read every expert now, where all of them fit, instead of when one is first needed.
+
+        The time counts as `load_s`. Raises the error of a read that failed.
+        """
+        assembly = self.assembly
+        if not assembly.cache.holds_everything:
+            return
+        started = time.perf_counter()
+        assembly.cache.place(assembly.network.experts.there)
+        assembly.load_s += time.perf_counter() - started
+
     def stats(self, request: Request) -> Stats:
         """What `request` has cost. Passes that served several requests count for each of them."""
         return _stats(self.assembly, request)
@@ -296,9 +311,16 @@ def _stats(assembly: "Assembly", request: Request) -> Stats:
         bytes_read_per_token=_rate(decode.bytes_read, decode.tokens),
         read_bytes_per_s=_rate(decode.bytes_read, decode.seconds),
         stall_s=decode.stall_s,
+        expert_s=decode.expert_s,
+        dense_s=decode.dense_s,
+        overhead_s=decode.overhead_s,
         degraded_share=decode.degraded_share,
         used_bytes_read=decode.used_bytes_read,
         prefill_bytes_read=prefill.bytes_read,
+        prefill_stall_s=prefill.stall_s,
+        prefill_expert_s=prefill.expert_s,
+        prefill_dense_s=prefill.dense_s,
+        prefill_overhead_s=prefill.overhead_s,
         reused_tokens=request.reused,
     )
 

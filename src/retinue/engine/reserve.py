@@ -44,7 +44,7 @@ def reserve(model: str | Path, config: Config) -> Reserved:
     folder = locate(model, notes.append)
     chosen = preset(config.preset)
     policies = chosen.build()
-    facts = survey(folder)
+    facts = survey(folder, config.precision)
     limits = split(facts, **config.room(), each_layer=policies.placement.fixed)
     tier = Tier(limits.slots, limits.slot_bytes)
     tier.touch()

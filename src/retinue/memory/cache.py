@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from retinue.errors import RetinueError
+from retinue.memory.intake import Intake
 from retinue.memory.layout import Block, ExpertLayout
 from retinue.memory.lease import Lease
 from retinue.memory.mover import Mover, Ticket, TicketState, Urgency
@@ -43,6 +44,7 @@ class ExpertCache:
         top_k: int,
     ) -> None:
         self._layouts, self._tier, self._mover, self._evictor = layouts, tier, mover, evictor
+        self._intake = Intake(layouts)
         self.top_k = top_k
         self.experts = max(len(row) for row in layouts)
         shape = (len(layouts), self.experts)
@@ -156,12 +158,14 @@ class ExpertCache:
         finally:
             lease.end()
 
-    def use(self, layer: int, expert: int) -> Views:
-        """The parameters of a READY expert that is now computed; counts its read as useful."""
-        if self._fresh[layer, expert]:
-            self._fresh[layer, expert] = False
-            self.used_bytes_read += self._layouts[layer][expert].weight_bytes
-        return self._views[int(self.slot_of[layer, expert])]
+    def use(self, layer: int, experts: Sequence[int] | IntArray) -> IntArray:
+        """The slots of READY experts that are now computed; counts their reads as useful."""
+        fresh = self._fresh[layer, experts]
+        if fresh.any():
+            for expert in np.asarray(experts)[fresh].tolist():
+                self.used_bytes_read += self._layouts[layer][expert].used_bytes
+            self._fresh[layer, experts] = False
+        return np.asarray(self.slot_of[layer, experts], dtype=np.int64)
 
     # --- reading
 
@@ -363,8 +367,9 @@ class ExpertCache:
         slot = self._tier.take()
         assert slot is not None
         self._failed.pop(key, None)
-        extents = self._layouts[key.layer][key.index].extents
-        self._loading[key] = (self._mover.submit(extents, self._tier.memory(slot), urgency), slot)
+        layout = self._layouts[key.layer][key.index]
+        ticket = self._intake.submit(self._mover, key, layout, self._tier, slot, urgency)
+        self._loading[key] = (ticket, slot)
         self.slot_of[key] = LOADING
         self._transient[slot] = transient
 

@@ -1,5 +1,7 @@
 """Pins: what a running layer needs may not leave."""
 
+from collections.abc import Sequence
+
 from retinue.types import IntArray
 
 
@@ -12,12 +14,12 @@ class Lease:
         self._pins, self._held = pins, set(experts.tolist())
         pins[experts] += 1
 
-    def release(self, expert: int) -> None:
-        """`expert` has been computed and may leave."""
-        self._held.remove(expert)
-        self._pins[expert] -= 1
+    def release(self, experts: Sequence[int]) -> None:
+        """`experts` have been computed and may leave."""
+        for expert in experts:
+            self._held.remove(expert)
+        self._pins[experts] -= 1
 
     def end(self) -> None:
         """Release whatever is still held."""
-        for expert in list(self._held):
-            self.release(expert)
+        self.release(list(self._held))

@@ -7,6 +7,7 @@ bit for bit, whatever runs beside it.
 """
 
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from retinue.metrics import Clock
 from retinue.model.kv import Span, Store
 
 IMPLEMENTATION = "retinue"
@@ -23,14 +25,15 @@ IMPLEMENTATION = "retinue"
 Result = tuple[torch.Tensor, torch.Tensor | None]
 
 
-def install(model: PreTrainedModel, store: Store) -> None:
-    """Let `model` attend by sequence, over what `store` holds."""
+def install(model: PreTrainedModel, store: Store, clock: Clock | None = None) -> None:
+    """Let `model` attend by sequence, over what `store` holds; `clock` counts the time."""
+    clock = clock or Clock()
     name: str = model.config._attn_implementation
     assert name != IMPLEMENTATION
     model.set_attn_implementation(IMPLEMENTATION)
     for module in model.modules():
         if isinstance(getattr(module, "layer_idx", None), int):
-            module.retinue_attend = _Attention(store, name)  # type: ignore[assignment]
+            module.retinue_attend = _Attention(store, name, clock)  # type: ignore[assignment]
 
 
 def uninstall(model: PreTrainedModel) -> None:
@@ -72,8 +75,8 @@ class Mask:
 class _Attention:
     """What an attention module carries: the store, and the name of its own attention."""
 
-    def __init__(self, store: Store, name: str) -> None:
-        self._store, self.name = store, name
+    def __init__(self, store: Store, name: str, clock: Clock) -> None:
+        self._store, self.name, self._clock = store, name, clock
 
     def __call__(
         self,
@@ -83,6 +86,20 @@ class _Attention:
         value: torch.Tensor,
         mask: Any,
         **options: Any,
+    ) -> Result:
+        started = time.perf_counter()
+        result = self._attend(module, query, key, value, mask, options)
+        self._clock.seconds += time.perf_counter() - started
+        return result
+
+    def _attend(
+        self,
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: Any,
+        options: dict[str, Any],
     ) -> Result:
         inner = self._inner(module)
         store = self._store

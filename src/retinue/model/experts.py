@@ -5,34 +5,33 @@ the end. So the result does not depend on what was resident, on the order in whi
 nor on how a layer was cut into waves.
 """
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from retinue.errors import Cancelled
-from retinue.memory.cache import LOADING, ExpertCache, Views
-from retinue.memory.formats import Packed
-from retinue.memory.layout import Block
+from retinue.memory.cache import LOADING, ExpertCache
 from retinue.memory.mover import Urgency
 from retinue.metrics import Metrics
 from retinue.model.expert_map import ExpertsModule
-from retinue.model.linear import product
+from retinue.model.kernels import ExpertKernel
 from retinue.model.restriction import Restriction
 from retinue.model.routing import Router
+from retinue.model.work import NativeWork, Work
 from retinue.policy.base import Ahead, BoolArray, Policies
 from retinue.types import Demand, FloatArray, IntArray
 
 IMPLEMENTATION = "retinue"
+Result = TypeVar("Result")
 # Sees (layer, hidden, index, weights) of every layer that runs.
 Watch = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], None]
 WAIT_S = 0.1  # how often a stalled layer looks whether its request was cancelled
-SUM_BLOCK_TOKENS = 64  # bounds the rows that are held in fp32
 
 
 class ExpertHost:
@@ -41,6 +40,7 @@ class ExpertHost:
     `begin` is told the tasks of the requests that run, before a step; returns bytes it read.
     `restriction` stands between the routers and an approximate preset's routing; nothing is
     fetched while it is active. Raises Unsupported where the routers do not obey it.
+    `kernels` run the layers that they can; torch runs the others.
     """
 
     def __init__(
@@ -50,8 +50,10 @@ class ExpertHost:
         cache: ExpertCache,
         policies: Policies,
         metrics: Metrics,
+        kernels: Mapping[int, ExpertKernel] | None = None,
     ) -> None:
         self.cache, self.metrics = cache, metrics
+        self.kernels = kernels or {}
         self.stop: Callable[[], bool] = lambda: False
         self.begin: Callable[[Sequence[str | None]], int] = lambda tasks: 0
         self.watch: Watch | None = None
@@ -107,8 +109,13 @@ class ExpertHost:
             raise Cancelled("the request was cancelled")
         if self.watch is not None:
             self.watch(layer, hidden, index, weights)
-        cache, work = self.cache, _Work(self._modules[layer], hidden, index, weights)
-        if self.restricted or (cache.holds_everything and cache.has_all(layer)):
+        cache = self.cache
+        settled = cache.holds_everything and cache.has_all(layer)
+        kernel = self.kernels.get(layer)
+        if settled and kernel is not None and len(hidden) == 1 and not self.restricted:
+            return self._run_token(kernel, layer, hidden, index, weights)
+        work = self._work(layer, hidden, index, weights)
+        if self.restricted or settled:
             return self._run_resident(layer, work)
         demand = work.demand(layer)
         cache.begin_layer(layer)
@@ -121,27 +128,62 @@ class ExpertHost:
             todo = set(demand.experts.tolist())
             while todo:
                 ready = [e for e in todo if cache.slot_of[layer, e] >= 0]
-                for expert in ready:
-                    work.compute(expert, cache.use(layer, expert))
-                    todo.remove(expert)
-                    lease.release(expert)
+                if not ready:
+                    missing = self._stall(layer, todo, missing)
+                # While some wait for room, they ask again as soon as one more may leave.
+                for some in [[e] for e in ready] if len(missing) or not ready else [ready]:
+                    self._timed(work.compute, some, cache.use(layer, some))
+                    todo.difference_update(some)
+                    lease.release(some)
                     if len(missing):
                         cache.poll()
                         missing = cache.fetch(layer, missing)
-                if not ready:
-                    missing = self._stall(layer, todo, missing)
-        return work.result()
+        return self._timed(work.result)
 
-    def _run_resident(self, layer: int, work: "_Work") -> torch.Tensor:
+    def _run_token(
+        self,
+        kernel: ExpertKernel,
+        layer: int,
+        hidden: torch.Tensor,
+        index: torch.Tensor,
+        weights: torch.Tensor,
+    ) -> torch.Tensor:
+        """One token in a layer that nothing can evict: what decoding mostly is in memory."""
+        experts = index[0].numpy()
+        there = experts < self.cache.experts
+        if not there.all():
+            experts = experts[there]
+        self.metrics.now.hits += len(set(experts.tolist()))
+        self.cache.mark_used(layer, experts)
+        slots = self.cache.use(layer, experts)
+        ranks = np.flatnonzero(there)
+        return self._timed(kernel.run_token, experts, slots, ranks, hidden, weights)
+
+    def _run_resident(self, layer: int, work: Work) -> torch.Tensor:
         """A layer that nothing can evict: there is nothing to ask and no book to keep."""
         if self.restricted:
             self._count_rerouted(layer, work.experts)
         else:
             self.metrics.now.hits += len(work.experts)
         self.cache.mark_used(layer, work.experts)
-        for expert in work.experts.tolist():
-            work.compute(expert, self.cache.use(layer, expert))
-        return work.result()
+        experts = work.experts.tolist()
+        self._timed(work.compute, experts, self.cache.use(layer, experts))
+        return self._timed(work.result)
+
+    def _timed(self, compute: Callable[..., Result], *arguments: Any) -> Result:
+        """What `compute` gives; its time counts as that of routed experts."""
+        started = time.perf_counter()
+        result = compute(*arguments)
+        self.metrics.now.expert_s += time.perf_counter() - started
+        return result
+
+    def _work(
+        self, layer: int, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
+    ) -> Work:
+        module, kernel, views = self._modules[layer], self.kernels.get(layer), self.cache.views
+        if kernel is None:
+            return Work(module, views, hidden, index, weights)
+        return NativeWork(kernel, module, views, hidden, index, weights)
 
     def _start_reads(self, demand: Demand, slots: IntArray, hidden: torch.Tensor) -> IntArray:
         """Submit demand reads, then look ahead. Returns the experts that found no room yet."""
@@ -239,118 +281,6 @@ class _Layer:
         self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
         return self._host.run(self._layer, hidden, index, weights)
-
-
-class _Work:
-    """One layer's work in one step: which rows belong to which expert, and their outputs."""
-
-    def __init__(
-        self, module: nn.Module, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
-    ) -> None:
-        self._module, self._hidden, self._weights = module, hidden, weights
-        self._tokens, self._k = index.shape
-        self._ids = index.reshape(-1).numpy()
-        self._count: int = module.num_experts  # type: ignore[assignment]
-        order = np.argsort(self._ids, kind="stable")
-        self._order = order
-        sorted_ids = self._ids[order]
-        valid = int(np.searchsorted(sorted_ids, self._count))
-        self.experts, starts = np.unique(sorted_ids[:valid], return_index=True)
-        spans = pairwise([*starts.tolist(), valid])
-        self._spans = dict(zip(self.experts.tolist(), spans, strict=True))
-        shape = (self._tokens * self._k, hidden.shape[-1])
-        full = valid == len(order)
-        self._rows = hidden.new_empty(shape) if full else hidden.new_zeros(shape)
-
-    def demand(self, layer: int) -> Demand:
-        """The distinct experts, with their tokens and summed weights."""
-        flat = self._weights.reshape(-1).float().numpy()
-        weight = np.bincount(
-            np.minimum(self._ids, self._count), weights=flat, minlength=self._count + 1
-        )
-        tokens = np.array([stop - start for start, stop in self._spans.values()], dtype=np.int64)
-        return Demand(layer, self.experts, tokens, weight[self.experts].astype(np.float32))
-
-    def compute(self, expert: int, views: Views) -> None:
-        """Run one expert on its tokens, into its rows."""
-        start, stop = self._spans[expert]
-        rows = self._order[start:stop]
-        if self._tokens == 1:
-            output = apply_expert(self._module, self._hidden, views)[0]
-            for row in rows.tolist():  # more than one where a router names an expert twice
-                self._rows[row] = output
-            return
-        at = torch.from_numpy(rows)
-        padding = padded_tokens(len(rows)) - len(rows)
-        inputs = self._hidden.index_select(0, functional.pad(at // self._k, (0, padding)))
-        outputs = apply_expert(self._module, inputs, views)
-        self._rows.index_copy_(0, at, outputs[: len(rows)])
-
-    def result(self) -> torch.Tensor:
-        """Weight the rows and sum them in router order: [tokens, hidden]."""
-        rows = self._rows.view(self._tokens, self._k, -1)
-        out = torch.empty_like(self._hidden)
-        for start in range(0, self._tokens, SUM_BLOCK_TOKENS):
-            block = slice(start, start + SUM_BLOCK_TOKENS)
-            out[block] = weighted_sum(rows[block], self._weights[block])
-        return out
-
-
-def padded_tokens(count: int) -> int:
-    """The number of rows that `count` tokens are computed as.
-
-    The matrix library compiles a kernel for every number of rows it meets and keeps up to a
-    megabyte for each; a prefill of 2,000 tokens met hundreds. With few sizes there are few.
-    """
-    if count <= 32:
-        return 1 << (count - 1).bit_length()
-    return -(-count // 32) * 32
-
-
-def weighted_sum(rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Sum over k of `weights [n, k] * rows [n, k, hidden]`, one after the other, in fp32."""
-    scales = weights.float().unsqueeze(-1)
-    rows = rows.float()
-    total = rows[:, 0] * scales[:, 0]
-    for k in range(1, rows.shape[1]):
-        total.addcmul_(rows[:, k], scales[:, k])
-    return total
-
-
-def apply_expert(module: nn.Module, inputs: torch.Tensor, views: Views) -> torch.Tensor:
-    """One expert's feed-forward network: inputs [n, hidden] -> [n, hidden], in inputs' type.
-
-    `views` holds its parameters in the checkpoint's own type and layout; the module's flags say
-    how they are to be read.
-    """
-    up_name = "gate_up_proj" if module.has_gate else "up_proj"
-    up = _linear(module, inputs, views, up_name)
-    activate = module._apply_gate if module.has_gate else module.act_fn
-    out = _linear(module, activate(up), views, "down_proj")  # type: ignore[operator]
-    return module.post_expert_norm(out) if module.has_post_expert_norm else out  # type: ignore[operator]
-
-
-def _linear(module: nn.Module, inputs: torch.Tensor, views: Views, name: str) -> torch.Tensor:
-    biases = views.get(f"{name}_bias")
-    bias = _whole(biases, inputs.dtype) if biases is not None else None
-    blocks = [_product(inputs, block, module.is_transposed) for block in views[name]]
-    out = blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=-1)
-    return out if bias is None else out + bias
-
-
-def _product(inputs: torch.Tensor, weight: Block, transposed: Any) -> torch.Tensor:
-    numbers = in_type(weight, inputs.dtype)
-    return product(inputs, numbers.T if transposed else numbers)
-
-
-def in_type(block: Block, dtype: torch.dtype) -> torch.Tensor:
-    """`block` in the type that is computed with. What was packed lives until it was used."""
-    return block.decode(dtype) if isinstance(block, Packed) else block.to(dtype)
-
-
-def _whole(blocks: tuple[Block, ...], dtype: torch.dtype) -> torch.Tensor:
-    numbers = [in_type(block, dtype) for block in blocks]
-    return numbers[0] if len(numbers) == 1 else torch.cat(numbers)
 
 
 def _forward(
