@@ -1,5 +1,4 @@
 #include "kernels.h"
 namespace retinue {
 const Kernels* avx2_kernels() { return nullptr; }
-const Kernels* amx_kernels() { return nullptr; }
 }

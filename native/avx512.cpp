@@ -9,7 +9,7 @@ namespace retinue {
 namespace {
 
 // How far ahead of the weights that are read the memory is asked for, in bytes.
-constexpr int kAhead = 4096;
+constexpr int kAhead = 16384;
 
 template <int FORMAT>
 inline void unpack(const uint8_t* codes, __m512i* weights) {
@@ -144,8 +144,8 @@ void multiply(const Tile& tile, const Block* blocks, int32_t count, int32_t stri
 }  // namespace
 
 const Kernels* avx512_kernels() {
-    static const Kernels table = {"avx512-vnni", load, store,  prepare, activate,
-                                  multiply,      sum,  encode, decode};
+    static const Kernels table = {"avx512-vnni", false, load, store,  prepare, activate,
+                                  multiply, sum, encode, decode};
     return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") ? &table
                                                                                       : nullptr;
 }

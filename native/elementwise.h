@@ -121,6 +121,14 @@ void prepare(const float* x, int32_t format, int32_t groups, const Block& block,
             quantise(x, zero, block.codes + at * kGroup, block.scales + at, block.offsets + at);
             continue;
         }
+        if (block.pairs) {
+            const int64_t first = static_cast<int64_t>(group + g) * block.tokens * kGroup;
+            for (int i = 0; i < kGroup; i++) {
+                const int64_t pair = static_cast<int64_t>(i / 2) * block.tokens + token;
+                block.pairs[first + pair * 2 + i % 2] = float_to_bf16(x[i]);
+            }
+            continue;
+        }
         float* values = block.values + at * kGroup;
         for (int i = 0; i < kGroup / 2; i++) {
             values[i] = x[2 * i];

@@ -16,13 +16,16 @@ constexpr int kTokens = 16;  // tokens of a block at most
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Inputs of some tokens as the kernels read them: written once, read for every tile of rows.
+// Inputs of some tokens as the kernels read them: written once, read for every tile of rows. A
+// kernel may read on behind each array, up to what 16 tokens would have in the last group.
 struct Block {
     int32_t tokens;
     int8_t* codes;     // [groups][tokens][32]
     float* scales;     // [groups][tokens]
     int32_t* offsets;  // [groups][tokens]: -zero * sum of the codes, where a dot product starts
-    float* values;     // RETINUE_BF16: [groups][tokens][32], even columns before odd ones
+    // Of RETINUE_BF16 one of the two, the others are null:
+    float* values;    // [groups][tokens][32], even columns before odd ones
+    uint16_t* pairs;  // [groups][16][tokens][2]: bfloat16, two neighbouring columns together
 };
 
 // Sixteen rows of a matrix, or those that are left at its end.
@@ -36,6 +39,7 @@ struct Tile {
 
 struct Kernels {
     const char* name;
+    bool pairs;  // whether bfloat16 times bfloat16 reads `pairs`
     // Numbers of a type to fp32 and back, rounded to nearest even.
     void (*load)(const void* x, int32_t type, int64_t count, float* out);
     void (*store)(const float* x, int32_t type, int64_t count, void* out);

@@ -76,8 +76,8 @@ void multiply(const Tile& tile, const Block* blocks, int32_t count, int32_t stri
 }  // namespace
 
 const Kernels* portable_kernels() {
-    static const Kernels table = {"portable", load,     store, prepare, activate,
-                                  multiply,   sum,      encode, decode};
+    static const Kernels table = {"portable", false, load, store,  prepare, activate,
+                                  multiply, sum, encode, decode};
     return &table;
 }
 

@@ -82,26 +82,27 @@ struct Turn {
     std::vector<Block> x, hidden;
 };
 
-std::vector<Block> take_blocks(int32_t format, int32_t columns, int32_t tokens) {
+std::vector<Block> take_blocks(Form form, int32_t columns, int32_t tokens) {
     std::vector<Block> blocks;
     const int32_t groups = static_cast<int32_t>(ceil_div(columns, kGroup));
     for (int32_t first = 0; first < tokens; first += kTokens) {
         const int32_t count = std::min<int32_t>(kTokens, tokens - first);
-        blocks.push_back(take_block(call_scratch, format, groups, count));
+        blocks.push_back(take_block(call_scratch, form, groups, count));
     }
     return blocks;
 }
 
-size_t blocks_bytes(int32_t format, int32_t columns, int64_t tokens) {
+size_t blocks_bytes(Form form, int32_t columns, int64_t tokens) {
     const int32_t groups = static_cast<int32_t>(ceil_div(columns, kGroup));
-    return ceil_div(tokens, kTokens) * block_bytes(format, groups, kTokens);
+    return ceil_div(tokens, kTokens) * block_bytes(form, groups, kTokens);
 }
 
 class Experts {
   public:
     Experts(const retinue_experts_shape& shape, const void* x, float* rows)
         : shape_(shape), x_(x), rows_(rows),
-          rounding_(shape.format == RETINUE_BF16 ? shape.type : RETINUE_TYPE_F32) {}
+          rounding_(shape.format == RETINUE_BF16 ? shape.type : RETINUE_TYPE_F32),
+          form_(form_of(shape.format, shape.type)) {}
 
     void add(const int64_t* parts, const int64_t* pairs, int32_t tokens) {
         const auto matrix = [&](int i, int32_t rows, int32_t columns) {
@@ -139,8 +140,8 @@ class Experts {
         size_t bytes = 0;
         int32_t most = 0;
         for (const Turn& turn : turns_) {
-            bytes += blocks_bytes(shape_.format, shape_.hidden, turn.tokens);
-            bytes += blocks_bytes(shape_.format, shape_.inner, turn.tokens);
+            bytes += blocks_bytes(form_, shape_.hidden, turn.tokens);
+            bytes += blocks_bytes(form_, shape_.inner, turn.tokens);
             most = std::max(most, turn.tokens);
         }
         call_scratch.reserve(bytes);
@@ -151,8 +152,8 @@ class Experts {
             // One token's experts share its prepared input.
             const bool same = before && turn.tokens == 1 && before->tokens == 1 &&
                               token(turn, 0) == token(*before, 0);
-            turn.x = same ? before->x : take_blocks(shape_.format, shape_.hidden, turn.tokens);
-            turn.hidden = take_blocks(shape_.format, shape_.inner, turn.tokens);
+            turn.x = same ? before->x : take_blocks(form_, shape_.hidden, turn.tokens);
+            turn.hidden = take_blocks(form_, shape_.inner, turn.tokens);
             before = &turn;
         }
     }
@@ -176,7 +177,8 @@ class Experts {
     }
 
     static bool same_input(const Turn& a, const Turn& b) {
-        return a.x[0].codes == b.x[0].codes && a.x[0].values == b.x[0].values;
+        const Block &one = a.x[0], &other = b.x[0];
+        return one.codes == other.codes && one.values == other.values && one.pairs == other.pairs;
     }
 
     void gate_up(const Turn& turn, int64_t unit, Scratch& scratch) {
@@ -213,16 +215,18 @@ class Experts {
     const void* x_;
     float* rows_;
     const int32_t rounding_;
+    const Form form_;
     std::vector<Turn> turns_;
     int64_t tokens_ = 0;
 };
 
 void linear_turn(const retinue_matrix& matrix, const void* x, int64_t x_stride, int32_t type,
                  int32_t tokens, const void* bias, void* out) {
-    call_scratch.reserve(blocks_bytes(matrix.format, matrix.columns, tokens));
+    const Form form = form_of(matrix.format, type);
+    call_scratch.reserve(blocks_bytes(form, matrix.columns, tokens));
     const int64_t widest = std::max<int64_t>(matrix.columns, kUnitRows * tokens) + kGroup;
     reserve_threads(Scratch::size<float>(widest));
-    const std::vector<Block> blocks = take_blocks(matrix.format, matrix.columns, tokens);
+    const std::vector<Block> blocks = take_blocks(form, matrix.columns, tokens);
     parallel(tokens, [&](int32_t thread, int64_t t) {
         prepare_token(at(x, t * x_stride, type), type, matrix.format, matrix.columns,
                       blocks[t / kTokens], static_cast<int32_t>(t % kTokens),

@@ -45,22 +45,31 @@ class Scratch {
     size_t bytes_ = 0, used_ = 0;
 };
 
-// A block's arrays; an extra group lies behind the codes, since a kernel may read 16 tokens of the
-// last one whatever their number.
-inline size_t block_bytes(int32_t format, int32_t groups, int32_t tokens) {
-    const int64_t count = static_cast<int64_t>(groups) * tokens;
-    if (format == RETINUE_BF16) return Scratch::size<float>(count * kGroup);
-    return Scratch::size<int8_t>((count + kTokens) * kGroup) + Scratch::size<float>(count) +
+// What a block's numbers are stored as.
+enum class Form { kCodes, kValues, kPairs };
+
+inline Form form_of(int32_t format, int32_t type) {
+    if (format != RETINUE_BF16) return Form::kCodes;
+    return type == RETINUE_TYPE_BF16 && kernels().pairs ? Form::kPairs : Form::kValues;
+}
+
+inline size_t block_bytes(Form form, int32_t groups, int32_t tokens) {
+    const int64_t count = static_cast<int64_t>(groups) * tokens + kTokens;
+    if (form == Form::kValues) return Scratch::size<float>(count * kGroup);
+    if (form == Form::kPairs) return Scratch::size<uint16_t>(count * kGroup);
+    return Scratch::size<int8_t>(count * kGroup) + Scratch::size<float>(count) +
            Scratch::size<int32_t>(count);
 }
 
-inline Block take_block(Scratch& scratch, int32_t format, int32_t groups, int32_t tokens) {
-    const int64_t count = static_cast<int64_t>(groups) * tokens;
-    Block block = {tokens, nullptr, nullptr, nullptr, nullptr};
-    if (format == RETINUE_BF16) {
+inline Block take_block(Scratch& scratch, Form form, int32_t groups, int32_t tokens) {
+    const int64_t count = static_cast<int64_t>(groups) * tokens + kTokens;
+    Block block = {tokens, nullptr, nullptr, nullptr, nullptr, nullptr};
+    if (form == Form::kValues) {
         block.values = scratch.take<float>(count * kGroup);
+    } else if (form == Form::kPairs) {
+        block.pairs = scratch.take<uint16_t>(count * kGroup);
     } else {
-        block.codes = scratch.take<int8_t>((count + kTokens) * kGroup);
+        block.codes = scratch.take<int8_t>(count * kGroup);
         block.scales = scratch.take<float>(count);
         block.offsets = scratch.take<int32_t>(count);
     }

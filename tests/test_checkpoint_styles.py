@@ -85,7 +85,7 @@ def test_the_weights_of_a_tower_are_not_read(tmp_path: Path) -> None:
     network = build(open_checkpoint(folder))
     towers = [key for key in keys(folder) if ".visual." in key]
     assert towers
-    assert not set(towers) & set(network.experts.dense_keys)
+    assert not set(towers) & set(network.experts.dense)
     with LLM(folder, memory=models.MEMORY, threads=1) as llm:
         parameters = dict(llm.assembly.network.model.named_parameters())
         unread = [name for name, tensor in parameters.items() if ".visual." in name]

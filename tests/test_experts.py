@@ -266,7 +266,7 @@ def test_a_wrong_forecast_gives_its_slot_to_what_is_needed(olmoe: Path) -> None:
 class _Queue:
     """A mover whose readers never come."""
 
-    def submit(self, extents: Any, slot: Any, urgency: Urgency) -> Any:
+    def submit(self, extents: Any, slot: Any, urgency: Urgency, finish: Any = None) -> Any:
         return _Ticket(urgency)
 
     def cancel(self, ticket: Any) -> None:

@@ -11,9 +11,12 @@ from torch.nn import functional
 
 import models
 from retinue.memory import native
+from retinue.memory.formats import Packed, Transposed
+from retinue.memory.grouped import Grouped
 from retinue.memory.native import Activation
 from retinue.model import kernels
 from retinue.model.reference import reference_experts
+from retinue.model.work import apply_expert
 
 needs_library = pytest.mark.skipif(native.library() is None, reason=str(native.why_not()))
 
@@ -128,3 +131,27 @@ def test_without_the_library_torch_runs_all(
     with models.open_llm(folder) as llm:
         assert not host_of(llm).kernels
         assert len(llm.generate([[5, 6, 7]], models.greedy(3))[0].token_ids) == 3
+
+
+@pytest.mark.parametrize("with_library", [True, False])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_forms_that_no_kernel_knows_multiply_what_is_stored(
+    bits: int, with_library: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Biases, a transposed and interleaved parameter, odd sizes: as in gpt-oss."""
+    if not with_library:
+        monkeypatch.setattr(native, "library", lambda: None)
+    module = Gated(lambda g, u: functional.silu(g) * u)
+    module.is_transposed, module.has_bias = True, True
+    random = torch.Generator().manual_seed(bits)
+    up, down = torch.randn(70, 44, generator=random), torch.randn(44, 35, generator=random)
+    bias = torch.randn(70, generator=random)
+    plain, packed = {"gate_up_proj_bias": (bias,)}, {"gate_up_proj_bias": (bias,)}
+    for name, matrix in (("gate_up_proj", up), ("down_proj", down)):
+        form = Grouped(bits, *matrix.shape)
+        packed[name] = (Packed(Transposed(form), *form.encode(matrix)),)
+        plain[name] = (packed[name][0].decode(torch.float32),)
+        assert plain[name][0].shape == matrix.T.shape
+    hidden = torch.randn(5, 44, generator=random)
+    fast, slow = (apply_expert(module, hidden, views) for views in (packed, plain))
+    assert (fast - slow).norm() <= (2e-2 if with_library else 1e-5) * slow.norm()

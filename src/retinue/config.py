@@ -27,7 +27,8 @@ ENVIRONMENT_KEYS = (
     "threads",
     "self_check",
 )
-PRECISIONS = ("as-is",)
+AS_IS = "as-is"
+PRECISIONS = (AS_IS, "int8", "int4")
 
 _UNITS = {"": 1, "B": 1}
 _UNITS |= {f"{letter}B": 1000**n for n, letter in enumerate("KMGT", 1)}
@@ -89,7 +90,7 @@ class Config:
     profile: str | None = _option(
         None, "what `retinue profile` wrote; default: what it remembered of this model", "FILE"
     )
-    precision: str = _option("as-is", "of weights in memory: as-is", "NAME")
+    precision: str = _option(AS_IS, "of weights in memory: as-is, int8 or int4", "NAME")
     threads: int | None = _option(None, "cores that may be used", "N")
     self_check: bool = _option(True, "compare with the reference at load")
     max_new_tokens: int = _option(256, "longest answer, in tokens", "N")

@@ -165,7 +165,7 @@ class Facts:
     experts_per_layer: int
     total_experts: int
     top_k: int
-    expert_bytes: int  # of one expert's weights as they are stored
+    expert_bytes: int  # of one expert's weights as they are in memory
     slot_bytes: int  # room that one expert takes in memory, alignment included
     dense_bytes: int  # of all weights that are not routed experts, in memory
     dense_bytes_per_token: int  # of those, what one decode step reads
@@ -180,6 +180,12 @@ class Facts:
     state_bytes: int = 0  # of a sequence, whatever its length: recurrent and convolution states
     stored: str = ""  # the experts' format, where it is not the type that is computed in
     decoded_bytes: int = 0  # of one expert in that type, where it has to be decoded to it
+    plain_bytes: int = 0  # of one expert in the files, where it is encoded when it is read
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes of one expert's weights that a miss reads."""
+        return self.plain_bytes or self.expert_bytes
 
     @property
     def min_slots(self) -> int:

@@ -29,7 +29,7 @@ def execute(options: Namespace) -> int:
     needed = prompt_tokens + new_tokens + 1
     config = config_from(options, context=None if options.prompts else needed)
     folder = locate(options.model, note)
-    facts = survey(folder)
+    facts = survey(folder, config.precision)
     limits = split(facts, **config.room())
     # Nothing is loaded yet, so the probe may take what the model will.
     room = min(384 << 20, limits.budget - limits.fixed)

@@ -164,7 +164,7 @@ def _model(folder: Path, config: Config) -> list[Finding]:
             facts, split = llm.assembly.facts, llm.assembly.split
             return [
                 Finding("family", f"{facts.family}, {facts.dtype}"),
-                Finding("precision", f"as-is ({facts.stored or facts.dtype} experts)"),
+                Finding("precision", f"{config.precision} ({facts.stored or facts.dtype} experts)"),
                 Finding("fits", f"{split.slots} of {facts.total_experts} experts resident"),
                 Finding("self-check", "passed" if config.self_check else "skipped"),
                 # What needs a remedy has a finding of its own above.
@@ -181,7 +181,7 @@ def _headers(folder: Path, config: Config) -> list[Finding]:
     from retinue.model.survey import survey
 
     try:
-        facts = survey(folder)
+        facts = survey(folder, config.precision)
         fixed = preset(config.preset).build().placement.fixed
         limits = split(facts, **config.room(), each_layer=fixed)
     except UsageError:

@@ -30,7 +30,7 @@ def measured(options: Namespace, config: Config) -> Iterator[tuple[Assembly, lis
     data = Path(options.data) if options.data else sample_tasks()
     texts = read_texts(data, options.per_task)
     folder = locate(options.model, note)
-    facts = survey(folder)
+    facts = survey(folder, config.precision)
     ids = as_ids(texts, _encoder(folder, texts), facts.vocab_size)
     if config.context is None:
         longest = max(len(text.ids) for text in ids)

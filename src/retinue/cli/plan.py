@@ -19,7 +19,7 @@ def execute(options: Namespace) -> int:
     config = config_from(options)
     preset(config.preset)
     folder = locate_headers(options.model, note)
-    facts = survey(folder)
+    facts = survey(folder, config.precision)
     speeds = known_speeds(weights_near(folder))
     plan = make_plan(facts, config, speeds, config.threads or cores())
     print(_text(plan), file=audience(options.json))

@@ -38,7 +38,7 @@ def execute(options: Namespace) -> int:
 
 def _speeds(folder: Path, config: Config) -> Speeds:
     """The machine's speeds, for the bound: the remembered ones, or measured before loading."""
-    limits = split(survey(folder), **config.room())
+    limits = split(survey(folder, config.precision), **config.room())
     return known_speeds(folder, at_most_bytes=limits.budget - limits.fixed)
 
 

@@ -81,7 +81,7 @@ def assemble(model: str | Path, config: Config) -> Assembly:
     folder = locate(model, notes.append)
     chosen = preset(config.preset)
     threads = config.threads or cores()
-    facts = survey(folder)
+    facts = survey(folder, config.precision)
     policies = chosen.build()
     limits = split(facts, **config.room(), each_layer=policies.placement.fixed)
     known = known_beforehand(folder, facts, policies.placement, config)
@@ -90,7 +90,7 @@ def assemble(model: str | Path, config: Config) -> Assembly:
         tier = Tier(limits.slots, limits.slot_bytes)
         undo.callback(tier.release)
         tier.touch()  # while the network is built and its other weights are read
-        network = build(open_checkpoint(folder))
+        network = build(open_checkpoint(folder), config.precision)
         network.model.set_experts_implementation(IMPLEMENTATION)
         abilities = survey_abilities(network)
         reader, metrics = Reader(), Metrics()

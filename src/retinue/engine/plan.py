@@ -82,7 +82,7 @@ def _decode(facts: Facts, limits: Split, speeds: Speeds, threads: int, fixed: bo
         misses, EFFICIENCY, CORE_DECODED_BYTES_PER_S, strict=True
     ):
         cost = TokenCost(
-            read_bytes=used * miss_rate * facts.expert_bytes,
+            read_bytes=used * miss_rate * facts.read_bytes,
             weight_bytes=facts.dense_bytes_per_token + used * facts.expert_bytes,
         )
         decode_s = used * facts.decoded_bytes / (decoded * threads)
@@ -96,7 +96,7 @@ def _prefill(facts: Facts, limits: Split, speeds: Speeds, threads: int, fixed: b
     touched = 1 - (1 - facts.top_k / facts.experts_per_layer) ** tokens
     cold = 0.0 if fixed else touched * facts.total_experts
     warm = max(0.0, cold - limits.slots)
-    read_s = [count * facts.expert_bytes / speeds.disk_bytes_per_s for count in (cold, warm)]
+    read_s = [count * facts.read_bytes / speeds.disk_bytes_per_s for count in (cold, warm)]
     compute_s = [facts.flops_per_token * tokens / (flops * threads) for flops in CORE_FLOPS]
     return Band(tokens / (read_s[0] + compute_s[0]), tokens / max(read_s[1], compute_s[1]))
 

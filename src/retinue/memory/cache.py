@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from retinue.errors import RetinueError
+from retinue.memory.intake import Intake
 from retinue.memory.layout import Block, ExpertLayout
 from retinue.memory.lease import Lease
 from retinue.memory.mover import Mover, Ticket, TicketState, Urgency
@@ -43,6 +44,7 @@ class ExpertCache:
         top_k: int,
     ) -> None:
         self._layouts, self._tier, self._mover, self._evictor = layouts, tier, mover, evictor
+        self._intake = Intake(layouts)
         self.top_k = top_k
         self.experts = max(len(row) for row in layouts)
         shape = (len(layouts), self.experts)
@@ -161,7 +163,7 @@ class ExpertCache:
         fresh = self._fresh[layer, experts]
         if fresh.any():
             for expert in np.asarray(experts)[fresh].tolist():
-                self.used_bytes_read += self._layouts[layer][expert].weight_bytes
+                self.used_bytes_read += self._layouts[layer][expert].used_bytes
             self._fresh[layer, experts] = False
         return np.asarray(self.slot_of[layer, experts], dtype=np.int64)
 
@@ -355,8 +357,9 @@ class ExpertCache:
         slot = self._tier.take()
         assert slot is not None
         self._failed.pop(key, None)
-        extents = self._layouts[key.layer][key.index].extents
-        self._loading[key] = (self._mover.submit(extents, self._tier.memory(slot), urgency), slot)
+        layout = self._layouts[key.layer][key.index]
+        ticket = self._intake.submit(self._mover, key, layout, self._tier, slot, urgency)
+        self._loading[key] = (ticket, slot)
         self.slot_of[key] = LOADING
         self._transient[slot] = transient
 

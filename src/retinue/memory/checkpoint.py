@@ -6,18 +6,21 @@ against its file before anyone reads a weight. This module knows no model famili
 
 import json
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from retinue.errors import CheckpointError, Unsupported
+
+if TYPE_CHECKING:
+    from retinue.memory.manifest import StoredExperts
 
 DTYPE_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8, "I64": 8, "I32": 4, "I16": 2, "I8": 1}
 DTYPE_BYTES |= {"U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1}
 WEIGHT_DTYPES = ("BF16", "F16", "F32")
-QUANTISED = ("mxfp4", "fp8")  # what `quant_method` may be; see memory/quantised.py
+QUANTISED = ("mxfp4", "fp8", "retinue")  # what `quant_method` may be; see memory/quantised.py
 
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -25,7 +28,10 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """One tensor of a checkpoint: `[start, stop)` are absolute byte offsets in `file`."""
+    """One tensor of a checkpoint: `[start, stop)` are absolute byte offsets in `file`.
+
+    `checksum` is the CRC-32 of the bytes, where something vouches for them.
+    """
 
     name: str
     file: Path
@@ -33,6 +39,7 @@ class TensorEntry:
     shape: tuple[int, ...]
     start: int
     stop: int
+    checksum: int | None = field(default=None, kw_only=True)
 
     @property
     def item_bytes(self) -> int:
@@ -42,11 +49,15 @@ class TensorEntry:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """The tensors and the configuration of one folder."""
+    """The tensors and the configuration of one folder.
+
+    `experts` are those of a pack, by the name of their module; they are not among the tensors.
+    """
 
     folder: Path
     config: dict[str, Any]
     tensors: dict[str, TensorEntry]
+    experts: "dict[str, StoredExperts]" = field(default_factory=dict)
 
     @property
     def files(self) -> list[Path]:
@@ -189,7 +200,8 @@ def _refuse_unsupported(folder: Path, config: dict[str, Any]) -> None:
     if settings and method not in QUANTISED:
         raise Unsupported(
             f"checkpoints quantised with `{method}` are not served",
-            hint=f"served are {', '.join(QUANTISED)}; or use the bf16, fp16 or fp32 checkpoint",
+            hint=f"served are {', '.join(QUANTISED[:-1])} and packs of retinue; or use the bf16,"
+            " fp16 or fp32 checkpoint",
         )
     if config.get("auto_map"):
         raise Unsupported(

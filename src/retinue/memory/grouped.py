@@ -11,11 +11,15 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
+from retinue.memory import native
 from retinue.memory.formats import Format, Shape, Transposed
 
 LANES, GROUP = 16, 32
 PRECISIONS = {"int8": 8, "int4": 4}
 BLOCK_VALUES = 1 << 19  # of a matrix, encoded or decoded at a time: what bounds the scratch
+
+_NATIVE = {8: native.Format.INT8, 4: native.Format.INT4}
+_NATIVE_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # The largest magnitude of a group of int4 comes to lie on -8 times one of these. A larger scale
 # than 1 leaves room for the largest of the other sign, a smaller one cuts the largest off.
@@ -100,10 +104,30 @@ class Grouped:
             yield start, min(start + step, self.rows)
 
 
+def encode(
+    form: Grouped, parameter: torch.Tensor, weights: torch.Tensor, scales: torch.Tensor
+) -> None:
+    """Encode [rows, columns] into memory that is there, natively where that is possible."""
+    library = native.library()
+    if library is None or parameter.dtype not in _NATIVE_TYPES:
+        form.encode_into(parameter, weights, scales)
+        return
+    rows = parameter if parameter.stride(-1) == 1 else parameter.contiguous()
+    codes, found = library.encode(rows, _NATIVE[form.bits])
+    weights.copy_(codes.view(weights.shape))
+    scales.copy_(found.view(torch.bfloat16).view(scales.shape))
+
+
 def grouped(precision: str, rows: int, columns: int, *, transposed: bool = False) -> Format:
     """The format of a matrix whose parameter is [rows, columns], or its transposed."""
     plain = Grouped(PRECISIONS[precision], rows, columns)
     return Transposed(plain) if transposed else plain
+
+
+def grouped_form(form: Format) -> Grouped | None:
+    """The matrix [outputs, inputs] that is stored, also where the parameter is transposed."""
+    stored = form.format if isinstance(form, Transposed) else form
+    return stored if isinstance(stored, Grouped) else None
 
 
 def _nearest4(groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -86,18 +86,29 @@ class Window:
 
 @dataclass(frozen=True, slots=True)
 class ExpertLayout:
-    """How one expert is read and seen: `windows[parameter]` are the blocks of its rows in order."""
+    """How one expert is read and seen: `windows[parameter]` are the blocks of its rows in order.
+
+    With `plain`, that is what the files hold: `extents` are its reads, into memory of their own,
+    and the slot gets what it is encoded to. With a checksum the one piece is the whole slot.
+    """
 
     pieces: tuple[Piece, ...]
     extents: tuple[Extent, ...]
     windows: dict[str, tuple[Window, ...]]
     weight_bytes: int
     slot_bytes: int
+    plain: "ExpertLayout | None" = None
+    checksum: int | None = None
 
     @property
     def read_bytes(self) -> int:
         """Bytes that a read of this expert moves from the disk."""
         return sum(extent.stop - extent.start for extent in self.extents)
+
+    @property
+    def used_bytes(self) -> int:
+        """Of these, those of weights."""
+        return self.weight_bytes if self.plain is None else self.plain.weight_bytes
 
     def views(self, slot: torch.Tensor) -> dict[str, tuple[Block, ...]]:
         """The expert's parameters as they lie in `slot`, a uint8 tensor `[slot_bytes]`."""

@@ -45,6 +45,11 @@ class Source(Protocol):
     def read(self, file: Path, offset: int, into: memoryview, *, direct: bool) -> int: ...
 
 
+# A part of a ticket's work: reads from the source, returns the bytes that it got.
+Task = Callable[[Source], int]
+Finish = Callable[[], None]
+
+
 @dataclass(slots=True)
 class _Chunk:
     file: Path
@@ -53,16 +58,32 @@ class _Chunk:
     needed: int  # fewer bytes than these mean that the file is truncated
     direct: bool
 
+    def __call__(self, source: Source) -> int:
+        got = source.read(self.file, self.offset, self.into, direct=self.direct)
+        if got < self.needed:
+            raise _truncated(self, got)
+        return got
+
 
 class Ticket:
-    """One expert's read. Fields are written under the mover's lock."""
+    """One expert's read. Fields are written under the mover's lock.
 
-    __slots__ = ("chunks", "error", "next", "running", "sequence", "state", "urgency")
+    `finish` runs on a reader thread when the last chunk is read; what it raises fails the ticket.
+    """
 
-    def __init__(self, chunks: list[_Chunk], urgency: Urgency, sequence: int) -> None:
+    __slots__ = (
+        *("chunks", "error", "finish", "next", "running", "sequence", "state", "unread"),
+        "urgency",
+    )
+
+    def __init__(
+        self, chunks: Sequence[Task], urgency: Urgency, sequence: int, finish: Finish | None
+    ) -> None:
         self.chunks, self.urgency, self.sequence = chunks, urgency, sequence
+        self.finish = finish
         self.next = 0  # the chunk to start next
         self.running = 0  # chunks that a thread is reading
+        self.unread = len(chunks)  # counted down for `finish` alone
         self.state = TicketState.QUEUED
         self.error: RetinueError | None = None
 
@@ -107,12 +128,27 @@ class Mover:
         for thread in self._threads:
             thread.start()
 
-    def submit(self, extents: Sequence[Extent], slot: memoryview, urgency: Urgency) -> Ticket:
-        """Queue the reads of `extents` into `slot`."""
+    def submit(
+        self,
+        extents: Sequence[Extent],
+        slot: memoryview,
+        urgency: Urgency,
+        finish: Finish | None = None,
+    ) -> Ticket:
+        """Queue the reads of `extents` into `slot`, and then `finish`."""
         chunks = [chunk for extent in extents for chunk in self._split(extent, slot)]
+        return self._queue_up(chunks, urgency, finish)
+
+    def submit_task(self, task: Task, urgency: Urgency) -> Ticket:
+        """Queue work that reads into memory of its own."""
+        return self._queue_up([task], urgency)
+
+    def _queue_up(
+        self, chunks: Sequence[Task], urgency: Urgency, finish: Finish | None = None
+    ) -> Ticket:
         with self._changed:
             assert not self._closing, "submit after close"
-            ticket = Ticket(chunks, urgency, next(self._sequence))
+            ticket = Ticket(chunks, urgency, next(self._sequence), finish)
             heapq.heappush(self._queue, (urgency, ticket.sequence, ticket))
             self._changed.notify_all()
         return ticket
@@ -162,21 +198,26 @@ class Mover:
     def _work(self) -> None:
         while (job := self._next()) is not None:
             ticket, chunk = job
-            error: RetinueError | None = None
-            got = 0
+            got, error = 0, None
             try:
-                got = self._source.read(chunk.file, chunk.offset, chunk.into, direct=chunk.direct)
-                if got < chunk.needed:
-                    error = _truncated(chunk, got)
-                elif self._throttle is not None:
+                got = chunk(self._source)
+                if self._throttle is not None:
                     self._throttle.pay(got)
+                if ticket.finish is not None and self._was_last(ticket):
+                    ticket.finish()
             except RetinueError as caught:
                 error = caught
             except Exception as caught:  # a reader thread must outlive whatever a source does
-                error = RetinueError(f"reading `{chunk.file}` failed: {caught!r}")
+                error = RetinueError(f"reading {_subject(chunk)} failed: {caught!r}")
             self._finish(ticket, got, error)
 
-    def _next(self) -> tuple[Ticket, _Chunk] | None:
+    def _was_last(self, ticket: Ticket) -> bool:
+        """Whether the chunk that was read just now is the last of its ticket to be read."""
+        with self._changed:
+            ticket.unread -= 1
+            return ticket.unread == 0 and ticket.state is TicketState.QUEUED
+
+    def _next(self) -> tuple[Ticket, Task] | None:
         with self._changed:
             while True:
                 if self._closing:
@@ -232,6 +273,10 @@ class _Throttle:
             pause = self._free_at - time.perf_counter()
         if pause > 0:
             time.sleep(pause)
+
+
+def _subject(task: Task) -> str:
+    return f"`{task.file}`" if isinstance(task, _Chunk) else "an expert"
 
 
 def _truncated(chunk: _Chunk, got: int) -> RetinueError:

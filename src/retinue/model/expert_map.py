@@ -53,12 +53,13 @@ class ExpertsModule:
 class ExpertMap:
     """Layouts of all experts (`layouts[layer]` is empty without experts), and the other keys.
 
+    `dense` names the parameter that a key's tensor is; None where it takes more than another name.
     `unread` are the modules that text does not pass through, each with a dot at its end.
     """
 
     modules: list[ExpertsModule]
     layouts: list[list[ExpertLayout]]
-    dense_keys: list[str]
+    dense: dict[str, str | None]
     unread: tuple[str, ...]
 
     def is_dense(self, parameter: str) -> bool:
@@ -129,6 +130,9 @@ def map_experts(model: PreTrainedModel, checkpoint: Checkpoint) -> ExpertMap:
     layouts: list[list[ExpertLayout]] = [[] for _ in range(1 + max(m.layer for m in modules))]
     converted: dict[int, list[Experts]] = {}
     for found in modules:
+        if checkpoint.experts:
+            layouts[found.layer] = _stored(found, checkpoint)
+            continue
         pieces: list[list[Piece]] = [[] for _ in range(found.experts)]
         for parameter, tensor in found.module.named_parameters(recurse=False):
             target = f"{found.name}.{parameter}"
@@ -145,6 +149,22 @@ def map_experts(model: PreTrainedModel, checkpoint: Checkpoint) -> ExpertMap:
     return ExpertMap(modules, layouts, dense, unread)
 
 
+def _stored(found: ExpertsModule, checkpoint: Checkpoint) -> list[ExpertLayout]:
+    """The experts of a pack, whose description must fit the module."""
+    stored = checkpoint.experts.get(found.name)
+    layouts = [] if stored is None else stored.layouts()
+    shapes = {
+        name: tuple(parameter.shape[1:])
+        for name, parameter in found.module.named_parameters(recurse=False)
+    }
+    if stored is None or len(layouts) != found.experts or stored.shapes != shapes:
+        raise CheckpointError(
+            f"the pack holds other experts than `{found.name}` has",
+            hint="config.json and the weights do not belong together; pack the model again",
+        )
+    return layouts
+
+
 @dataclass(slots=True)
 class _Group:
     """The tensors that become one parameter, or several of which this one has `position`."""
@@ -157,7 +177,7 @@ class _Group:
 
 def _assign(
     model: PreTrainedModel, checkpoint: Checkpoint, owners: set[str], unread: tuple[str, ...]
-) -> tuple[dict[str, _Group], list[str]]:
+) -> tuple[dict[str, _Group], dict[str, str | None]]:
     """Sort checkpoint keys into groups by expert parameter, and the rest, as transformers does."""
     transforms = get_model_conversion_mapping(model)
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
@@ -165,7 +185,7 @@ def _assign(
     by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
     state, prefix = model.state_dict(), model.base_model_prefix
     groups: dict[str, _Group] = {}
-    dense = []
+    dense: dict[str, str | None] = {}
     for key in sorted(checkpoint.tensors, key=dot_natural_key):
         target, pattern = rename_source_key(key, renamings, converters, prefix, state)
         if target not in state and key in state:
@@ -175,7 +195,7 @@ def _assign(
         targets = dict(_targets(target, converter))
         if not targets.keys() & owners:
             if not target.startswith(unread):
-                dense.append(key)
+                dense[key] = target if converter is None else None
             continue
         group.sources[pattern or key].append(checkpoint.tensors[key])
         for name, position in targets.items():

@@ -6,9 +6,10 @@ file and in `expert_map.py`, and pyproject.toml pins the minor range that was te
 
 import json
 import warnings
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,15 +24,27 @@ from transformers.initialization import no_init_weights
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
+from retinue.config import AS_IS
 from retinue.errors import CheckpointError, Unsupported
 from retinue.memory.checkpoint import Checkpoint, TensorEntry
 from retinue.memory.files import ALIGNMENT, Reader
+from retinue.memory.grouped import LANES, Grouped, encode
 from retinue.memory.layout import STORED_DTYPES, TORCH_DTYPES
+from retinue.memory.manifest import explain_pack, precision_of
 from retinue.memory.quantised import PackedEntry, explain
 from retinue.metrics import Clock
 from retinue.model.architecture import model_class
 from retinue.model.expert_map import ExpertMap, map_experts
+from retinue.model.grouped_linear import GroupedLinear
 from retinue.model.linear import use_row_linears
+from retinue.model.quantise import (
+    DenseLinear,
+    already_quantised,
+    embedding_rows,
+    encoded_experts,
+    linears_to_encode,
+    stored_linears,
+)
 from retinue.model.routing import top_k
 
 # Besides weights there are tables: which experts a token goes to, say.
@@ -47,12 +60,16 @@ _ALL_DTYPES = STORED_DTYPES | {
 
 @dataclass(frozen=True, slots=True)
 class Network:
-    """A model whose experts are on meta and whose other weights are where `load_dense` put them."""
+    """A model whose experts are on meta and whose other weights are where `load_dense` put them.
+
+    `linears` are the dense layers that are kept in int8 or int4.
+    """
 
     model: PreTrainedModel
     checkpoint: Checkpoint
     experts: ExpertMap
     dense: Clock  # time in linear layers, and in attention where the engine installs its own
+    linears: tuple[DenseLinear, ...] = ()
 
     @property
     def text_config(self) -> PreTrainedConfig:
@@ -65,14 +82,20 @@ class Network:
         return top_k(self.model, self.text_config, self.experts.modules)
 
 
-def build(checkpoint: Checkpoint) -> Network:
-    """The skeleton of `checkpoint`'s model: parameters on meta, buffers real, nothing read."""
+def build(checkpoint: Checkpoint, precision: str = AS_IS) -> Network:
+    """The skeleton of `checkpoint`'s model: parameters on meta, buffers real, nothing read.
+
+    Raises Unsupported where it cannot be had in `precision`.
+    """
     try:
         config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
     except (ValueError, KeyError, OSError, TypeError) as error:
         reason = str(error).splitlines()[0] if str(error) else repr(error)
         raise Unsupported(f"transformers cannot read `{checkpoint.folder}`: {reason}") from error
-    checkpoint = explain(checkpoint)
+    packed = precision_of(checkpoint.config)
+    if packed is not None and precision not in (AS_IS, packed):
+        raise already_quantised(packed)
+    checkpoint = explain(checkpoint) if packed is None else explain_pack(checkpoint)
     # The skeleton is the plain model's; what is stored otherwise is decoded when it is used.
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -83,7 +106,13 @@ def build(checkpoint: Checkpoint) -> Network:
     clock = use_row_linears(model)
     model.tie_weights()
     model.train(False)
-    return Network(model, checkpoint, map_experts(model, checkpoint), clock)
+    experts, linears = map_experts(model, checkpoint), list[DenseLinear]()
+    if packed is not None:
+        linears = stored_linears(checkpoint, experts)
+    elif precision != AS_IS:
+        linears = linears_to_encode(model, checkpoint, experts, precision)
+        experts = encoded_experts(experts, precision)
+    return Network(model, checkpoint, experts, clock, tuple(linears))
 
 
 def load_dense(network: Network, reader: Reader) -> None:
@@ -92,7 +121,10 @@ def load_dense(network: Network, reader: Reader) -> None:
     Raises CheckpointError when one is missing or has another shape.
     """
     model = network.model
-    wanted = {key: network.checkpoint.tensors[key] for key in network.experts.dense_keys}
+    encoded = {linear.key for linear in network.linears}
+    wanted = {
+        key: network.checkpoint.tensors[key] for key in network.experts.dense if key not in encoded
+    }
     state = {key: _LazyTensor(entry, reader, model.dtype) for key, entry in wanted.items()}
     config = LoadStateDictConfig(
         dtype=model.dtype,
@@ -102,16 +134,63 @@ def load_dense(network: Network, reader: Reader) -> None:
     with _quiet():
         info, _ = convert_and_load_state_dict_in_model(model, state, config)
     model.tie_weights()
+    for linear in network.linears:  # one after the other, so that little is in memory twice
+        _load_linear(network, linear, reader)
     _check_loaded(model, network.experts, info)
+
+
+def _load_linear(network: Network, linear: DenseLinear, reader: Reader) -> None:
+    """Put a layer with encoded weights in the place of a plain one whose bias is loaded."""
+    model, form, read = network.model, linear.form, partial(read_tensor, reader=reader)
+    owner, _, name = linear.name.rpartition(".")
+    plain = model.get_submodule(linear.name)
+    assert isinstance(plain, nn.Linear)
+    entry = None if linear.key is None else network.checkpoint.tensors[linear.key]
+    if isinstance(entry, PackedEntry):
+        if entry.shape != tuple(plain.weight.shape):
+            raise _other_shape(entry.name, entry.shape, tuple(plain.weight.shape))
+        codes, scales = read(entry.weights), read(entry.scales)
+    else:
+        codes = torch.empty(form.weights_shape, dtype=torch.uint8)
+        scales = torch.empty(form.scales_shape, dtype=torch.bfloat16)
+        for tiles, rows in row_bands(form, entry, embedding_rows(model), read):
+            band = Grouped(form.bits, len(rows), form.columns)
+            encode(band, rows, codes[tiles], scales[tiles])
+    bias = None if plain.bias is None else plain.bias.data
+    setattr(
+        model.get_submodule(owner), name, GroupedLinear(form, codes, scales, bias, network.dense)
+    )
+
+
+def row_bands(
+    form: Grouped,
+    entry: TensorEntry | None,
+    embedding: torch.Tensor,
+    read: Callable[[TensorEntry], torch.Tensor],
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """The rows of a matrix, a few tiles at a time: of `entry`, or without one of `embedding`."""
+    for start, stop in form.bands():
+        tiles = slice(start // LANES, -(-stop // LANES))
+        if entry is None:
+            yield tiles, embedding[start:stop]
+            continue
+        row_bytes = form.columns * entry.item_bytes
+        first, last = entry.start + start * row_bytes, entry.start + stop * row_bytes
+        shape = (stop - start, form.columns)
+        yield tiles, read(replace(entry, start=first, stop=last, shape=shape))
+
+
+def _other_shape(name: str, found: Iterable[int], wanted: Iterable[int]) -> CheckpointError:
+    return CheckpointError(
+        f"tensor `{name}` has the shape {list(found)}, not {list(wanted)}",
+        hint="config.json and the weights do not belong together",
+    )
 
 
 def _check_loaded(model: PreTrainedModel, experts: ExpertMap, info: Any) -> None:
     if info.mismatched_keys:
         name, found, wanted = next(iter(info.mismatched_keys))
-        raise CheckpointError(
-            f"tensor `{name}` has the shape {list(found)}, not {list(wanted)}",
-            hint="config.json and the weights do not belong together",
-        )
+        raise _other_shape(name, found, wanted)
     if info.conversion_errors:
         name, reason = next(iter(info.conversion_errors.items()))
         raise CheckpointError(f"tensor `{name}` cannot be converted: {reason}")
@@ -144,8 +223,8 @@ class _LazyTensor:
 def read_tensor(entry: TensorEntry, reader: Reader) -> torch.Tensor:
     """Read one tensor straight into its own memory.
 
-    Raises ReadError when the disk fails, CheckpointError when the file is too short, Unsupported
-    for types that are no weights.
+    Raises ReadError when the disk fails, CheckpointError when the file is too short or its checksum
+    is wrong, Unsupported for types that are no weights.
     """
     if entry.dtype not in _ALL_DTYPES:
         raise Unsupported(f"tensor `{entry.name}` has the type `{entry.dtype}`")
@@ -163,6 +242,11 @@ def read_tensor(entry: TensorEntry, reader: Reader) -> torch.Tensor:
     if got < needed:
         raise CheckpointError(f"`{entry.file.name}` is truncated: it ends within `{entry.name}`")
     data = raw[base + skip : base + skip + (entry.stop - entry.start)]
+    if entry.checksum is not None and zlib.crc32(data.numpy()) != entry.checksum:  # type: ignore[arg-type]
+        raise CheckpointError(
+            f"`{entry.file.name}` is damaged: the checksum of `{entry.name}` is wrong",
+            hint=f"look at the disk, delete `{entry.file.parent}` and pack the model again",
+        )
     return data.view(_ALL_DTYPES[entry.dtype]).view(entry.shape)
 
 

@@ -14,6 +14,7 @@ from retinue.errors import NotFinite, SelfCheckFailed
 from retinue.memory.cache import Views
 from retinue.memory.formats import Packed
 from retinue.memory.layout import Block, ExpertLayout, Piece
+from retinue.memory.recode import encode_expert
 from retinue.model.expert_map import ExpertsModule
 from retinue.model.experts import ExpertHost
 from retinue.model.work import apply_expert
@@ -23,7 +24,13 @@ DAMAGED = "the checkpoint is damaged; download the file again"
 
 
 def read_expert(layout: ExpertLayout) -> Views:
-    """One expert's parameters, read by the safetensors library."""
+    """One expert's parameters, read by the safetensors library, and encoded where that is due."""
+    if layout.checksum is not None:
+        return layout.views(_read(layout.pieces[0]).reshape(-1))
+    if layout.plain is not None:
+        slot = torch.zeros(layout.slot_bytes, dtype=torch.uint8)
+        encode_expert(layout.windows, read_expert(layout.plain), slot)
+        return layout.views(slot)
     result: dict[str, list[Block]] = {}
     for piece in layout.pieces:
         result.setdefault(piece.parameter, []).append(_block(piece))

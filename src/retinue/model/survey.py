@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from retinue import __version__
+from retinue.config import AS_IS
 from retinue.errors import CheckpointError
 from retinue.memory.hub_cache import name_of
 from retinue.memory.machine import cache_folder
 from retinue.types import Facts
 
 if TYPE_CHECKING:
+    from retinue.memory.layout import ExpertLayout
     from retinue.model.abilities import Abilities
     from retinue.model.load import Network
 
@@ -27,18 +29,22 @@ _Record = TypeVar("_Record")
 
 WIDTHS = ("head_dim", "qk_head_dim", "v_head_dim")
 UNKNOWN_CONTEXT = 1 << 17
+ENCODING_BYTES = 24 << 20  # scratch of a thread that encodes without the native kernels
 
 
-def survey(folder: Path) -> Facts:
-    """The facts of the checkpoint in `folder`; from the cache if its files are unchanged."""
+def survey(folder: Path, precision: str = AS_IS) -> Facts:
+    """The facts of the checkpoint in `folder`, its weights in memory in `precision`.
+
+    From the cache if its files are unchanged. Raises what `build` raises.
+    """
 
     def ask() -> Facts:
         from retinue.memory.checkpoint import open_checkpoint
         from retinue.model.load import build
 
-        return facts_of(build(open_checkpoint(folder)))
+        return facts_of(build(open_checkpoint(folder), precision))
 
-    return _remembered("facts", folder, Facts, ask)
+    return _remembered(f"facts-{precision}", folder, Facts, ask)
 
 
 def survey_abilities(network: "Network") -> "Abilities":
@@ -71,12 +77,16 @@ def facts_of(network: "Network") -> Facts:
     config, model = network.text_config, network.model
     layouts = [layout for row in network.experts.layouts for layout in row]
     item = model.dtype.itemsize
-    dense = sum(
+    encoded = {f"{linear.name}.weight": linear.form.stored_bytes for linear in network.linears}
+    dense = sum(encoded.values())
+    dense += sum(
         parameter.numel() * parameter.dtype.itemsize
         for name, parameter in model.named_parameters()
-        if network.experts.is_dense(name)
+        if network.experts.is_dense(name) and name not in encoded
     )
-    tied = bool(getattr(config, "tie_word_embeddings", False))
+    # A head that is encoded has weights of its own.
+    apart = any(linear.key is None for linear in network.linears)
+    tied = bool(getattr(config, "tie_word_embeddings", False)) and not apart
     embedding_bytes = config.vocab_size * config.hidden_size * item
     dense_per_token = dense if tied else dense - embedding_bytes
     heads, head_dim = _attention(config)
@@ -84,7 +94,12 @@ def facts_of(network: "Network") -> Facts:
     modules = network.experts.modules
     expert_bytes = max(layout.weight_bytes for layout in layouts)
     stored, decoded = stored_precision(network)
-    per_token = dense_per_token + network.top_k * len(modules) * (decoded or expert_bytes)
+    # As if nothing were encoded: what there is to compute stays the same.
+    computed = dense_per_token + network.top_k * len(modules) * (decoded or expert_bytes)
+    computed += sum(
+        linear.form.rows * linear.form.columns * item - linear.form.stored_bytes
+        for linear in network.linears
+    )
     return Facts(
         name=name_of(network.checkpoint.folder),
         family=model.config.model_type,
@@ -101,21 +116,33 @@ def facts_of(network: "Network") -> Facts:
         kv_bytes_per_token=state.per_token,
         max_context=_max_context(config),
         vocab_size=config.vocab_size,
-        workspace_bytes=(48 << 20) + config.vocab_size * 4 * 6 + decoded,
+        workspace_bytes=(48 << 20) + config.vocab_size * 4 * 6 + decoded + _encoding(layouts),
         workspace_bytes_per_context=2 * heads * head_dim * item,
         workspace_bytes_per_token=_workspace_per_token(network, heads, head_dim),
         workspace_bytes_per_pair=3 + item,
-        flops_per_token=2 * per_token // item,
+        flops_per_token=2 * computed // item,
         state_bytes=state.fixed,
         stored=stored,
         decoded_bytes=decoded,
+        plain_bytes=max(layout.plain.weight_bytes if layout.plain else 0 for layout in layouts),
     )
+
+
+def _encoding(layouts: "list[ExpertLayout]") -> int:
+    """What it takes to encode experts while they are read."""
+    from retinue.memory.intake import stages_of
+
+    stage = max(layout.plain.slot_bytes if layout.plain else 0 for layout in layouts)
+    return stages_of(stage) * (stage + ENCODING_BYTES) if stage else 0
 
 
 def stored_precision(network: "Network") -> tuple[str, int]:
     """The format of the experts, and the bytes of one when it is decoded; nothing if plain."""
     layouts = [layout for row in network.experts.layouts for layout in row]
-    names = {p.format.name for layout in layouts for p in layout.pieces if p.format}
+    windows = {
+        window for layout in layouts for found in layout.windows.values() for window in found
+    }
+    names = {window.format.name for window in windows if window.format is not None}
     if not names:
         return "", 0
     sizes = [

@@ -16,7 +16,9 @@ from torch.nn import functional
 
 from retinue.memory.cache import Views
 from retinue.memory.formats import Packed
+from retinue.memory.grouped import grouped_form
 from retinue.memory.layout import Block
+from retinue.model.grouped_linear import grouped_product
 from retinue.model.kernels import ExpertKernel
 from retinue.model.linear import product
 from retinue.types import Demand, IntArray
@@ -112,6 +114,7 @@ class NativeWork(Work):
         return new(self._tokens * self._k, self._hidden.shape[-1])
 
     def compute(self, experts: Sequence[int], slots: IntArray) -> None:
+        """Run `experts`, which lie in `slots`, in one call but for those that torch runs faster."""
         if self._kernel.most_tokens < self._tokens:
             experts, slots = self._leave_to_torch(experts, slots)
         if experts:
@@ -128,6 +131,7 @@ class NativeWork(Work):
         return [e for e, heavy in zip(experts, many, strict=True) if not heavy], slots[~many]
 
     def result(self) -> torch.Tensor:
+        """Weight the rows and sum them in router order: [tokens, hidden]."""
         return self._kernel.sum(self._rows, self._weights, self._hidden.dtype)
 
 
@@ -180,6 +184,8 @@ def _linear(module: nn.Module, inputs: torch.Tensor, views: Views, name: str) ->
 
 
 def _product(inputs: torch.Tensor, weight: Block, transposed: Any) -> torch.Tensor:
+    if isinstance(weight, Packed) and (form := grouped_form(weight.format)) is not None:
+        return grouped_product(form, weight.weights, weight.scales, inputs)
     numbers = in_type(weight, inputs.dtype)
     return product(inputs, numbers.T if transposed else numbers)
 
