@@ -1,28 +1,23 @@
 """How fast this machine multiplies by weights: for one token and for many, format by format.
 
 Measured with the kernels that are active, on matrices of an expert's size that no cache holds.
-Remembered per kernels and threads, so that `plan` can answer at once.
 """
 
-import json
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
 
 import torch
 from torch.nn import functional
 
 from retinue.memory import native
 from retinue.memory.grouped import Grouped
-from retinue.memory.machine import cache_folder
+from retinue.memory.machine import Rate
 from retinue.memory.native import Activation, ExpertsShape, Format, Native
 
 HIDDEN, INNER = 2048, 512  # of the expert that is measured: 6 MB of bf16
 SHAPES = ((INNER, HIDDEN), (INNER, HIDDEN), (HIDDEN, INNER))  # gate, up, down
 AT_ONCE = 8  # experts in one call, as a token uses them
 TOKENS = 64  # where there are many
-PROBE_BYTES = 192 << 20
 SLICES = 3  # the best one counts: other programs take their share of the others
 _PATTERN = 0x3C23  # 0.01 as bf16, neither zero nor NaN in any format
 
@@ -31,48 +26,7 @@ NATIVE = {"bfloat16": Format.BF16, "int8": Format.INT8, "int4": Format.INT4}
 FORMATS = (*PLAIN, "int8", "int4")
 
 
-@dataclass(frozen=True, slots=True)
-class Rate:
-    """Of all threads together."""
-
-    row_bytes_per_s: float  # bytes of weights, for one token
-    flops_per_s: float  # floating-point operations, for many tokens
-
-
-Rates = Mapping[str, Rate]
-
-
-def known_rates(threads: int, *, fresh: bool = False, at_most_bytes: int = PROBE_BYTES) -> Rates:
-    """The rates of every format: remembered, or measured now, which takes about a second.
-
-    Measuring takes `at_most_bytes` of memory for a moment, or what one expert takes.
-    """
-    if not fresh and (found := remembered_rates(threads)) is not None:
-        return found
-    rates = measure_rates(threads, at_most_bytes=min(at_most_bytes, PROBE_BYTES))
-    store = cache_folder() / _name(threads)
-    with suppress(OSError):
-        store.parent.mkdir(parents=True, exist_ok=True)
-        store.write_text(json.dumps({name: asdict(rate) for name, rate in rates.items()}))
-    return rates
-
-
-def remembered_rates(threads: int) -> Rates | None:
-    """The rates that were measured last with these kernels; None where none were."""
-    with suppress(OSError, ValueError, TypeError, AttributeError):
-        content = json.loads((cache_folder() / _name(threads)).read_text())
-        return {name: Rate(**content[name]) for name in FORMATS if name in content} or None
-    return None
-
-
-def _name(threads: int) -> str:
-    library = native.library()
-    return f"rates-{library.features if library else 'torch'}-{threads}.json"
-
-
-def measure_rates(
-    threads: int, *, seconds: float = 0.1, at_most_bytes: int = PROBE_BYTES
-) -> dict[str, Rate]:
+def measure_rates(threads: int, *, seconds: float = 0.06, at_most_bytes: int) -> dict[str, Rate]:
     """Measure every format, each for two times `seconds`."""
     torch.set_num_threads(threads)
     library = native.library()
@@ -81,7 +35,7 @@ def measure_rates(
     weights = torch.full((max(at_most_bytes, 4 * _numbers()) // 2,), _PATTERN, dtype=torch.int16)
     data = weights.view(torch.uint8)
     rates = {}
-    for name in FORMATS:
+    for name in formats:
         run, size = _with(name, library, data)
         flops = 2 * _numbers() * TOKENS
         rates[name] = Rate(
@@ -126,7 +80,8 @@ def _with(name: str, library: Native | None, data: torch.Tensor) -> tuple[_Run, 
 
 def _by_torch(dtype: torch.dtype, data: torch.Tensor) -> _Run:
     size = _numbers() * dtype.itemsize
-    experts = [part.view(dtype) for part in data[: len(data) // size * size].split(size)]
+    whole = data[: len(data) // size * size]
+    experts = [part.view(dtype) for part in torch.split(whole, size)]
     inputs = {n: torch.ones(n, HIDDEN, dtype=dtype) for n in (1, TOKENS)}
 
     def run(tokens: int, at: int) -> int:
@@ -140,7 +95,7 @@ def _by_torch(dtype: torch.dtype, data: torch.Tensor) -> _Run:
 def _feed_forward(x: torch.Tensor, expert: torch.Tensor) -> torch.Tensor:
     sizes = [rows * columns for rows, columns in SHAPES]
     gate, up, down = (
-        part.view(shape) for part, shape in zip(expert.split(sizes), SHAPES, strict=True)
+        part.view(shape) for part, shape in zip(torch.split(expert, sizes), SHAPES, strict=True)
     )
     hidden = functional.silu(_product(x, gate)) * _product(x, up)
     return _product(hidden, down)
