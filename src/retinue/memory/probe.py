@@ -4,7 +4,7 @@ Measured with the kernels that are active, on matrices of an expert's size that 
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 from torch.nn import functional
@@ -26,8 +26,10 @@ NATIVE = {"bfloat16": Format.BF16, "int8": Format.INT8, "int4": Format.INT4}
 FORMATS = (*PLAIN, "int8", "int4")
 
 
-def measure_rates(threads: int, *, seconds: float = 0.06, at_most_bytes: int) -> dict[str, Rate]:
-    """Measure every format, each for two times `seconds`."""
+def measure_rates(
+    threads: int, formats: Collection[str], *, seconds: float = 0.06, at_most_bytes: int
+) -> dict[str, Rate]:
+    """Measure each of `formats` for two times `seconds`."""
     torch.set_num_threads(threads)
     library = native.library()
     if library is not None:
