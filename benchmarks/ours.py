@@ -28,11 +28,9 @@ def bench_command(
     new_tokens: int,
     memory: int | None = None,
     experts: str | None = None,
-    warm: bool = False,
 ) -> list[str]:
     """`retinue bench` with its JSON; without `memory` it has its own default."""
     command = [sys.executable, "-m", "retinue", "bench", str(folder), "--json"]
-    command += ["--warm"] * warm
     command += ["--prompt-tokens", str(prompt_tokens), "--new-tokens", str(new_tokens)]
     if memory is not None:
         command += ["--memory", str(memory)]

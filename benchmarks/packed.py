@@ -76,7 +76,7 @@ def llamacpp_whole(setting: Setting) -> Report:
     counts = setting.counts(512, 64)
     cold = ours.bench_command(sides.pack.folder, **counts | {"new_tokens": 0})
     engines = {
-        "ours": partial(ours.bench, ours.bench_command(sides.pack.folder, warm=True, **counts)),
+        "ours": partial(ours.bench, ours.bench_command(sides.pack.folder, **counts)),
         PEER: partial(timed, peer_llamacpp.command(sides.gguf, repack=True, **counts)),
         "ours, cold": partial(ours.bench, cold),
     }

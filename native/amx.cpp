@@ -10,7 +10,7 @@
 namespace retinue {
 namespace {
 
-constexpr int kLeastTokens = 6;  // of a block; with fewer VNNI is faster
+constexpr int kLeastTokens = 10;  // of a block; with fewer VNNI is faster
 constexpr int kChunk = 64;       // groups of a tile that are unpacked at a time: 32 KiB
 constexpr int kCodes = kLanes * kGroup;
 
@@ -60,41 +60,45 @@ inline void add_scaled(const int32_t* dots, const uint16_t* scales, const float*
     }
 }
 
-// Groups first .. first + groups - 1, whose codes are in `weights`, times one block. Two groups
-// at a time, so that the next product runs while the last one's sums are scaled.
-void multiply_codes(const int8_t* weights, const uint16_t* scales, const Block& block, int first,
-                    int groups, int32_t stride, float* out) {
-    alignas(64) int32_t dots[2][kTokens * kLanes];
+// Some groups of a tile, unpacked.
+struct Chunk {
+    int first, groups;
+    const uint16_t* scales;
+    alignas(64) int8_t weights[kChunk * kCodes];
+};
+
+// The products of a group are scaled while those of the next two are made.
+template <int AHEAD_BYTES>
+void multiply_codes(const Chunk& chunk, const Block& block, const uint8_t* ahead, int32_t stride,
+                    float* out) {
+    constexpr int kLag = 2;
+    alignas(64) int32_t dots[2 * kLag][kTokens * kLanes];
     __m512 sums[kTokens];
 #pragma GCC unroll 16
     for (int t = 0; t < kTokens; t++) {
-        const bool goes_on = first > 0 && t < block.tokens;
+        const bool goes_on = chunk.first > 0 && t < block.tokens;
         sums[t] = goes_on ? _mm512_loadu_ps(out + static_cast<int64_t>(t) * stride)
                           : _mm512_setzero_ps();
     }
-    const int8_t* x = block.codes + static_cast<int64_t>(first) * block.tokens * kGroup;
-    const float* x_scales = block.scales + static_cast<int64_t>(first) * block.tokens;
-    const int next = block.tokens * kGroup;
-    for (int g = 0; g < groups; g += 2) {
-        const bool two = g + 1 < groups;
-        _tile_zero(0);
-        _tile_loadd(2, x, kGroup);
-        _tile_loadd(3, weights, 64);
-        _tile_dpbssd(0, 2, 3);
-        if (two) {
-            _tile_zero(1);
-            _tile_loadd(4, x + next, kGroup);
-            _tile_loadd(5, weights + kCodes, 64);
-            _tile_dpbssd(1, 4, 5);
+    const int64_t before = static_cast<int64_t>(chunk.first) * block.tokens;
+    const int8_t* x = block.codes + before * kGroup;
+    const float* x_scales = block.scales + before;
+    for (int g = 0; g < chunk.groups + kLag; g++) {
+        if (g < chunk.groups) {
+            for (int i = 0; i < AHEAD_BYTES; i += 64) {
+                __builtin_prefetch(ahead + g * AHEAD_BYTES + i, 0, 2);
+            }
+            _tile_zero(0);
+            _tile_loadd(1, x + g * block.tokens * kGroup, kGroup);
+            _tile_loadd(2, chunk.weights + g * kCodes, 64);
+            _tile_dpbssd(0, 1, 2);
+            _tile_stored(0, dots[g % (2 * kLag)], 64);
         }
-        _tile_stored(0, dots[0], 64);
-        if (two) _tile_stored(1, dots[1], 64);
-        add_scaled(dots[0], scales, x_scales, sums);
-        if (two) add_scaled(dots[1], scales + kLanes, x_scales + block.tokens, sums);
-        x += 2 * next;
-        weights += 2 * kCodes;
-        scales += 2 * kLanes;
-        x_scales += 2 * block.tokens;
+        if (g >= kLag) {
+            const int done = g - kLag;
+            add_scaled(dots[done % (2 * kLag)], chunk.scales + done * kLanes,
+                       x_scales + done * block.tokens, sums);
+        }
     }
 #pragma GCC unroll 16
     for (int t = 0; t < kTokens; t++) {
@@ -105,23 +109,26 @@ void multiply_codes(const int8_t* weights, const uint16_t* scales, const Block& 
 template <int FORMAT>
 void multiply_tile(const Tile& tile, const Block* blocks, int32_t count, int32_t stride,
                    float* out) {
-    alignas(64) int8_t weights[kChunk * kCodes];
+    Chunk chunk;
     Shapes shapes;
-    for (int i = 0; i < 2; i++) {
-        shapes.set(i, kTokens, 64);
-        shapes.set(2 + 2 * i, kTokens, kGroup);
-        shapes.set(3 + 2 * i, kGroup / 4, 64);
-    }
+    shapes.set(0, kTokens, 64);
+    shapes.set(1, kTokens, kGroup);
+    shapes.set(2, kGroup / 4, 64);
     _tile_loadconfig(&shapes);
+    constexpr int kBytes = FORMAT == RETINUE_INT4 ? kCodes / 2 : kCodes;
     for (int first = 0; first < tile.groups(); first += kChunk) {
-        const int left = tile.groups() - first, groups = left < kChunk ? left : kChunk;
-        const int bytes = FORMAT == RETINUE_INT4 ? kCodes / 2 : kCodes;
-        unpack<FORMAT>(tile.codes + static_cast<int64_t>(first) * bytes, groups, weights);
-        float* to = out;
-        for (const Block* block = blocks; block < blocks + count; block++) {
-            multiply_codes(weights, tile.scales + first * kLanes, *block, first, groups, stride,
-                           to);
-            to += static_cast<int64_t>(block->tokens) * stride;
+        const int left = tile.groups() - first;
+        const uint8_t* codes = tile.codes + static_cast<int64_t>(first) * kBytes;
+        chunk.first = first;
+        chunk.groups = left < kChunk ? left : kChunk;
+        chunk.scales = tile.scales + first * kLanes;
+        unpack<FORMAT>(codes, chunk.groups, chunk.weights);
+        // The first block also asks for what is unpacked next.
+        const uint8_t* ahead = codes + chunk.groups * kBytes;
+        multiply_codes<kBytes>(chunk, blocks[0], ahead, stride, out);
+        for (int32_t i = 1; i < count; i++) {
+            multiply_codes<0>(chunk, blocks[i], ahead, stride,
+                              out + static_cast<int64_t>(i) * kTokens * stride);
         }
     }
     _tile_release();

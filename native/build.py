@@ -16,6 +16,7 @@ from pathlib import Path
 FOLDER = Path(__file__).resolve().parent
 # No contraction: what is multiplied and added is the same on every machine.
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-pthread"]
+FLAGS += ["-Wno-psabi"]  # vectors are passed within one file only
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "vnni")]
 AVX512 += ["-mfma", "-mprefer-vector-width=512"]

@@ -122,10 +122,14 @@ void prepare(const float* x, int32_t format, int32_t groups, const Block& block,
             continue;
         }
         if (block.pairs) {
-            const int64_t first = static_cast<int64_t>(group + g) * block.tokens * kGroup;
-            for (int i = 0; i < kGroup; i++) {
-                const int64_t pair = static_cast<int64_t>(i / 2) * block.tokens + token;
-                block.pairs[first + pair * 2 + i % 2] = float_to_bf16(x[i]);
+            uint32_t pairs[kGroup / 2];
+            for (int i = 0; i < kGroup / 2; i++) {
+                pairs[i] = float_to_bf16(x[2 * i]) |
+                           static_cast<uint32_t>(float_to_bf16(x[2 * i + 1])) << 16;
+            }
+            uint16_t* first = block.pairs + (at - token) * kGroup + 2 * token;
+            for (int i = 0; i < kGroup / 2; i++) {
+                memcpy(first + static_cast<int64_t>(i) * block.tokens * 2, pairs + i, 4);
             }
             continue;
         }
@@ -203,83 +207,129 @@ void sum(const float* rows, const float* weights, int32_t k, int32_t hidden, flo
     }
 }
 
-// Divisors of the largest number, sign and all: with 8 codes below zero and 7 above, the sign of
-// the scale decides which side has one more.
-constexpr float kDivisors4[] = {-8.0f, -7.5f, -7.0f, -8.5f, 8.0f, 7.5f, 7.0f, 6.5f};
-constexpr float kDivisors8[] = {127.0f};
+// The largest magnitude of a group of int4 comes to lie on -8 times one of these. A larger scale
+// than 1 leaves room for the largest of the other sign, a smaller one cuts the largest off.
+constexpr float kStretches[] = {1.14f, 1.07f, 1.03f, 1.0f, 0.97f, 0.93f, 0.89f, 0.84f};
 
-template <int LOW, int HIGH>
-inline float nearest(float x, float inverse) {
-    float code = (x * inverse + kRounder) - kRounder;
-    code = code < LOW ? static_cast<float>(LOW) : code;
-    return code > HIGH ? static_cast<float>(HIGH) : code;
+// Rows that are encoded at once.
+#if defined(__AVX512F__)
+constexpr int kWidth = 16;
+#elif defined(__AVX2__)
+constexpr int kWidth = 8;
+#else
+constexpr int kWidth = 4;
+#endif
+using Floats = float __attribute__((vector_size(4 * kWidth)));
+using Bits = uint32_t __attribute__((vector_size(4 * kWidth)));
+
+inline Bits bits_of(Floats x) { return reinterpret_cast<Bits>(x); }
+inline Floats floats_of(Bits bits) { return reinterpret_cast<Floats>(bits); }
+inline Floats all(float x) { return Floats{} + x; }
+
+// A group of these rows.
+struct Numbers {
+    Floats columns[kGroup];
+};
+
+inline Floats inverse_of(Floats scale) {
+    const Floats magnitude = floats_of(bits_of(scale) & 0x7fffffffu);
+    return magnitude < 1e-30f ? Floats{} : 1.0f / scale;
 }
 
-// The best scale of each lane, among those that bfloat16 has.
-template <int LOW, int HIGH, int COUNT>
-void choose_scales(const float* x, const float (&divisors)[COUNT], float* scales) {
-    float largest[kLanes] = {}, least[kLanes];
+inline Floats nearest(Floats x, Floats inverse, float low, float high) {
+    const Floats code = (x * inverse + kRounder) - kRounder;
+    const Floats above = code < low ? all(low) : code;
+    return above > high ? all(high) : above;
+}
+
+inline Floats to_bf16(Floats x) {
+    const Bits bits = bits_of(x), magnitude = bits & 0x7fffffffu;
+    const Bits rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) & 0xffff0000u;
+    return floats_of(magnitude > 0x7f800000u ? bits | 0x400000u : rounded);
+}
+
+// In each row the number of the largest magnitude; a NaN is larger than all.
+Floats largest_numbers(const Numbers& x) {
+    Bits largest = {};
+    for (const Floats& column : x.columns) {
+        const Bits number = bits_of(column);
+        largest = (number & 0x7fffffffu) > (largest & 0x7fffffffu) ? number : largest;
+    }
+    return floats_of(largest);
+}
+
+// The scale that is the best for the codes that `scale` gives: the sum of x * code over that of
+// code * code.
+Floats fit_scale(const Numbers& x, Floats scale) {
+    const Floats inverse = inverse_of(scale);
+    Floats products = {}, squares = {};
+    for (const Floats& column : x.columns) {
+        const Floats code = nearest(column, inverse, -8.0f, 7.0f);
+        products += column * code;
+        squares += code * code;
+    }
+    const Floats fitted = products / squares;
+    const auto finite = fitted - fitted == 0.0f;
+    const auto usable = finite & (fitted != 0.0f);
+    return to_bf16(usable ? fitted : scale);
+}
+
+Floats squared_error(const Numbers& x, Floats scale) {
+    const Floats inverse = inverse_of(scale);
+    Floats error = {};
+    for (const Floats& column : x.columns) {
+        const Floats miss = column - nearest(column, inverse, -8.0f, 7.0f) * scale;
+        error += miss * miss;
+    }
+    return error;
+}
+
+// NaN where a number is not finite: then no error is less than another.
+Floats choose_scale(const Numbers& x, Floats largest) {
+    Floats least = all(float_of(0x7f800000)), chosen = all(float_of(0x7fc00000));
+    for (const float stretch : kStretches) {
+        const Floats scale = fit_scale(x, to_bf16(largest / -8.0f * stretch));
+        const Floats error = squared_error(x, scale);
+        chosen = error < least ? scale : chosen;
+        least = error < least ? error : least;
+    }
+    return chosen;
+}
+
+// `numbers`, `codes` and `scales` begin with the first of the rows; the others lie between.
+void encode_rows(const float* numbers, int32_t format, uint8_t* codes, uint16_t* scales) {
+    const bool four = format == RETINUE_INT4;
+    const float low = four ? -8.0f : -127.0f, high = four ? 7.0f : 127.0f;
+    const float zero = four ? 8.0f : 128.0f;
+    Numbers x;
     for (int c = 0; c < kGroup; c++) {
-        for (int i = 0; i < kLanes; i++) {
-            const float number = x[c * kLanes + i];
-            largest[i] = __builtin_fabsf(number) > __builtin_fabsf(largest[i]) ? number : largest[i];
-        }
+        memcpy(&x.columns[c], numbers + c * kLanes, sizeof(Floats));
     }
-    for (int i = 0; i < kLanes; i++) {
-        least[i] = float_of(0x7f800000);
-        scales[i] = float_of(0x7fc00000);  // stays where a number is not finite
+    const Floats largest = largest_numbers(x);
+    const Floats magnitude = floats_of(bits_of(largest) & 0x7fffffffu);
+    const Floats scale = four ? choose_scale(x, largest) : to_bf16(magnitude / 127.0f);
+    const Floats inverse = inverse_of(scale);
+    Bits plain[kGroup];
+    for (int c = 0; c < kGroup; c++) {
+        plain[c] = bits_of(nearest(x.columns[c], inverse, low, high) + (kRounder + zero)) & 0xffu;
     }
-    for (const float divisor : divisors) {
-        float scale[kLanes], inverse[kLanes], error[kLanes] = {};
-        for (int i = 0; i < kLanes; i++) {
-            scale[i] = bf16_to_float(float_to_bf16(largest[i] / divisor));
-            inverse[i] = __builtin_fabsf(scale[i]) < 1e-30f ? 0.0f : 1.0f / scale[i];
-        }
-        for (int c = 0; c < kGroup; c++) {
-            for (int i = 0; i < kLanes; i++) {
-                const float number = x[c * kLanes + i];
-                const float miss = nearest<LOW, HIGH>(number, inverse[i]) * scale[i] - number;
-                error[i] += miss * miss;
-            }
-        }
-        for (int i = 0; i < kLanes; i++) {
-            scales[i] = error[i] < least[i] ? scale[i] : scales[i];
-            least[i] = error[i] < least[i] ? error[i] : least[i];
-        }
+    // Four columns are the bytes of one number for each row.
+    for (int q = 0; q < kGroup / 4; q++) {
+        const Bits* column = plain + 4 * q;
+        plain[q] = column[0] | column[1] << 8 | column[2] << 16 | column[3] << 24;
+    }
+    for (int q = 0; q < (four ? 4 : 8); q++) {
+        const Bits bytes = four ? plain[2 * q] | plain[2 * q + 1] << 4 : plain[q];
+        memcpy(codes + q * 4 * kLanes, &bytes, sizeof bytes);
+    }
+    for (int i = 0; i < kWidth; i++) {
+        scales[i] = static_cast<uint16_t>(bits_of(scale)[i] >> 16);
     }
 }
 
 void encode(const float* x, int32_t format, uint8_t* codes, uint16_t* scales) {
-    const bool four = format == RETINUE_INT4;
-    float scale[kLanes], inverse[kLanes];
-    if (four) {
-        choose_scales<-8, 7>(x, kDivisors4, scale);
-    } else {
-        choose_scales<-127, 127>(x, kDivisors8, scale);
-    }
-    for (int i = 0; i < kLanes; i++) {
-        scales[i] = float_to_bf16(scale[i]);
-        inverse[i] = __builtin_fabsf(scale[i]) < 1e-30f ? 0.0f : 1.0f / scale[i];
-    }
-    uint8_t plain[kGroup][kLanes];
-    for (int c = 0; c < kGroup; c++) {
-        for (int i = 0; i < kLanes; i++) {
-            const float number = x[c * kLanes + i];
-            const float code = four ? nearest<-8, 7>(number, inverse[i]) + 8.0f
-                                    : nearest<-127, 127>(number, inverse[i]) + 128.0f;
-            plain[c][i] = static_cast<uint8_t>(bits_of(code + kRounder));
-        }
-    }
-    for (int c = 0; c < kGroup; c++) {
-        const int j = c % 4, q = c / 4;
-        for (int i = 0; i < kLanes; i++) {
-            if (!four) {
-                codes[(q * kLanes + i) * 4 + j] = plain[c][i];
-            } else if (q % 2 == 0) {
-                codes[(q / 2 * kLanes + i) * 4 + j] =
-                    static_cast<uint8_t>(plain[c][i] | plain[c + 4][i] << 4);
-            }
-        }
+    for (int row = 0; row < kLanes; row += kWidth) {
+        encode_rows(x + row, format, codes + 4 * row, scales + row);
     }
 }
 

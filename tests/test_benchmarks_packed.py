@@ -16,8 +16,6 @@ from benchmarks.results import Document, Report, compare
 from benchmarks.setting import Setting
 from transformers import AutoModelForCausalLM
 
-from retinue.cli.main import build_parser
-
 GB = 10**9
 TINY = shapes.Shape(64, 48, layers=2, heads=4, experts=8, top_k=2, vocabulary=512)
 TINY_QWEN3 = shapes.Qwen3(64, 32, layers=2, heads=8, experts=8, top_k=2, vocabulary=512)
@@ -176,11 +174,6 @@ def test_the_peers_command() -> None:
     options = peer_llamacpp.build_parser().parse_args(words[3:])
     assert (options.file, options.repack) == ("a.gguf", True)
     assert (options.prompt_tokens, options.new_tokens) == (5, 3)
-
-
-def test_bench_knows_the_commands_option() -> None:
-    command = packed.ours.bench_command(Path("m"), warm=True, prompt_tokens=5, new_tokens=3)
-    assert build_parser().parse_args(command[3:]).warm is True
 
 
 def test_the_file_for_llama_cpp_has_every_tensor(

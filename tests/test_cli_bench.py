@@ -90,17 +90,15 @@ def test_the_same_work_whatever_is_resident(
     assert requests[2].token_ids != first.token_ids
 
 
-def test_a_warm_prompt_is_measured_the_second_time(
-    call: Call, olmoe: Path, requests: list[Request]
+def test_where_all_experts_fit_they_are_read_before_the_clock_starts(
+    call: Call, olmoe: Path
 ) -> None:
     work = ("--prompt-tokens", 9, "--new-tokens", 2, "--json")
-    cold = call("bench", olmoe, *MEMORY, *work).document
-    warm = call("bench", olmoe, *MEMORY, *work, "--warm").document
-    assert (cold["prefill_bytes_read"] > 0, warm["prefill_bytes_read"]) == (True, 0)
-    alone, before, measured = requests
-    assert before.prompt == measured.prompt == alone.prompt
-    assert [len(request.token_ids) for request in requests] == [3, 1, 3]
-    assert measured.reused == 0
+    whole = call("bench", olmoe, *MEMORY, *work).document
+    assert whole["resident_experts"] == whole["total_experts"]
+    assert (whole["prefill_bytes_read"], whole["misses"], whole["pending"]) == (0, 0, 0)
+    some = call("bench", olmoe, *MEMORY, *work, "--experts", "50%").document
+    assert some["prefill_bytes_read"] > 0
 
 
 def test_no_decode_has_no_bound(call: Call, olmoe: Path) -> None:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         SelfCheckFailed,
         Unsupported,
         UsageError,
+        WriteError,
     )
     from retinue.policy.presets import PRESETS
     from retinue.types import Output, SamplingParams, Stats, TokenLogprob
@@ -46,6 +47,7 @@ _HOMES = {
             "SelfCheckFailed",
             "Unsupported",
             "UsageError",
+            "WriteError",
         ),
         "retinue.errors",
     ),
@@ -70,6 +72,7 @@ __all__ = [
     "TokenLogprob",
     "Unsupported",
     "UsageError",
+    "WriteError",
 ]
 
 

@@ -9,6 +9,7 @@
     │   └── NotFinite         a weight, or what was computed from it, is NaN or infinite
     ├── DownloadError         the hub did not deliver, or there is no place for it    exit 1
     ├── ReadError             the disk did not deliver                                exit 1
+    ├── WriteError            the disk did not take what was to be kept               exit 1
     ├── SelfCheckFailed       the fast path and the reference disagree                exit 1
     └── Cancelled             the request was cancelled while it ran                  exit 1
 
@@ -64,6 +65,10 @@ class DownloadError(RetinueError):
 
 class ReadError(RetinueError):
     """The disk did not deliver bytes that a running request needs."""
+
+
+class WriteError(RetinueError):
+    """The disk did not take what was to be kept; it may be full."""
 
 
 class SelfCheckFailed(RetinueError):

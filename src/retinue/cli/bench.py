@@ -39,6 +39,7 @@ def execute(options: Namespace) -> int:
     with LLM.from_config(folder, config) as llm:
         for text in llm.assembly.notes:
             note(f"note: {text}", "yellow")
+        llm.fill()
         stats, prompt_tokens = _measure(llm, options, facts, config)
         after = Speeds(measure_disk(files), _memory_again(llm, threads, before))
     speeds = Speeds(
@@ -72,8 +73,6 @@ def _measure(llm: LLM, options: Namespace, facts: Facts, config: Config) -> tupl
                 hint=f"use `--context {len(prompt) + count + 1}`, or fewer tokens",
             )
         forced = [ids.randrange(facts.vocab_size) for _ in range(count + 1)]
-        if options.warm:
-            _run(llm, prompt, forced[:1], config)
         request = _run(llm, prompt, forced, config)
     return llm.stats(request), len(request.prompt)
 

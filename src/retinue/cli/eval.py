@@ -1,24 +1,33 @@
 """`retinue eval`: loss and agreement per task, against the plain model."""
 
 from argparse import Namespace
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from retinue.cli.measure import bar, measured
 from retinue.cli.options import config_from
 from retinue.cli.terminal import audience, emit_json, note, table
-from retinue.config import format_size
-from retinue.engine.evaluate import Evaluation, TaskScore, evaluate, passes
+from retinue.config import AS_IS, Config, format_size
+from retinue.engine.evaluate import Evaluation, TaskScore, evaluate, passes, score_plain
+from retinue.errors import UsageError
 from retinue.memory.machine import resident_bytes
+from retinue.model.scoring import Scored
 
 
 def execute(options: Namespace) -> int:
     """Score the texts under a preset and under the plain model; returns the exit code."""
     config = config_from(options)
+    plain = _plain(options, config) if options.against else None
     with measured(options, config) as (assembly, texts):
-        with bar(len(texts) * passes(assembly)) as advance:
-            result = evaluate(assembly, texts, advance)
+        if plain is not None and [text.ids for text in texts] != plain.ids:
+            raise UsageError(
+                f"`{options.against}` reads the texts as other tokens than `{options.model}`",
+                hint="give the model that the pack was made of, and a `--context` for both",
+            )
+        with bar(len(texts) * passes(assembly, against=plain is not None)) as advance:
+            result = evaluate(assembly, texts, advance, None if plain is None else plain.scores)
         document = _document(options.model, config.preset, result)
+        document |= {"against": options.against} if options.against else {}
         document |= {
             "peak_rss_bytes": resident_bytes(peak=True),
             "budget_bytes": assembly.split.budget,
@@ -31,6 +40,22 @@ def execute(options: Namespace) -> int:
     if options.json:
         emit_json(document)
     return 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Plain:
+    """What another model says of the texts, and how it reads them."""
+
+    ids: list[list[int]]
+    scores: list[Scored]
+
+
+def _plain(options: Namespace, config: Config) -> _Plain:
+    """Score the texts under the model of `--against`, which is closed again."""
+    config = replace(config, precision=AS_IS, preset=Config().preset)
+    others = Namespace(**vars(options) | {"model": options.against})
+    with measured(others, config) as (assembly, texts), bar(len(texts)) as advance:
+        return _Plain([text.ids for text in texts], score_plain(assembly, texts, advance))
 
 
 def _document(model: str, preset: str, result: Evaluation) -> dict[str, Any]:

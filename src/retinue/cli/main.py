@@ -37,6 +37,7 @@ def build_parser() -> ArgumentParser:
     _add_plan(verbs)
     _add_doctor(verbs)
     _add_bench(verbs)
+    _add_pack(verbs)
     _add_profile(verbs)
     _add_eval(verbs)
     new_verb(verbs, "presets", "every preset with its source and parts", "retinue presets --json")
@@ -96,10 +97,24 @@ def _add_bench(verbs: object) -> None:
     bench.add_argument("--prompt-tokens", type=int, default=64, metavar="N", help="(default: 64)")
     bench.add_argument("--new-tokens", type=int, default=32, metavar="N", help="(default: 32)")
     bench.add_argument("--prompts", metavar="FILE", help="texts, one a line, instead of random ids")
-    bench.add_argument(
-        "--warm", action="store_true", help="run each prompt once before its clock starts"
-    )
     add_config_options(bench, (*ENGINE, "seed"))
+
+
+def _add_pack(verbs: object) -> None:
+    pack = new_verb(
+        verbs,
+        "pack",
+        "a self-contained copy in int4 or int8: a quarter or half of the bytes; resumable",
+        "retinue pack ./OLMoE-1B-7B ./OLMoE-1B-7B-int4 --precision int4",
+    )
+    pack.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    pack.add_argument("out", metavar="OUT", nargs="?", help="the folder to write")
+    pack.add_argument(
+        "--check",
+        action="store_true",
+        help="compare all bytes of MODEL, a pack, with its checksums",
+    )
+    add_config_options(pack, ("memory", "precision", "threads"))
 
 
 def _add_profile(verbs: object) -> None:
@@ -125,6 +140,9 @@ def _add_eval(verbs: object) -> None:
         "retinue eval sample --preset popular-by-task --experts 40% --per-task 4",
     )
     _add_texts(evaluation)
+    evaluation.add_argument(
+        "--against", metavar="MODEL", help="the plain model of a pack, to compare with"
+    )
     # One text after the other, each with its own task.
     unused = ("task", "batch", "kv_tokens")
     add_config_options(evaluation, tuple(name for name in ENGINE if name not in unused))

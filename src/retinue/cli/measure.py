@@ -14,6 +14,7 @@ from retinue.cli.interrupts import cancel_on
 from retinue.cli.terminal import note
 from retinue.config import Config
 from retinue.engine.assembly import Assembly, assemble
+from retinue.engine.reserve import reserve
 from retinue.engine.tasks import TaskIds, TaskText, as_ids, cut_to, read_texts
 from retinue.errors import Cancelled, UsageError
 from retinue.memory.home import locate, sample_tasks
@@ -35,7 +36,7 @@ def measured(options: Namespace, config: Config) -> Iterator[tuple[Assembly, lis
     if config.context is None:
         longest = max(len(text.ids) for text in ids)
         config = replace(config, context=min(longest, facts.max_context, config.chunk))
-    assembly = assemble(folder, config)
+    assembly = assemble(reserve(folder, config))
     try:
         for text in assembly.notes:
             note(f"note: {text}", "yellow")
@@ -64,6 +65,21 @@ def bar(total: int) -> Iterator[Callable[[], Any]]:
 
     with tqdm(total=total, unit="text", dynamic_ncols=True, file=sys.stderr) as shown:
         yield lambda: shown.update()
+
+
+@contextmanager
+def byte_bar() -> Iterator[Callable[[int, int], Any]]:
+    """A progress bar over bytes on stderr; yields what is told of new ones, and of all."""
+    from tqdm import tqdm
+
+    settings = {"unit": "B", "unit_scale": True, "unit_divisor": 1024, "dynamic_ncols": True}
+    with tqdm(file=sys.stderr, **settings) as shown:
+
+        def advance(count: int, whole: int) -> None:
+            shown.total = whole
+            shown.update(count)
+
+        yield advance
 
 
 def _encoder(folder: Path, texts: list[TaskText]) -> Callable[[str, bool], list[int]]:

@@ -53,25 +53,38 @@ class _Cost:
     bytes_read: int
 
 
-def passes(assembly: Assembly) -> int:
-    """How often `evaluate` runs each text."""
-    return 1 if assembly.residents is None else 2
+def passes(assembly: Assembly, *, against: bool = False) -> int:
+    """How often `evaluate` runs each text; `against`: with the plain model's scores at hand."""
+    return 1 if assembly.residents is None or against else 2
+
+
+def score_plain(
+    assembly: Assembly, texts: Sequence[TaskIds], advance: Callable[[], object]
+) -> list[Scored]:
+    """Score `texts` under an exact preset, for an evaluation of another model against this one."""
+    scorer = _scorer(assembly)
+    return [_score(scorer, text, advance) for text in texts]
 
 
 def evaluate(
-    assembly: Assembly, texts: Sequence[TaskIds], advance: Callable[[], object]
+    assembly: Assembly,
+    texts: Sequence[TaskIds],
+    advance: Callable[[], object],
+    plain: Sequence[Scored] | None = None,
 ) -> Evaluation:
     """Score `texts` in their order; `advance` is called after each text of each pass.
 
-    Raises Cancelled when the host's `stop` says so, NotFinite, or the error of a read.
+    `plain` are another model's scores of the same texts, if that is what to compare with. Raises
+    Cancelled when the host's `stop` says so, NotFinite, or the error of a read.
     """
     scorer = _scorer(assembly)
     if assembly.residents is None:
-        plain, cost = _exact(assembly, scorer, texts, advance)
-        scored = plain
+        scored, cost = _exact(assembly, scorer, texts, advance)
+        plain = plain or scored
     else:
-        with assembly.residents.away():
-            plain = [_score(scorer, text, advance) for text in texts]
+        if plain is None:
+            with assembly.residents.away():
+                plain = [_score(scorer, text, advance) for text in texts]
         scored, cost = _restricted(assembly, _scorer(assembly), texts, advance)
     tasks = {}
     for name in dict.fromkeys(text.task for text in texts):

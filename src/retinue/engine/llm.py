@@ -2,18 +2,22 @@
 
 import operator
 import statistics
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from retinue.config import DEFAULT_BATCH, Config, load_config
-from retinue.engine.assembly import Assembly, assemble
 from retinue.engine.request import Request, State, new_request
+from retinue.engine.reserve import reserve
 from retinue.errors import UsageError
 from retinue.memory.machine import resident_bytes
 from retinue.types import Output, SamplingParams, Stats
+
+if TYPE_CHECKING:
+    from retinue.engine.assembly import Assembly
 
 Prompt = str | Sequence[int]
 
@@ -47,6 +51,7 @@ class LLM:
         batch: int | None = None,
         chunk: int | None = None,
         self_check: bool | None = None,
+        eager: bool | None = None,
     ) -> None:
         flags = {
             "memory": memory,
@@ -61,6 +66,7 @@ class LLM:
             "batch": batch,
             "chunk": chunk,
             "self_check": self_check,
+            "eager": eager,
         }
         config = load_config(flags)
         self._open(model, replace(config, batch=config.batch or DEFAULT_BATCH))
@@ -74,11 +80,18 @@ class LLM:
 
     def _open(self, model: str | Path, config: Config) -> None:
         self.config = config
-        self._assembly: Assembly | None = assemble(model, config)
+        reserved = reserve(model, config)
+        try:
+            # torch and transformers, while the reserved memory becomes resident
+            from retinue.engine.assembly import assemble
+        except BaseException:
+            reserved.release()
+            raise
+        self._assembly: Assembly | None = assemble(reserved)
         self._running: list[Request] = []
 
     @property
-    def assembly(self) -> Assembly:
+    def assembly(self) -> "Assembly":
         """The parts, for measurements. Raises UsageError after `close`."""
         if self._assembly is None:
             raise UsageError("the model is closed", hint="open it again: `LLM(...)`")
@@ -221,6 +234,18 @@ class LLM:
             if request.state is State.FAILED and request.error is not None:
                 raise request.error
 
+    def fill(self) -> None:
+        """Read every expert now, where all of them fit, instead of when one is first needed.
+
+        The time counts as `load_s`. Raises the error of a read that failed.
+        """
+        assembly = self.assembly
+        if not assembly.cache.holds_everything:
+            return
+        started = time.perf_counter()
+        assembly.cache.place(assembly.network.experts.there)
+        assembly.load_s += time.perf_counter() - started
+
     def stats(self, request: Request) -> Stats:
         """What `request` has cost. Passes that served several requests count for each of them."""
         return _stats(self.assembly, request)
@@ -263,7 +288,7 @@ def _no_prompt(value: object) -> UsageError:
     )
 
 
-def _stats(assembly: Assembly, request: Request) -> Stats:
+def _stats(assembly: "Assembly", request: Request) -> Stats:
     prefill, decode = request.costs.prefill, request.costs.decode
     steps = decode.steps_s
     return Stats(

@@ -11,6 +11,7 @@ from retinue.memory.hub import fetch
 from retinue.memory.hub_cache import Repository, cache_root, find, is_complete, parse_id
 
 SAMPLE = "sample"
+PACK_PROFILE = "retinue-profile.json"  # what a pack brings along
 
 
 def silent(text: str) -> None:

@@ -27,6 +27,7 @@ TEXT_FILES = frozenset(
         *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model"),
         *("special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt"),
         *("chat_template.json", "chat_template.jinja", "tiktoken.model", "tekken.json"),
+        *("retinue.json", "retinue-profile.json"),
     }
 )
 _ASK_S = 10.0

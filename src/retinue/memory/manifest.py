@@ -14,16 +14,15 @@ from typing import Any
 
 from retinue.errors import CheckpointError, Unsupported
 from retinue.memory.checkpoint import Checkpoint, TensorEntry
-from retinue.memory.formats import Format, Transposed
+from retinue.memory.formats import Transposed
 from retinue.memory.grouped import GROUP, PRECISIONS, Grouped, grouped
 from retinue.memory.layout import TORCH_DTYPES, ExpertLayout, Extent, Piece, Window
 from retinue.memory.quantised import PackedEntry
-from retinue.memory.recode import Windows, grouped_window
+from retinue.memory.recode import Windows, grouped_window, plain_format
 
 METHOD = "retinue"
 VERSION = 1
 FILE = "retinue.json"
-PROFILE = "retinue-profile.json"
 EXPERTS, CODES, SCALES = ".retinue", ".codes", ".scales"
 
 _NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
@@ -157,7 +156,7 @@ def _part(window: Window) -> dict[str, Any]:
     if window.format is None or window.scales is None:
         dtype = _NAMES[window.dtype]
         return {"at": window.offset, "dtype": dtype, "shape": list(window.shape)}
-    transposed, block = isinstance(window.format, Transposed), _block(window.format)
+    transposed, block = isinstance(window.format, Transposed), plain_format(window.format)
     size = {"rows": block.rows, "columns": block.columns, "transposed": transposed}
     return {"codes": window.offset, "scales": window.scales.offset, **size}
 
@@ -185,19 +184,13 @@ def _shape(windows: tuple[Window, ...]) -> tuple[int, ...]:
     shapes = [window.shape for window in windows]
     outputs = 0
     if windows[0].format is not None:
-        matrices = [_block(window.format) for window in windows if window.format is not None]
+        matrices = [plain_format(window.format) for window in windows if window.format is not None]
         outputs = 1 if isinstance(windows[0].format, Transposed) else 0
         shapes = [
             (form.columns, form.rows) if outputs else (form.rows, form.columns) for form in matrices
         ]
     total = sum(shape[outputs] for shape in shapes)
     return (*shapes[0][:outputs], total, *shapes[0][outputs + 1 :])
-
-
-def _block(form: Format) -> Grouped:
-    block = form.format if isinstance(form, Transposed) else form
-    assert isinstance(block, Grouped)
-    return block
 
 
 def _stored(entry: TensorEntry, precision: str, content: dict[str, Any]) -> StoredExperts:

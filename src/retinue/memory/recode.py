@@ -115,13 +115,13 @@ def encode_expert(windows: Windows, views: Views, slot: torch.Tensor) -> None:
 
 def _encode_matrix(blocks: tuple[Block, ...], given: tuple[Block, ...]) -> None:
     for block, rows in pairs(blocks, given):
-        encode(_plain(block.format), rows, block.weights, block.scales)
+        encode(plain_format(block.format), rows, block.weights, block.scales)
 
 
 def pairs(blocks: tuple[Block, ...], given: tuple[Block, ...]) -> list[tuple[Packed, torch.Tensor]]:
     """Each encoded block of a parameter with the outputs of `given` that it is of, [out, in]."""
     packed = [block for block in blocks if isinstance(block, Packed)]
-    counts = [_plain(block.format).rows for block in packed]
+    counts = [plain_format(block.format).rows for block in packed]
     transposed = isinstance(packed[0].format, Transposed)
     rows = [part.T if transposed else part for part in given if isinstance(part, torch.Tensor)]
     if [len(part) for part in rows] != counts:
@@ -130,7 +130,8 @@ def pairs(blocks: tuple[Block, ...], given: tuple[Block, ...]) -> list[tuple[Pac
     return list(zip(packed, rows, strict=True))
 
 
-def _plain(form: Format) -> Grouped:
+def plain_format(form: Format) -> Grouped:
+    """What `form` is beneath a transposition."""
     plain = grouped_form(form)
     assert plain is not None, form
     return plain

@@ -165,13 +165,14 @@ def _load_linear(network: Network, linear: DenseLinear, reader: Reader) -> None:
 def row_bands(
     form: Grouped,
     entry: TensorEntry | None,
-    embedding: torch.Tensor,
+    embedding: torch.Tensor | None,
     read: Callable[[TensorEntry], torch.Tensor],
 ) -> Iterator[tuple[slice, torch.Tensor]]:
     """The rows of a matrix, a few tiles at a time: of `entry`, or without one of `embedding`."""
     for start, stop in form.bands():
         tiles = slice(start // LANES, -(-stop // LANES))
         if entry is None:
+            assert embedding is not None
             yield tiles, embedding[start:stop]
             continue
         row_bytes = form.columns * entry.item_bytes

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from retinue.errors import Unsupported, UsageError
-from retinue.memory.home import sample_folder, sample_profile
+from retinue.memory.home import PACK_PROFILE, sample_folder, sample_profile
 from retinue.memory.machine import cache_folder
 from retinue.model.survey import fingerprint
 from retinue.policy.profile import Profile, profile_from
@@ -25,6 +25,8 @@ def find_profile(folder: Path, facts: Facts, file: str | None) -> Profile:
     Raises Unsupported where there is none, UsageError for one that is damaged or another model's.
     """
     places = [Path(file).expanduser()] if file is not None else [default_profile(folder)]
+    if file is None:
+        places.append(folder / PACK_PROFILE)  # of a pack
     if file is None and folder.resolve() == sample_folder().resolve():
         places.append(sample_profile())
     for place in places:
