@@ -99,7 +99,7 @@ def assemble(reserved: Reserved) -> Assembly:
             self_check(host, experts.modules, experts.layouts, network.model.dtype)
         store = _store(network, limits, abilities)
         scheduler = _scheduler(facts, limits, config, abilities, store)
-        steps = None if config.eager else _steps(network, store, abilities, notes)
+        steps = None if config.eager else _steps(network, host, store, abilities, notes)
         runner = Runner(network, host, mover, metrics, store, steps)
         engine = Engine(runner, scheduler, facts.vocab_size, end_tokens(network))
         tokenizer = load_tokenizer(folder)
@@ -157,9 +157,14 @@ def _scheduler(
     return Scheduler(BlockPool(store.tokens // BLOCK_TOKENS), bounds, cohort)
 
 
-def _steps(network: Network, store: Store, abilities: Abilities, notes: list[str]) -> Steps:
+def _steps(
+    network: Network, host: ExpertHost, store: Store, abilities: Abilities, notes: list[str]
+) -> Steps:
     """The prepared steps; that of one sequence is recorded now, as nobody waits for a token."""
-    steps = Steps(network.model, store, notes.append, abilities.unprepared, network.dense)
+    reason = abilities.unprepared
+    if host.restriction is not None:
+        reason = "the preset restricts the routers"
+    steps = Steps(network.model, store, notes.append, reason, network.dense)
     steps.prepare(1)
     return steps
 
