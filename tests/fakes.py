@@ -15,7 +15,7 @@ from retinue.engine.engine import Engine
 from retinue.engine.request import Request, new_request
 from retinue.engine.scheduler import Limits, Scheduler
 from retinue.errors import Cancelled
-from retinue.metrics import PhaseCounters
+from retinue.metrics import Metrics, PhaseCounters
 from retinue.model.kv import Segment
 from retinue.model.kv import Sequence as Memory
 from retinue.types import BLOCK_TOKENS, SamplingParams
@@ -48,7 +48,7 @@ class Books:
 
 class Host:
     def __init__(self) -> None:
-        self.cache, self.closed = Books(), False
+        self.cache, self.metrics, self.closed = Books(), Metrics(), False
         self.stop: Callable[[], bool] = lambda: False
         self.tasks: list[list[str | None]] = []  # of those that ran, before each pass
 

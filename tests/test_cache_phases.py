@@ -5,6 +5,7 @@ import pytest
 
 from disk import Rig, ids
 from retinue.memory.cache import HEAT_DECAY
+from retinue.memory.tier import Tier
 from retinue.policy.base import Ahead
 from retinue.types import Demand, IntArray
 
@@ -43,6 +44,22 @@ def test_prefill_keeps_each_layers_quota() -> None:
         rig.begin("decode")
         assert rig.cache.room(4), "what only passed leaves first"
         assert (rig.resident(0), rig.resident(1)) == ([0, 1], [6, 7])
+
+
+def test_passing_experts_leave_early_where_new_pages_are_slow(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with Rig((8, 8), slots=8, top_k=2) as rig:
+        monkeypatch.setattr(Tier, "quick", property(lambda tier: 0))
+        rig.begin("prefill")
+        through_prefill(rig, 0, range(4), keep=ids(0, 1))
+        assert rig.resident(0) == [0, 1, 2, 3], "those of the layer that runs stay"
+        through_prefill(rig, 1, range(4), keep=ids(0, 1))
+        assert (rig.resident(0), rig.resident(1)) == ([0, 1], [0, 1, 2, 3])
+        assert rig.tier.free == 2
+        rig.begin("decode", 0)
+        rig.load(0, 2)
+        assert rig.resident(1) == [0, 1, 2, 3], "in decode all slots are taken first"
 
 
 def test_a_use_in_decode_makes_a_passing_expert_stay() -> None:

@@ -12,6 +12,7 @@ from retinue import LLM
 from retinue.cli.commands import COMMANDS, run
 from retinue.cli.main import main
 from retinue.cli.session import SETTINGS, Session, Thoughts
+from retinue.engine.scheduler import Limits
 from retinue.types import Output, SamplingParams, Stats
 from test_conversation import NO_SYSTEM, PLAIN, THINKS, Characters
 
@@ -21,9 +22,12 @@ Captured = pytest.CaptureFixture[str]
 class Parrot:
     """A model that answers what it is told to answer, a character at a time."""
 
-    def __init__(self, template: str | None = PLAIN, context: int = 1000) -> None:
+    def __init__(
+        self, template: str | None = PLAIN, context: int = 1000, piece: int | None = None
+    ) -> None:
         self.tokenizer = Characters(template)
-        self.assembly = SimpleNamespace(split=SimpleNamespace(context=context))
+        limits = Limits(context, piece or 100, batch=1, whole_prompts=piece is not None)
+        self.assembly = SimpleNamespace(engine=SimpleNamespace(limits=limits))
         self.answers: list[str] = []
         self.prompts: list[str] = []
 
@@ -262,6 +266,17 @@ def test_a_full_context_leaves_out_the_oldest_turns(capsys: Captured) -> None:
         assert prompt.startswith("<system>Be kind.<user>question ")
     assert prompts(session)[-1].endswith("<user>question 11<assistant>")
     assert len(session.conversation.messages) == 24
+
+
+def test_turns_are_left_out_where_a_prompt_must_be_one_piece(capsys: Captured) -> None:
+    session = new_session(Parrot(context=1000, piece=200), max_new_tokens=20)
+    for number in range(12):
+        do(session, f"question {number}")
+    err = capsys.readouterr().err
+    assert "a prompt of this family has 200 tokens at most (`--chunk`): the oldest" in err
+    assert "is full" not in err
+    assert max(map(len, prompts(session))) <= 200
+    assert prompts(session)[-1].endswith("<user>question 11<assistant>")
 
 
 def test_a_question_that_is_too_long_costs_nothing(sample: LLM, capsys: Captured) -> None:

@@ -92,6 +92,13 @@ def test_process_environment_is_the_default(monkeypatch: pytest.MonkeyPatch) -> 
     assert load_config({}, environ={}).memory == Config().memory
 
 
+def test_the_task_comes_from_everywhere(tmp_path: Path) -> None:
+    file = write(tmp_path, "task: dialogue\n")
+    assert load_config({}, file, {}).task == "dialogue"
+    assert load_config({}, file, {"RETINUE_TASK": "math_qa"}).task == "math_qa"
+    assert load_config({"task": "code"}, file, {"RETINUE_TASK": "math_qa"}).task == "code"
+
+
 def test_file_may_write_dashes_numbers_and_lists(tmp_path: Path) -> None:
     text = "max-new-tokens: '7'\nmemory: 1073741824\nself-check: off\nstop: [a, 1]\ntop_p: 1\n"
     config = load_config({}, write(tmp_path, text), {})

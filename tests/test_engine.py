@@ -282,7 +282,8 @@ def test_an_error_fails_the_request_and_not_the_engine() -> None:
     assert following.token_ids == [31, 32]
 
 
-def test_a_foreign_error_comes_through_and_ends_the_request() -> None:
+def test_what_a_foreign_error_has_stopped_is_tried_again() -> None:
+    """Whoever called ends its own requests; here nobody does."""
     engine, runner = make()
     request = ask([1], 2)
 
@@ -293,11 +294,29 @@ def test_a_foreign_error_comes_through_and_ends_the_request() -> None:
     engine.add(request)
     with pytest.raises(KeyboardInterrupt):
         engine.step()
-    assert request.state is State.FAILED
+    assert not request.state.final
     runner.before = lambda: None
+    while engine.busy:
+        engine.step()
     engine.idle()
-    finish(engine, after := ask([5], 1))
-    assert after.token_ids == [6]
+    assert request.token_ids == [2, 3]
+
+
+def test_a_foreign_error_ends_a_request_whose_own_cache_it_has_damaged() -> None:
+    engine, runner = make()
+    request = ask([1], 2)
+
+    def interrupt() -> None:
+        assert request.sequence is not None
+        request.sequence.own = object()
+        raise KeyboardInterrupt
+
+    runner.before = interrupt
+    engine.add(request)
+    with pytest.raises(KeyboardInterrupt):
+        engine.step()
+    assert (request.state, request.finish_reason) == (State.FAILED, "error")
+    engine.idle()
 
 
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
@@ -337,26 +356,6 @@ def test_an_error_that_passes_fails_nobody() -> None:
         list(range(21, 26)),
     ]
     assert [request.error for request in requests] == [None, None]
-
-
-def test_a_foreign_error_ends_the_requests_of_its_pass_alone() -> None:
-    engine, runner = make(batch=2)
-    requests = [ask([1], 5), ask([20], 5), ask([40], 2)]
-    for request in requests:
-        engine.add(request)
-
-    def interrupt() -> None:
-        raise KeyboardInterrupt
-
-    runner.before = interrupt
-    with pytest.raises(KeyboardInterrupt):
-        engine.step()
-    assert [request.state for request in requests] == [State.FAILED, State.FAILED, State.WAITING]
-    runner.before = lambda: None
-    while engine.busy:
-        engine.step()
-    engine.idle()
-    assert requests[2].token_ids == [41, 42]
 
 
 # --- the books

@@ -12,6 +12,7 @@ from retinue import PRESETS
 from retinue.config import Config
 from retinue.engine.assembly import Assembly, assemble
 from retinue.engine.evaluate import Evaluation, evaluate, make_profile, passes
+from retinue.engine.reserve import reserve
 from retinue.engine.tasks import TaskIds
 from retinue.errors import Cancelled
 from retinue.model.kv import Segment
@@ -28,7 +29,7 @@ TEXTS = [
 
 def opened(folder: Path, **settings: Any) -> Assembly:
     fixed: dict[str, Any] = {"memory": models.MEMORY, "threads": 1, "context": 64}
-    return assemble(folder, Config(**(fixed | settings)))
+    return assemble(reserve(folder, Config(**(fixed | settings))))
 
 
 def run(folder: Path, **settings: Any) -> Evaluation:

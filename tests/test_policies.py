@@ -5,8 +5,9 @@ import pytest
 
 from disk import ids
 from retinue.errors import UsageError
-from retinue.policy.base import SIGNALS, Ahead, NoPredictor, View
+from retinue.policy.base import SIGNALS, Ahead, Evictor, NoPredictor, View
 from retinue.policy.evict.heat import Heat
+from retinue.policy.evict.pace import Pace
 from retinue.policy.evict.recency import Recency
 from retinue.policy.miss.fetch import FetchAll
 from retinue.policy.predict.next_gate import NextGate
@@ -27,7 +28,7 @@ def view(**facts: object) -> View:
     return View(**(base | facts))  # type: ignore[arg-type]
 
 
-def leaving(evictor: Recency | Heat, entries: list[tuple[int, int]], facts: View) -> list:
+def leaving(evictor: Evictor, entries: list[tuple[int, int]], facts: View) -> list:
     """The entries in the order in which they leave."""
     layers, experts = ids(*(e[0] for e in entries)), ids(*(e[1] for e in entries))
     priorities = evictor.priorities(layers, experts, facts)
@@ -80,8 +81,39 @@ def test_heat(heat: dict[tuple[int, int], float], order: list[tuple[int, int]]) 
     assert leaving(Heat(), sorted(heat), facts) == order
 
 
-@pytest.mark.parametrize("evictor", [Recency(), Heat()])
-def test_evictors_answer_for_nobody(evictor: Recency | Heat) -> None:
+@pytest.mark.parametrize(
+    ("used", "share"),
+    [
+        ({}, 0.0),
+        ({(0, 0): 9, (0, 1): 9}, 1.0),
+        ({(0, 0): 9, (0, 1): 9, (0, 2): 8}, 0.5),
+        ({(0, 0): 9, (0, 1): 9, (0, 2): 7}, 1.0),
+        # The layers after the one that runs are a pass behind, and as good as the others.
+        ({(0, 0): 9, (0, 1): 9, (1, 0): 8, (1, 1): 8, (1, 2): 7}, 0.75),
+        # The pass before was a prefill, which used more than one token does.
+        ({(0, 0): 9, (0, 1): 8, (0, 2): 8, (0, 3): 8}, -2.0),
+        ({(0, 0): 0, (0, 1): 0}, 1.0),
+    ],
+)
+def test_how_much_of_a_pass_the_next_one_keeps(
+    used: dict[tuple[int, int], int], share: float
+) -> None:
+    assert view(last_used=table(used, -1, np.int64)).kept_share == share
+
+
+def test_pace_asks_for_heat_until_routing_stands_still() -> None:
+    # Eight experts of the last pass, and some that the pass before used besides.
+    last = {(layer, expert): 9 for layer in range(LAYERS) for expert in (0, 1)}
+    heat = table({(0, 0): 0.1, (0, 4): 5.0}, 0, np.float32)
+    for left, first in ((1, (0, 4)), (3, (0, 0))):
+        others = {(1 + n, 2): 8 for n in range(left)}
+        facts = view(last_used=table(last | others, -1, np.int64), heat=heat)
+        assert facts.stands_still == (left == 1)
+        assert leaving(Pace(), [(0, 0), (0, 4)], facts)[0] == first
+
+
+@pytest.mark.parametrize("evictor", [Recency(), Heat(), Pace()])
+def test_evictors_answer_for_nobody(evictor: Evictor) -> None:
     assert leaving(evictor, [], view()) == []
 
 
@@ -105,6 +137,27 @@ def test_next_gate(
     assert len(want.scores) == len(experts)
     if sums is not None:
         assert want.scores == pytest.approx(sums)
+
+
+@pytest.mark.parametrize(("left", "again"), [(0, [3]), (3, [1, 3])])
+def test_next_gate_repeats_no_mistake_while_routing_stands_still(left: int, again: list) -> None:
+    gate = NextGate()
+    scores = np.array([[0.1, 0.5, 0.0, 0.3, 0.1, 0.0]], dtype=np.float32)
+    still = {(layer, expert): 9 for layer in range(LAYERS) for expert in (0, 1)}
+    others = {(layer, 2): 8 for layer in range(left)}
+
+    def forecast(step: int) -> list[int]:
+        used = table({at: when - 9 + step for at, when in (still | others).items()}, -1, np.int64)
+        facts = view(ahead=(Ahead(2, scores),), step=step, last_used=used)
+        (want,) = gate.forecast(facts)
+        assert len(want.scores) == len(want.experts)
+        gate.observe(Demand(2, ids(3, 5), ids(1, 1), np.ones(2, np.float32)), facts)
+        return want.experts.tolist()
+
+    assert forecast(9) == [1, 3]
+    assert forecast(10) == again
+    assert forecast(11) == again, "it goes on to know"
+    assert forecast(13) == [1, 3], "what another pass came between is forgotten"
 
 
 def test_next_gate_without_scores_is_silent() -> None:
@@ -157,8 +210,10 @@ def test_presets_are_what_they_say(name: str) -> None:
     answers = (made.evictor, made.predictor, made.miss, made.routing, made.placement)
     for part, answer in zip(row.parts, answers, strict=False):
         words = part.partition(": ")[2]
-        spoken = {"nothing": "NoPredictor"}.get(words, words.title().replace(" ", ""))
-        assert type(answer).__name__ == spoken
+        # What fetches nothing for a token does fetch for the self-check, before it serves any.
+        special = {"nothing": "NoPredictor", "fetch nothing": "FetchAll"}
+        assert type(answer).__name__ == special.get(words, words.title().replace(" ", ""))
+    assert ("miss: fetch nothing" in row.parts) == made.placement.fixed
     assert made.routing.exact == row.exact
     assert made.placement.fixed != row.exact  # nobody else loads where nothing is fetched
     assert "build" not in row.as_dict()

@@ -106,11 +106,13 @@ def test_the_task_decides_and_its_switch_is_counted(olmoe: Path, profile: Path) 
         first = answer(llm)
         assert first.stats.prefill_bytes_read == 0
         assert llm.assembly.cache.used_bytes_read == used  # no step asked for the first set
+        assert llm.assembly.metrics.total.prefill.bytes_read == 0
         high = answer(llm, task="high")
         assert resident(llm) == [4, 5, 6, 7]
         layouts = llm.assembly.network.experts.layouts
         bytes_moved = sum(row[e].read_bytes for row in layouts for e in (4, 5, 6, 7))
         assert high.stats.prefill_bytes_read == bytes_moved
+        assert llm.assembly.metrics.total.prefill.bytes_read == bytes_moved
         assert answer(llm, task="both").stats.prefill_bytes_read < bytes_moved
         again = answer(llm)
         assert resident(llm) == [0, 1, 2, 3]

@@ -162,3 +162,11 @@ def test_values_out_of_range_are_refused(name: str, value: object) -> None:
 
 def test_one_stop_string_is_a_list_of_one() -> None:
     assert SamplingParams(stop="end").stop == ("end",)
+
+
+@pytest.mark.parametrize("name", ["temperature", "repetition_penalty", "top_p", "min_p"])
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), -1.0])
+def test_what_is_no_number_is_refused(name: str, value: float) -> None:
+    with pytest.raises(UsageError, match=f"{name} is out of range") as caught:
+        SamplingParams(**{name: value})
+    assert name in caught.value.hint

@@ -1,6 +1,6 @@
 """Several streams at once: each one's last output comes, whoever ran the step that ended it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -33,3 +33,27 @@ def test_a_cancelled_stream_says_so_though_another_one_was_closed_meanwhile(llm:
     (last,) = kept
     assert last.finish_reason == "cancelled"
     assert llm.assembly.engine.busy is False
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError("a mistake of ours")])
+def test_a_stream_goes_on_after_another_one_was_interrupted_in_a_pass_of_both(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    (plain,) = llm.generate(prompt_of(6), greedy(12), progress=False)
+    kept, stopped = llm.stream(prompt_of(6), greedy(12)), llm.stream(prompt_of(7), greedy(12))
+    next(kept), next(stopped)
+    with monkeypatch.context() as patch:
+        patch.setattr(llm.assembly.host, "watch", _raiser(error))
+        with pytest.raises(type(error)):
+            list(stopped)
+    *_, last = kept
+    assert last.finish_reason == "length"
+    assert last.token_ids == plain.token_ids
+    assert llm.assembly.engine.busy is False
+
+
+def _raiser(error: BaseException) -> Callable[..., None]:
+    def watch(*_: object) -> None:
+        raise error
+
+    return watch

@@ -1,6 +1,10 @@
 """The thread that touches a tier's slots, beside an engine that takes and fills them."""
 
+import ctypes
 import random
+import threading
+
+import pytest
 
 from retinue.memory.files import ALIGNMENT
 from retinue.memory.tier import Tier
@@ -41,3 +45,23 @@ def test_touching_ends_with_the_tier() -> None:
     assert tier._toucher is not None
     assert not tier._toucher.is_alive()
     tier.release()
+
+
+def test_slots_are_quick_once_they_are_touched(monkeypatch: pytest.MonkeyPatch) -> None:
+    tier, go, filled = Tier(3, SLOT_BYTES), threading.Semaphore(0), threading.Semaphore(0)
+    assert tier.quick == 3, "without a thread none will ever be quicker than now"
+    memset = ctypes.memset
+
+    def slow(address: int, value: int, count: int) -> int:
+        filled.release()
+        go.acquire()
+        return memset(address, value, count)
+
+    monkeypatch.setattr(ctypes, "memset", slow)
+    tier.touch()
+    for touched in range(3):
+        filled.acquire()
+        assert (tier.quick, tier.free) == (touched, 3)
+        go.release()
+    tier.release()
+    assert tier.quick == 3

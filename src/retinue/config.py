@@ -23,9 +23,11 @@ ENVIRONMENT_KEYS = (
     "batch",
     "chunk",
     "preset",
+    "task",
     "precision",
     "threads",
     "self_check",
+    "eager",
 )
 AS_IS = "as-is"
 PRECISIONS = (AS_IS, "int8", "int4")
@@ -93,6 +95,7 @@ class Config:
     precision: str = _option(AS_IS, "of weights in memory: as-is, int8 or int4", "NAME")
     threads: int | None = _option(None, "cores that may be used", "N")
     self_check: bool = _option(True, "compare with the reference at load")
+    eager: bool = _option(False, "run each decoding step as transformers does, unprepared")
     max_new_tokens: int = _option(256, "longest answer, in tokens", "N")
     temperature: float = _option(0.0, "0 is greedy", "T")
     top_p: float = _option(1.0, "sample from the most likely tokens of this total share", "P")

@@ -3,6 +3,7 @@
 This module knows nothing of files, models or threads; everything else may import it.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -68,13 +69,14 @@ class SamplingParams:
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
-        _check("temperature", self.temperature, self.temperature >= 0, "0 or more")
+        heat, penalty = self.temperature, self.repetition_penalty
+        _check("temperature", heat, 0 <= heat < math.inf, "a number, 0 or more")
         _check("max_new_tokens", self.max_new_tokens, self.max_new_tokens >= 1, "1 or more")
         _check("top_p", self.top_p, 0 < self.top_p <= 1, "above 0, up to 1")
         _check("top_k", self.top_k, self.top_k >= 0, "0 (off) or more")
         _check("min_p", self.min_p, 0 <= self.min_p <= 1, "from 0 to 1")
-        penalty = self.repetition_penalty
-        _check("repetition_penalty", penalty, penalty > 0, "above 0")
+        in_range = 0 < penalty < math.inf
+        _check("repetition_penalty", penalty, in_range, "a number above 0")
         _check("stop", self.stop, all(self.stop), "strings that are not empty")
         in_range = self.logprobs is None or 0 <= self.logprobs <= 100
         _check("logprobs", self.logprobs, in_range, "None, or from 0 to 100")

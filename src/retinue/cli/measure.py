@@ -14,6 +14,7 @@ from retinue.cli.interrupts import cancel_on
 from retinue.cli.terminal import note
 from retinue.config import Config
 from retinue.engine.assembly import Assembly, assemble
+from retinue.engine.reserve import reserve
 from retinue.engine.tasks import TaskIds, TaskText, as_ids, cut_to, read_texts
 from retinue.errors import Cancelled, UsageError
 from retinue.memory.home import locate, sample_tasks
@@ -35,7 +36,7 @@ def measured(options: Namespace, config: Config) -> Iterator[tuple[Assembly, lis
     if config.context is None:
         longest = max(len(text.ids) for text in ids)
         config = replace(config, context=min(longest, facts.max_context, config.chunk))
-    assembly = assemble(folder, config)
+    assembly = assemble(reserve(folder, config))
     try:
         for text in assembly.notes:
             note(f"note: {text}", "yellow")

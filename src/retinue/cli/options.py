@@ -11,7 +11,7 @@ MODEL_HELP = (
     " or `sample`, the small trained model that ships along"
 )
 ROOM = ("memory", "experts", "context", "kv_tokens", "chunk", "batch")
-ENGINE = (*ROOM, "preset", "task", "profile", "precision", "threads", "self_check")
+ENGINE = (*ROOM, "preset", "task", "profile", "precision", "threads", "self_check", "eager")
 SAMPLING = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop")
 
 
@@ -36,7 +36,7 @@ def add_config_options(parser: ArgumentParser, names: tuple[str, ...]) -> None:
             continue
         flag = "--" + item.name.replace("_", "-")
         text = item.metadata["help"]
-        if item.name == "self_check":
+        if item.type is bool:
             parser.add_argument(flag, action=BooleanOptionalAction, default=None, help=text)
         elif item.name == "stop":
             parser.add_argument(flag, action="append", metavar=item.metadata["metavar"], help=text)

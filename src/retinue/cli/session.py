@@ -95,17 +95,19 @@ class Session:
         def render_all() -> Rendered:
             return render(self.llm.tokenizer, conversation.system, conversation.shown())
 
-        context = self.llm.assembly.split.context
-        answer = min(self.params.max_new_tokens, context // 4)
+        limits = self.llm.assembly.engine.limits
+        answer = min(self.params.max_new_tokens, limits.context // 4)
+        longest, kept = limits.context - answer, int(limits.context * _KEPT_SHARE) - answer
+        what = f"the context of {limits.context} tokens is full"
+        if limits.whole_prompts and limits.chunk < longest:
+            longest, kept = limits.chunk, min(kept, int(limits.chunk * _KEPT_SHARE))
+            what = f"a prompt of this family has {limits.chunk} tokens at most (`--chunk`)"
         rendered = render_all()
-        if len(rendered.ids) + answer > context:
-            rendered, dropped = fit(conversation, render_all, int(context * _KEPT_SHARE) - answer)
-            if dropped and len(rendered.ids) < context:
+        if len(rendered.ids) > longest:
+            rendered, dropped = fit(conversation, render_all, kept)
+            if dropped and len(rendered.ids) <= longest + answer:  # else it is refused anyway
                 turns = "turn is" if dropped == 1 else f"{dropped} turns are"
-                note(
-                    f"(the context of {context} tokens is full: the oldest {turns} left out)",
-                    "yellow",
-                )
+                note(f"({what}: the oldest {turns} left out)", "yellow")
         if rendered.system_moved and not self.system_moved:
             note("(this model knows no system prompt: it stands before the first question)")
         self.system_moved = rendered.system_moved

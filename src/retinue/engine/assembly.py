@@ -10,13 +10,13 @@ from retinue.config import Config
 from retinue.engine.blocks import BlockPool
 from retinue.engine.cohort import Cohort
 from retinue.engine.engine import Engine
+from retinue.engine.reserve import Reserved
 from retinue.engine.residents import Residents, known_beforehand
 from retinue.engine.scheduler import Limits, Scheduler
-from retinue.memory.budget import Split, split
+from retinue.memory.budget import Split
 from retinue.memory.cache import ExpertCache
 from retinue.memory.checkpoint import open_checkpoint
 from retinue.memory.files import Reader
-from retinue.memory.home import locate
 from retinue.memory.machine import cores
 from retinue.memory.mover import Mover
 from retinue.memory.tier import Tier
@@ -31,9 +31,10 @@ from retinue.model.quantise import left_plain
 from retinue.model.reference import self_check
 from retinue.model.routing import find_routers
 from retinue.model.runner import Runner
-from retinue.model.survey import survey, survey_abilities
+from retinue.model.step import Steps
+from retinue.model.survey import survey_abilities
 from retinue.policy.base import Policies
-from retinue.policy.presets import Preset, preset
+from retinue.policy.presets import Preset
 from retinue.policy.profile import Profile
 from retinue.types import BLOCK_TOKENS, Facts
 
@@ -75,22 +76,16 @@ class Assembly:
         self.tier.release()
 
 
-def assemble(model: str | Path, config: Config) -> Assembly:
-    """Load `model` under `config`. Refuses before loading what cannot fit."""
+def assemble(reserved: Reserved) -> Assembly:
+    """Load a model into the memory that is reserved for it, which is given back on an error."""
     started = time.perf_counter()
-    notes: list[str] = []
-    folder = locate(model, notes.append)
-    chosen = preset(config.preset)
-    threads = config.threads or cores()
-    facts = survey(folder, config.precision)
-    policies = chosen.build()
-    limits = split(facts, **config.room(), each_layer=policies.placement.fixed)
-    known = known_beforehand(folder, facts, policies.placement, config)
+    config, folder, facts = reserved.config, reserved.folder, reserved.facts
+    policies, limits, tier = reserved.policies, reserved.split, reserved.tier
+    threads, notes = config.threads or cores(), [*reserved.notes]
     use_threads(threads)
     with ExitStack() as undo:
-        tier = Tier(limits.slots, limits.slot_bytes)
-        undo.callback(tier.release)
-        tier.touch()  # while the network is built and its other weights are read
+        undo.callback(reserved.release)
+        known = known_beforehand(folder, facts, policies.placement, config)
         network = build(open_checkpoint(folder), config.precision)
         network.model.set_experts_implementation(IMPLEMENTATION)
         abilities = survey_abilities(network)
@@ -107,7 +102,8 @@ def assemble(model: str | Path, config: Config) -> Assembly:
             host.cache.place(network.experts.there)  # encoded once, here, and not while it answers
         store = _store(network, limits, abilities)
         scheduler = _scheduler(facts, limits, config, abilities, store)
-        runner = Runner(network, host, mover, metrics, store)
+        steps = None if config.eager else _steps(network, store, abilities, notes)
+        runner = Runner(network, host, mover, metrics, store, steps)
         engine = Engine(runner, scheduler, facts.vocab_size, end_tokens(network))
         tokenizer = load_tokenizer(folder)
         residents = _residents(host, policies, known, network, config)
@@ -115,13 +111,13 @@ def assemble(model: str | Path, config: Config) -> Assembly:
     notes += [reader.note] if reader.note else []
     notes += abilities.notes
     notes += [BLIND] if policies.predictor.needs and not host.sees_ahead else []
-    notes += [APPROXIMATE] if not chosen.exact else []
+    notes += [APPROXIMATE] if not reserved.preset.exact else []
     notes += _precision_notes(network, facts, limits, config)
-    load_s = time.perf_counter() - started
+    load_s = reserved.seconds + time.perf_counter() - started
     return Assembly(
         facts,
         limits,
-        chosen,
+        reserved.preset,
         threads,
         network,
         tokenizer,
@@ -177,6 +173,13 @@ def _scheduler(
         sharing=store.packable,
     )
     return Scheduler(BlockPool(store.tokens // BLOCK_TOKENS), bounds, cohort)
+
+
+def _steps(network: Network, store: Store, abilities: Abilities, notes: list[str]) -> Steps:
+    """The prepared steps; that of one sequence is recorded now, as nobody waits for a token."""
+    steps = Steps(network.model, store, notes.append, abilities.unprepared, network.dense)
+    steps.prepare(1)
+    return steps
 
 
 def _host(

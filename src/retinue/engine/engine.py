@@ -143,8 +143,7 @@ class Engine:
             read = self._runner.host.begin([request.task for request in self.scheduler.running])
             begun_s = time.perf_counter() - started
             logits, counters = self._runner.run([segment for _, segment in parts], phase)
-            counters.bytes_read += read
-            counters.seconds += begun_s
+            self._runner.host.metrics.charge(bytes_read=read, seconds=begun_s)
         except Cancelled:
             for request in requests:
                 self._end(request, State.CANCELLED)
@@ -155,8 +154,10 @@ class Engine:
                 for part in parts:
                     self._pass([part], phase)
         except BaseException:
+            # Whoever called ends what it asked for; what others asked for is tried again.
             for request in requests:
-                self._end(request, State.FAILED)
+                if _is_lost(request):
+                    self._end(request, State.FAILED)
             raise
         else:
             for row, (request, segment) in enumerate(parts):
@@ -206,15 +207,18 @@ class Engine:
         if request.state is State.WAITING:
             self.scheduler.waiting.remove(request)
         else:
-            # A cache of the model's own is damaged by a pass that stopped in its middle.
-            lost = request.sequence is not None and request.sequence.own is not None
-            intact = state is State.DONE or (state is State.CANCELLED and not lost)
+            intact = state is State.DONE or (state is State.CANCELLED and not _is_lost(request))
             self.scheduler.leave(request, intact=intact)
         request.end(state, reason or ENDED_BY[state], error)
         request.tell(request.text.finish())
 
 
 ENDED_BY: dict[State, FinishReason] = {State.CANCELLED: "cancelled", State.FAILED: "error"}
+
+
+def _is_lost(request: Request) -> bool:
+    """Whether a pass that stopped in its middle has damaged a cache of the model's own."""
+    return request.sequence is not None and request.sequence.own is not None
 
 
 def _segment(request: Request, tokens: list[int]) -> Segment:

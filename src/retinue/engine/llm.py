@@ -7,14 +7,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from retinue.config import DEFAULT_BATCH, Config, load_config
-from retinue.engine.assembly import Assembly, assemble
 from retinue.engine.request import Request, State, new_request
+from retinue.engine.reserve import reserve
 from retinue.errors import UsageError
 from retinue.memory.machine import resident_bytes
 from retinue.types import Output, SamplingParams, Stats
+
+if TYPE_CHECKING:
+    from retinue.engine.assembly import Assembly
 
 Prompt = str | Sequence[int]
 
@@ -48,6 +51,7 @@ class LLM:
         batch: int | None = None,
         chunk: int | None = None,
         self_check: bool | None = None,
+        eager: bool | None = None,
     ) -> None:
         flags = {
             "memory": memory,
@@ -62,6 +66,7 @@ class LLM:
             "batch": batch,
             "chunk": chunk,
             "self_check": self_check,
+            "eager": eager,
         }
         config = load_config(flags)
         self._open(model, replace(config, batch=config.batch or DEFAULT_BATCH))
@@ -75,11 +80,18 @@ class LLM:
 
     def _open(self, model: str | Path, config: Config) -> None:
         self.config = config
-        self._assembly: Assembly | None = assemble(model, config)
+        reserved = reserve(model, config)
+        try:
+            # torch and transformers, while the reserved memory becomes resident
+            from retinue.engine.assembly import assemble
+        except BaseException:
+            reserved.release()
+            raise
+        self._assembly: Assembly | None = assemble(reserved)
         self._running: list[Request] = []
 
     @property
-    def assembly(self) -> Assembly:
+    def assembly(self) -> "Assembly":
         """The parts, for measurements. Raises UsageError after `close`."""
         if self._assembly is None:
             raise UsageError("the model is closed", hint="open it again: `LLM(...)`")
@@ -276,7 +288,7 @@ def _no_prompt(value: object) -> UsageError:
     )
 
 
-def _stats(assembly: Assembly, request: Request) -> Stats:
+def _stats(assembly: "Assembly", request: Request) -> Stats:
     prefill, decode = request.costs.prefill, request.costs.decode
     steps = decode.steps_s
     return Stats(

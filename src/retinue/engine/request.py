@@ -4,15 +4,17 @@ import threading
 import time
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from retinue.engine.blocks import Table
 from retinue.engine.text import TextStream
 from retinue.errors import RetinueError
 from retinue.metrics import Costs
-from retinue.model.kv import Sequence
-from retinue.model.sampler import Sampler
 from retinue.types import FinishReason, SamplingParams, TokenLogprob
+
+if TYPE_CHECKING:
+    from retinue.model.kv import Sequence
+    from retinue.model.sampler import Sampler
 
 
 class State(Enum):
@@ -41,7 +43,7 @@ class Request:
 
     prompt: list[int]
     params: SamplingParams
-    sampler: Sampler
+    sampler: "Sampler"
     text: TextStream
     reuse: bool = False
     forced: list[int] | None = None
@@ -53,7 +55,7 @@ class Request:
     done: int = 0  # tokens of prompt and answer whose keys and values are computed
     reused: int = 0  # of those, computed for another request
     table: Table | None = None
-    sequence: Sequence | None = None
+    sequence: "Sequence | None" = None
     costs: Costs = field(default_factory=Costs)
     first_token_s: float = 0.0
     finish_reason: FinishReason | None = None
@@ -102,5 +104,7 @@ def new_request(
     task: str | None = None,
 ) -> Request:
     """A request that waits."""
+    from retinue.model.sampler import Sampler  # imports torch, see engine/llm.py
+
     text = TextStream(tokenizer, params.stop)
     return Request(prompt, params, Sampler(params), text, reuse=reuse, forced=forced, task=task)

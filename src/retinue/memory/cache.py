@@ -65,8 +65,8 @@ class ExpertCache:
         self.total = sum(len(row) for row in layouts)
         moe_layers = sum(1 for row in layouts if row)
         everything = tier.slots >= self.total
-        floor = min(tier.slots, 2 * top_k)
-        self.ring = 0 if everything else max(floor, min(self.experts, tier.slots // 4))
+        ring = max(min(tier.slots, 2 * top_k), min(self.experts, tier.slots // 4))
+        self.ring = 0 if everything else ring
         self.quota = self.experts if everything else (tier.slots - self.ring) // moe_layers
         self.used_bytes_read = 0  # of experts that were read and then used
 
@@ -207,8 +207,7 @@ class ExpertCache:
             elif self.slot_of[want.layer, expert] == ABSENT:
                 if under_way >= limit or not self.room(1, spare_expected=True):
                     return
-                transient = self.phase == "prefill" and not self.holds_everything
-                self._load(key, urgency, transient)
+                self._load(key, urgency, self._is_transient(keep=False))
                 under_way += 1
 
     def drop_wants(self, layer: int, needed: IntArray) -> None:
@@ -241,24 +240,20 @@ class ExpertCache:
 
     def wait(self, timeout_s: float) -> float:
         """Wait until some read settles, or the timeout. Returns the seconds that passed."""
-        tickets = [ticket for ticket, _ in self._loading.values()]
-        tickets += [ticket for ticket, _ in self._draining]
+        tickets = [ticket for ticket, _ in (*self._loading.values(), *self._draining)]
         assert tickets, "nothing to wait for: a layer needs more slots than there are"
         started = time.perf_counter()
         self._mover.wait(lambda: any(ticket.settled for ticket in tickets), timeout_s)
         self.poll()
         return time.perf_counter() - started
 
-    def raise_failure(self, layer: int, needed: Collection[int] | None = None) -> None:
-        """Raise the error of a read that failed for `layer`, once; others are forgotten.
+    def raise_failure(self, layer: int, needed: Collection[int]) -> None:
+        """Raise the error of a read that failed for `needed` of `layer`, once.
 
-        `needed` are the experts that matter; a forecast that was wrong may fail unnoticed.
+        Others are forgotten: a forecast that was wrong may fail unnoticed.
         """
-        failed = [
-            error
-            for key, error in self._failed.items()
-            if key.layer == layer and (needed is None or key.index in needed)
-        ]
+        wanted = {Expert(layer, index) for index in needed}
+        failed = [error for key, error in self._failed.items() if key in wanted]
         self._failed.clear()
         if failed:
             raise failed[0]
@@ -270,6 +265,8 @@ class ExpertCache:
         """
         lacking = count - self._tier.free
         if lacking <= 0:
+            if self.phase == "prefill":
+                self._pass_on(count - self._tier.quick)
             return True
         victims = self._victims(lacking, spare_expected)
         if len(victims) < lacking:
@@ -319,13 +316,23 @@ class ExpertCache:
         assert np.count_nonzero(self.slot_of >= 0) == len(ready), "an expert has no slot of its own"
         assert np.count_nonzero(self.slot_of == LOADING) == len(self._loading)
 
+    def _pass_on(self, count: int) -> None:
+        """Free slots of experts that only passed, earlier than needed: new pages may be slow."""
+        if count > 0:
+            passing = np.flatnonzero(self._idle(expected=False) & self._transient)
+            for slot in self._coldest(passing, count).tolist():
+                self._evict(slot)
+
+    def _idle(self, *, expected: bool) -> npt.NDArray[np.bool_]:
+        """Slots with an expert that is not pinned; `expected`: also those of a forecast."""
+        layers, experts = self._owner.T
+        idle: npt.NDArray[np.bool_] = (layers >= 0) & (self._pins[layers, experts] == 0)
+        return idle if expected else idle & ~self._expected[layers, experts]
+
     def _victims(self, count: int, spare_expected: bool) -> IntArray:
-        owner = self._owner
-        idle = owner[:, 0] >= 0
-        idle &= self._pins[owner[:, 0], owner[:, 1]] == 0
-        victims = self._first(idle & ~self._expected[owner[:, 0], owner[:, 1]], count)
+        victims = self._first(self._idle(expected=False), count)
         if len(victims) < count and not spare_expected:
-            victims = self._first(idle, count)
+            victims = self._first(self._idle(expected=True), count)
         return victims
 
     def _first(self, idle: npt.NDArray[np.bool_], count: int) -> IntArray:
@@ -335,14 +342,12 @@ class ExpertCache:
         limit = len(staying)
         if self.phase == "prefill":
             limit = max(0, self.ring - int(np.count_nonzero(self._transient)))
-        lacking = min(count - len(passing), limit)
-        if lacking <= 0:
-            return self._coldest(passing, min(count, len(passing)))
-        return np.concatenate([passing, self._coldest(staying, lacking)])
+        lacking = max(0, min(count - len(passing), limit))
+        return np.concatenate([self._coldest(passing, count), self._coldest(staying, lacking)])
 
     def _coldest(self, slots: IntArray, count: int) -> IntArray:
-        if count == 0:
-            return slots[:0]
+        if not 0 < count < len(slots):
+            return slots[:count]
         owner = self._owner[slots]
         priorities = self._evictor.priorities(owner[:, 0], owner[:, 1], self.view())
         return slots[np.argsort(priorities, kind="stable")[:count]]
@@ -367,8 +372,7 @@ class ExpertCache:
         self.slot_of[key] = slot
         self._owner[slot] = (key.layer, key.index)
         self._fresh[key] = True
-        layout = self._layouts[key.layer][key.index]
-        self._views[slot] = layout.views(self._tier.tensor(slot))
+        self._views[slot] = self._layouts[key.layer][key.index].views(self._tier.tensor(slot))
 
     def _cancel(self, key: Expert, ticket: Ticket) -> None:
         _, slot = self._loading.pop(key)

@@ -42,7 +42,9 @@ class Activation(IntEnum):
 
 
 class Matrix(ctypes.Structure):
-    """`rows` by `columns` numbers at given addresses; whoever makes it keeps the memory alive."""
+    """`rows` by `columns` numbers at given addresses; `held` is what keeps the memory alive."""
+
+    held: object = None
 
     _fields_ = [
         ("codes", ctypes.c_void_p),
@@ -97,7 +99,7 @@ def scales_bytes(format: Format, rows: int, columns: int) -> int:
 def matrix(
     format: Format, rows: int, columns: int, codes: torch.Tensor, scales: torch.Tensor | None = None
 ) -> Matrix:
-    """The matrix that lies in these tensors, whose bytes count, not their types or shapes."""
+    """The matrix that lies in these tensors, and keeps them; their bytes count, not their types."""
     for tensor, size in (
         (codes, codes_bytes(format, rows, columns)),
         (scales, scales_bytes(format, rows, columns)),
@@ -106,7 +108,9 @@ def matrix(
             given = None if tensor is None else tensor.nbytes
             raise ValueError(f"{given = } bytes: {size} are needed, contiguous")
     address = scales.data_ptr() if scales is not None else None
-    return Matrix(codes.data_ptr(), address, format, rows, columns, 0)
+    made = Matrix(codes.data_ptr(), address, format, rows, columns, 0)
+    made.held = codes, scales
+    return made
 
 
 class Native:
@@ -204,6 +208,10 @@ class Native:
         )
         return out
 
+    def evaluate(self, instructions: int, count: int) -> None:
+        """Run the instructions at that address, which `memory/evaluator.py` describes."""
+        _check(self._c.retinue_evaluate(instructions, count))
+
     def encode(self, x: torch.Tensor, format: Format) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes and scales, as bytes, of x [rows, columns] whose columns are neighbours."""
         rows, columns = x.shape
@@ -282,5 +290,6 @@ _ARGUMENTS: dict[str, list[type]] = {
     "retinue_experts": [ctypes.POINTER(_Shape), _I, _P, _P, _P, _P, _P],
     "retinue_sum": [_P, _P, _L, _I, _I, _I, _P],
     "retinue_encode": [_P, _L, _I, _I, _I, _I, _P, _P],
+    "retinue_evaluate": [_P, _L],
     "retinue_decode": [ctypes.POINTER(Matrix), _I, _P],
 }

@@ -2,7 +2,8 @@
 
 The slab is anonymous memory, aligned for direct reads. Its pages become resident with their first
 touch, which costs: readers that meet one page fault after the other read at half the disk's speed
-and take the cores that compute. So a thread touches the slots that nobody has taken yet.
+and take the cores that compute. So a thread touches the slots that nobody has taken yet, from a
+time when torch has not even been imported.
 """
 
 import contextlib
@@ -10,8 +11,11 @@ import ctypes
 import mmap
 import sys
 import threading
+from functools import cached_property
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 HUGE_PAGE_BYTES = 2 << 20
 
@@ -28,8 +32,8 @@ class Tier:
             # Fewer page-table entries for the kernels that stream through the slab.
             with contextlib.suppress(OSError):
                 self._map.madvise(mmap.MADV_HUGEPAGE)
-        self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)
         self._memory = memoryview(self._map)
+        self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
         self._free: list[int] = []
         self._fresh = list(range(slots - 1, -1, -1))  # free, and never taken
         self._touched = threading.Condition()
@@ -41,6 +45,13 @@ class Tier:
         """How many slots nobody holds."""
         with self._touched:
             return len(self._free) + len(self._fresh) + self._touching
+
+    @property
+    def quick(self) -> int:
+        """How many free slots have been touched, or count as such since nobody touches any."""
+        with self._touched:
+            touching = self._toucher is not None and self._toucher.is_alive()
+            return len(self._free) if touching else len(self._free) + len(self._fresh)
 
     def take(self) -> int | None:
         """A free slot, or None. May wait some milliseconds for one that is being touched."""
@@ -72,26 +83,28 @@ class Tier:
                     return
                 slot, self._touching = self._fresh.pop(), 1
             # Without the interpreter's lock, as for every foreign function.
-            ctypes.memset(self.tensor(slot).data_ptr(), 0, self.slot_bytes)
+            ctypes.memset(self._address + slot * self.slot_bytes, 0, self.slot_bytes)
             with self._touched:
                 self._free.insert(0, slot)  # the first ones touched are taken first
                 self._touching = 0
                 self._touched.notify_all()
 
-    def tensor(self, slot: int) -> torch.Tensor:
+    def tensor(self, slot: int) -> "torch.Tensor":
         """The slot's bytes: uint8 `[slot_bytes]`."""
         start = slot * self.slot_bytes
-        return self._bytes[start : start + self.slot_bytes]
+        return self.slab[start : start + self.slot_bytes]
 
     def memory(self, slot: int) -> memoryview:
         """The slot's bytes for a reader to write to."""
         start = slot * self.slot_bytes
         return self._memory[start : start + self.slot_bytes]
 
-    @property
-    def slab(self) -> torch.Tensor:
-        """All slots' bytes, for measurements."""
-        return self._bytes
+    @cached_property
+    def slab(self) -> "torch.Tensor":
+        """All slots' bytes: uint8."""
+        import torch
+
+        return torch.frombuffer(self._map, dtype=torch.uint8)
 
     def release(self) -> None:
         """Give the pages back to the system. No view may be used afterwards. Idempotent."""

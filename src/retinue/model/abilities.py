@@ -1,19 +1,25 @@
 """What a family can do beyond an answer from a whole prompt, tried on its twin, never assumed."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from retinue.errors import Unsupported
+from retinue.memory import native
 from retinue.model.attention import install, uninstall
 from retinue.model.expert_map import find_experts
+from retinue.model.experts import IMPLEMENTATION
 from retinue.model.kv import Segment, Sequence, Store
 from retinue.model.restriction import probe as obeys
 from retinue.model.routing import find_routers
 from retinue.model.runner import shared_pass
 from retinue.model.state_size import new_cache
+from retinue.model.step import Steps
 from retinue.model.twin import VOCABULARY, twin
 from retinue.types import BLOCK_TOKENS
 
@@ -33,6 +39,7 @@ class Abilities:
     batching: bool = False
     look_ahead: bool = False
     restricted_routing: bool = False
+    unprepared: str = "it could not be tried out"  # why no decoding step can be prepared, if so
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -59,7 +66,8 @@ def abilities_of(model: PreTrainedModel) -> Abilities:
         notes.append("prompts run whole: in chunks this family's logits differ, or it refuses")
     if not batching:
         notes.append("each request has passes of its own: together this family's logits differ")
-    return Abilities(chunked, batching, look_ahead, restricted, tuple(notes))
+    unprepared = _why_unprepared(model) if batching else "its requests do not share passes"
+    return Abilities(chunked, batching, look_ahead, restricted, unprepared, tuple(notes))
 
 
 def _routers(model: PreTrainedModel) -> list[Any]:
@@ -109,6 +117,67 @@ def _batches(model: PreTrainedModel) -> bool:
         store.end()
         uninstall(model)
     return bool((got - wanted).norm() <= TOLERANCE * wanted.norm())
+
+
+@torch.inference_mode()
+def _why_unprepared(model: Any) -> str:
+    """Why decoding steps of this family cannot be prepared; empty where they can.
+
+    They have to give what the network gives, for one sequence and for two, while both grow.
+    """
+    store = Store(model.config, 4 * PROMPT_TOKENS)
+    if not store.packable:
+        return "its layers keep running states"
+    if native.library() is None:
+        return str(native.why_not())
+    reasons: list[str] = []
+    steps = Steps(model, store, reasons.append)
+    half = store.tokens // BLOCK_TOKENS // 2
+    sequences = [Sequence(list(range(at, at + half))) for at in (0, half)]
+    lengths = (PROMPT_TOKENS, FIRST_CHUNK_TOKENS)
+    install(model, store)
+    try:
+        with opaque_experts(model):
+            for sequence, length in zip(sequences, lengths, strict=True):
+                shared_pass(model, store, [Segment(sequence, range(3, 3 + length))])
+                store.commit()
+            for number in range(6):
+                segments = [Segment(s, [9 + number]) for s in sequences[: 1 + number % 2]]
+                wanted = shared_pass(model, store, segments)
+                got = steps.run(segments)
+                if got is None:
+                    return reasons[0]
+                if not (got - wanted).norm() <= TOLERANCE * wanted.norm():
+                    return "its steps then give other logits"
+                store.commit()
+    finally:
+        store.end()
+        uninstall(model)
+    return ""
+
+
+@contextmanager
+def opaque_experts(model: Any) -> Iterator[None]:
+    """Let experts be called through one function, as retinue's are, that calls their own."""
+
+    def run(module: Any, *args: torch.Tensor) -> torch.Tensor:
+        module.config._experts_implementation = "eager"
+        try:
+            out: torch.Tensor = module(*args)
+            return out
+        finally:
+            module.config._experts_implementation = IMPLEMENTATION
+
+    modules = [found.module for found in find_experts(model)]
+    for module in modules:
+        module.retinue_run = partial(run, module)  # type: ignore[assignment]
+    model.set_experts_implementation(IMPLEMENTATION)
+    try:
+        yield
+    finally:
+        model.set_experts_implementation("eager")
+        for module in modules:
+            del module.retinue_run
 
 
 def _last_logits(model: Any, prompt: list[int]) -> torch.Tensor:

@@ -162,7 +162,7 @@ class Store(Cache):
         query = key = 0
         for segment in self.segments:
             sequence, count = segment.sequence, len(segment.tokens)
-            skipped, stop = _skipped(sequence, window), sequence.length + count
+            skipped, stop = window_left(sequence, window), sequence.length + count
             keys: slice | torch.Tensor = slice(key, key + stop - skipped)
             if in_place:
                 keys = sequence.places[skipped:stop]
@@ -182,7 +182,7 @@ class Store(Cache):
         for segment in self.segments:
             sequence = segment.sequence
             stop = sequence.length + len(segment.tokens)
-            parts.append(sequence.places[_skipped(sequence, window) : stop])
+            parts.append(sequence.places[window_left(sequence, window) : stop])
         return torch.cat(parts)
 
     # --- what transformers asks
@@ -237,10 +237,16 @@ class Pool(CacheLayerMixin):
         self._store.write(keys, key_states)
         self._store.write(values, value_states)
         if self.in_place:
-            return _as_states(keys), _as_states(values)
+            return self.all_states()
         reads = self._store.reads(self.window)
         self._returned = _as_states(keys.index_select(0, reads)), _as_states(values[reads])
         return self._returned
+
+    def all_states(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The keys and values of all places: [1, heads, places, width]."""
+        assert self.keys is not None
+        assert self.values is not None
+        return _as_states(self.keys), _as_states(self.values)
 
     def see(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Learn what attention was called with in this layer."""
@@ -283,7 +289,7 @@ def _as_states(pool: torch.Tensor) -> torch.Tensor:
     return pool.unsqueeze(0).transpose(1, 2)
 
 
-def _skipped(sequence: Sequence, window: int | None) -> int:
+def window_left(sequence: Sequence, window: int | None) -> int:
     """Past tokens that a sliding window has left behind for the next query."""
     return 0 if window is None else max(0, sequence.length - window + 1)
 

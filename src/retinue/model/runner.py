@@ -14,17 +14,27 @@ from retinue.model.experts import ExpertHost
 from retinue.model.kv import Segment, Sequence, Store
 from retinue.model.load import Network
 from retinue.model.reference import DAMAGED, damaged_expert, read_expert
+from retinue.model.step import Steps
 from retinue.types import Phase
 
 
 class Runner:
-    """`run` appends tokens to sequences and returns the logits after each one's last."""
+    """`run` appends tokens to sequences and returns the logits after each one's last.
+
+    Decoding goes through `steps` where they are given and can.
+    """
 
     def __init__(
-        self, network: Network, host: ExpertHost, mover: Mover, metrics: Metrics, store: Store
+        self,
+        network: Network,
+        host: ExpertHost,
+        mover: Mover,
+        metrics: Metrics,
+        store: Store,
+        steps: Steps | None = None,
     ) -> None:
         self._network, self._host, self._mover, self._metrics = network, host, mover, metrics
-        self._model, self._store = network.model, store
+        self._model, self._store, self._steps = network.model, store, steps
 
     @property
     def host(self) -> ExpertHost:
@@ -60,12 +70,7 @@ class Runner:
         counters = self._metrics.begin(phase)
         self._host.cache.begin_step(phase)
         try:
-            shared = self._store.shareable
-            logits = (
-                shared_pass(self._model, self._store, segments)
-                if shared
-                else self._alone(segments[0])
-            )
+            logits = self._logits(segments, phase)
             if not bool(torch.isfinite(logits).all()):
                 raise self._not_finite()
             self._store.commit()
@@ -82,6 +87,16 @@ class Runner:
         counters.used_bytes_read = self._host.cache.used_bytes_read - used
         self._metrics.finish()
         return logits, counters
+
+    def _logits(self, segments: Items[Segment], phase: Phase) -> torch.Tensor:
+        if not self._store.shareable:
+            return self._alone(segments[0])
+        # A restricted router has to be asked the way that it comes.
+        if self._steps is not None and phase == "decode" and not self._host.restricted:
+            logits = self._steps.run(segments)
+            if logits is not None:
+                return logits
+        return shared_pass(self._model, self._store, segments)
 
     def _alone(self, segment: Segment) -> torch.Tensor:
         """A pass over one sequence and the cache that the model makes for it."""

@@ -49,10 +49,12 @@ def survey(folder: Path, precision: str = AS_IS) -> Facts:
 
 def survey_abilities(network: "Network") -> "Abilities":
     """What the family of `network` can do, tried on a tiny twin once for its checkpoint."""
+    from retinue.memory import native
     from retinue.model.abilities import Abilities, probe
 
     folder = network.checkpoint.folder
-    return _remembered("abilities", folder, Abilities, lambda: probe(network.model.config))
+    kind = "abilities" if native.library() is None else "abilities-native"
+    return _remembered(kind, folder, Abilities, lambda: probe(network.model.config))
 
 
 def _remembered(

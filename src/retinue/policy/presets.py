@@ -6,7 +6,7 @@ from typing import Any
 
 from retinue.errors import UsageError
 from retinue.policy.base import NoPredictor, Placement, Policies
-from retinue.policy.evict.heat import Heat
+from retinue.policy.evict.pace import Pace
 from retinue.policy.evict.recency import Recency
 from retinue.policy.miss.fetch import FetchAll
 from retinue.policy.place.chance import Chance
@@ -32,7 +32,7 @@ class Preset:
         return {key: value for key, value in asdict(self).items() if key != "build"}
 
 
-_REROUTED = ("evict: recency", "predict: nothing", "miss: fetch all", "route: next resident")
+_REROUTED = ("evict: recency", "predict: nothing", "miss: fetch nothing", "route: next resident")
 _RULE = (
     "a token whose expert is not resident goes to the next resident one in its router's ranking,"
     " and the family's own rule makes the weights; slots are split evenly over the layers"
@@ -51,9 +51,13 @@ PRESETS = {
             "auto",
             True,
             "the best exact combination that we measured",
-            ("evict: heat", "predict: next gate", "miss: fetch all"),
+            (
+                "evict: pace",
+                "predict: next gate",
+                "miss: fetch all",
+            ),
             "look-ahead reads only while the disk would be idle",
-            lambda: Policies(Heat(), NextGate(), FetchAll()),
+            lambda: Policies(Pace(), NextGate(), FetchAll()),
         ),
         Preset(
             "on-demand",

@@ -1,0 +1,114 @@
+// A step of single tokens as a list of small instructions, and attention over stored keys.
+//
+// An instruction is one operation of torch on tensors of up to four dimensions, wherever they lie.
+// Numbers are computed in fp32 and rounded to the type of the output, as torch does it: operation
+// by operation. Integers pass through fp32 too, so those beyond 2^24 must not occur.
+#ifndef RETINUE_STEP_H
+#define RETINUE_STEP_H
+
+#include "retinue.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+#pragma GCC visibility push(default)
+
+enum { RETINUE_TYPE_I64 = 3, RETINUE_TYPE_BOOL = 4 };  // beside the types of activations
+
+enum {
+    RETINUE_COPY = 0,  // out = a
+    RETINUE_NEG,
+    RETINUE_ABS,
+    RETINUE_EXP,
+    RETINUE_LOG,
+    RETINUE_SQRT,
+    RETINUE_RSQRT,
+    RETINUE_RECIPROCAL,
+    RETINUE_SIGMOID,
+    RETINUE_TANH,
+    RETINUE_SILU_OF,
+    RETINUE_GELU_OF,
+    RETINUE_GELU_TANH_OF,
+    RETINUE_RELU_OF,
+    RETINUE_SOFTPLUS,
+    RETINUE_SIN,
+    RETINUE_COS,
+    RETINUE_NOT,
+    RETINUE_CLAMP,     // to scalars[0] .. scalars[1]
+    RETINUE_ADD = 32,  // a + scalars[0] * b
+    RETINUE_SUB,       // a - scalars[0] * b
+    RETINUE_MUL,
+    RETINUE_DIV,
+    RETINUE_POW,
+    RETINUE_MAXIMUM,
+    RETINUE_MINIMUM,
+    RETINUE_EQUAL,
+    RETINUE_UNEQUAL,
+    RETINUE_LESS,
+    RETINUE_AT_MOST,
+    RETINUE_GREATER,
+    RETINUE_AT_LEAST,
+    RETINUE_AND,
+    RETINUE_OR,
+    RETINUE_WHERE = 64,  // a ? b : c
+    RETINUE_SUM_OF = 96,  // over the last dimension; the output has none there
+    RETINUE_MEAN_OF,
+    RETINUE_MAX_OF,
+    RETINUE_MIN_OF,
+    RETINUE_SOFTMAX,       // over the last dimension
+    // a [n, m]: out [n, k] the largest, b int64 their places; scalars: k, and whether in order.
+    RETINUE_TOPK,
+    RETINUE_ROWS,          // out [n, m] = a[b [n], m]
+    RETINUE_PICK,          // out [n, k] = a[n, b [n, k]]
+    RETINUE_PUT,           // out[n, b [n, k]] = a [n, k]
+    RETINUE_PRODUCT = 128,  // out = retinue_linear of a; b: a retinue_matrix, c: its bias or null
+    RETINUE_ATTEND,         // b: a retinue_attention
+};
+
+typedef struct {
+    void* at;
+    int64_t strides[4];  // elements; 0 repeats
+    int64_t type;
+} retinue_operand;
+
+typedef struct {
+    int32_t operation, dimensions;
+    int64_t sizes[4];  // of the output; with RETINUE_SUM_OF and the like, of a
+    double scalars[2];
+    retinue_operand out, a, b, c;
+} retinue_instruction;
+
+// The sequences of a step: sequence s has its tokens at places[s][0 .. stops[s] - 1] of the pool, the
+// last of them new; it attends from starts[s] on.
+typedef struct {
+    int64_t count;
+    const int64_t* const* places;
+    const int64_t* starts;
+    const int64_t* stops;
+} retinue_sequences;
+
+// One layer's attention. Query [sequences, heads, width], new key [sequences, key_heads, width] and
+// value [sequences, key_heads, value_width] of `type`, strides in elements; keys and values are the
+// pools [places, key_heads, width]. out is contiguous: [sequences, heads, value_width].
+// Scores are scaled, then capped: cap * tanh(score / cap), unless cap is 0. sinks [heads] of `type`,
+// or null, take part in the sum of weights and give nothing.
+typedef struct {
+    int32_t type, heads, key_heads, width, value_width, reserved;
+    float scale, cap;
+    const retinue_sequences* sequences;
+    const void *query, *key, *value, *sinks;
+    int64_t query_strides[3], key_strides[3], value_strides[3];
+    void *keys, *values, *out;
+} retinue_attention;
+
+// Store the new keys and values, and attend. F32 and BF16.
+int32_t retinue_attend(const retinue_attention* attention);
+
+// Run the instructions one after the other.
+int32_t retinue_evaluate(const retinue_instruction* instructions, int64_t count);
+
+#pragma GCC visibility pop
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,52 @@
+"""Takes the memory of a model's experts before anything else, and before torch is imported.
+
+New pages are not free: a virtual machine may need seconds for a gigabyte of them. They become
+resident in a thread, while this process imports its libraries and builds the network.
+"""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from retinue.config import Config
+from retinue.memory.budget import Split, split
+from retinue.memory.home import locate
+from retinue.memory.tier import Tier
+from retinue.model.survey import survey
+from retinue.policy.base import Policies
+from retinue.policy.presets import Preset, preset
+from retinue.types import Facts
+
+
+@dataclass(frozen=True, slots=True)
+class Reserved:
+    """What is decided from headers and settings alone, and the slots; `release` gives them back."""
+
+    folder: Path
+    config: Config
+    facts: Facts
+    preset: Preset
+    policies: Policies
+    split: Split
+    tier: Tier
+    seconds: float  # that this took
+    notes: list[str]
+
+    def release(self) -> None:
+        """Give the slots' memory back. Idempotent."""
+        self.tier.release()
+
+
+def reserve(model: str | Path, config: Config) -> Reserved:
+    """Find `model` and take the slots that `config` leaves. Refuses what cannot fit."""
+    started = time.perf_counter()
+    notes: list[str] = []
+    folder = locate(model, notes.append)
+    chosen = preset(config.preset)
+    policies = chosen.build()
+    facts = survey(folder, config.precision)
+    limits = split(facts, **config.room(), each_layer=policies.placement.fixed)
+    tier = Tier(limits.slots, limits.slot_bytes)
+    tier.touch()
+    seconds = time.perf_counter() - started
+    return Reserved(folder, config, facts, chosen, policies, limits, tier, seconds, notes)

@@ -1,0 +1,371 @@
+"""A recorded step, made ready to run again and again: native instructions, and calls between them.
+
+The memory of all that lives within a step is one arena, planned by who is used last when. What
+was there before the step (weights, positions, the pool of keys and values) is used where it lies.
+"""
+
+import ctypes
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils._pytree import tree_map
+
+from retinue.errors import Unsupported
+from retinue.memory import evaluator as layout
+from retinue.memory.native import Format, Matrix, Native
+from retinue.metrics import Clock
+from retinue.model.grouped_linear import GroupedLinear
+from retinue.model.instruction import TYPES, Instruction, Operand
+from retinue.model.kv import Pool
+from retinue.model.lower import lower
+from retinue.model.record import (
+    ATTEND,
+    EXPERTS,
+    GROUPED,
+    PRODUCTS,
+    Operation,
+    Recording,
+    Ref,
+    aten,
+    layer_of,
+)
+
+ALIGNMENT = 64  # bytes
+Call = Callable[[], object]
+
+
+@dataclass(frozen=True, slots=True)
+class Spans:
+    """Where the sequences of a step lie, for layers with one window: addresses of two arrays."""
+
+    window: int | None
+    starts: np.ndarray[Any, np.dtype[np.int64]]
+    table: np.ndarray[Any, Any]  # one layout.SEQUENCES
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What attention reaches besides a step's own tensors: pools by layer, spans by window."""
+
+    pools: Mapping[int, Pool]
+    spans: Callable[[int | None], Spans]
+
+
+@dataclass(frozen=True, slots=True)
+class _Product:
+    """A matrix product that the library runs: out = given @ weight.T + bias, rows contiguous.
+
+    `weight` is one of bfloat16, or the layer that has it in another format.
+    """
+
+    out: Ref
+    given: Ref
+    weight: Ref | GroupedLinear
+    bias: Ref | None
+    tokens: int
+    stride: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Attention:
+    operation: Operation
+
+
+@dataclass(frozen=True, slots=True)
+class _Torch:
+    operation: Operation
+
+
+_Item = Instruction | _Product | _Attention | _Torch
+
+
+class Program:
+    """`run` computes one step: its inputs are where they were recorded, `logits` is its answer.
+
+    `clock` counts its time but for the experts'.
+    """
+
+    def __init__(
+        self,
+        recording: Recording,
+        library: Native,
+        memory: Memory,
+        clock: Clock,
+    ) -> None:
+        self._clock, self._experts = clock, Clock()
+        self._constants, self._library = recording.constants, library
+        self._numbers: dict[float, int] = {}
+        self._keep: list[Any] = []
+        items = [item for operation in recording.operations for item in self._items(operation)]
+        self._arena, self._places = _plan(items, recording)
+        self._table = np.zeros(len(self._numbers), dtype=np.float32)
+        self._table[:] = list(self._numbers)
+        self._calls = self._compile(items, memory)
+        self.logits = self._tensor(recording.logits)
+        small = [item for item in items if not _is_large(item)]
+        natives = sum(not isinstance(item, _Torch) for item in small)
+        self.native_share = natives / max(1, len(small))
+
+    def run(self) -> None:
+        """Compute. Raises what experts raise; the next run begins anew."""
+        started, self._experts.seconds = time.perf_counter(), 0.0
+        for call in self._calls:
+            call()
+        self._clock.seconds += time.perf_counter() - started - self._experts.seconds
+
+    # --- what runs natively
+
+    def _items(self, operation: Operation) -> Sequence[_Item]:
+        if operation.function == ATTEND:
+            return [_Attention(operation)]
+        if operation.function == GROUPED:
+            (given,), (out,) = operation.args, operation.outputs
+            tokens = math.prod(given.shape[:-1])
+            assert isinstance(operation.module, GroupedLinear)
+            return [_Product(out, given, operation.module, None, tokens, given.shape[-1])]
+        if operation.function in PRODUCTS:
+            return [self._product(operation) or _Torch(operation)]
+        lowered = lower(operation) if operation.module is None else None
+        if lowered is None:
+            return [_Torch(operation)]
+        for instruction in lowered:
+            for operand in instruction.operands:
+                if operand.number is not None:
+                    self._numbers.setdefault(operand.number, len(self._numbers))
+        return lowered
+
+    def _product(self, operation: Operation) -> _Product | None:
+        """A product with a weight of bfloat16, as it lies in memory."""
+        args, out = operation.args, operation.outputs[0]
+        bias = None
+        if operation.function is aten.linear.default:
+            given, weight, bias = [*args, None][:3]
+        elif operation.function is aten.mv.default:
+            weight, given = args
+        else:
+            given, turned = args[-2:]
+            weight = replace(turned, shape=turned.shape[::-1], strides=turned.strides[::-1])
+            bias = args[0] if len(args) == 3 else None
+        rows, columns = weight.shape
+        plain = weight.dtype == torch.bfloat16 == given.dtype and weight.strides == (columns, 1)
+        if not plain or weight.source not in self._constants or operation.kwargs:
+            return None
+        if bias is not None and (bias.shape != (rows,) or bias.strides != (1,)):
+            return None
+        tokens = math.prod(given.shape[:-1])
+        stride = _row_stride(given)
+        if stride is None or _row_stride(out) != rows:
+            return None
+        return _Product(out, given, weight, bias, tokens, stride)
+
+    # --- addresses
+
+    def _address(self, source: int, offset_bytes: int = 0) -> int:
+        if (tensor := self._constants.get(source)) is not None:
+            return tensor.untyped_storage().data_ptr() + offset_bytes
+        return self._arena.data_ptr() + self._places[source] + offset_bytes
+
+    def _at(self, ref: Ref) -> int:
+        return self._address(ref.source, ref.offset * ref.dtype.itemsize)
+
+    def _tensor(self, ref: Ref) -> torch.Tensor:
+        if (constant := self._constants.get(ref.source)) is not None:
+            if constant.dtype != ref.dtype:
+                raise Unsupported("a weight is seen as another type")
+            return torch.as_strided(constant, ref.shape, ref.strides, ref.offset)
+        begin = self._places[ref.source]
+        memory = self._arena[begin : begin + _aligned(ref.stop_bytes)].view(ref.dtype)
+        offset = memory.storage_offset() + ref.offset
+        return torch.as_strided(memory, ref.shape, ref.strides, offset)
+
+    # --- calls
+
+    def _compile(self, items: Sequence[_Item], memory: Memory) -> list[Call]:
+        calls: list[Call] = []
+        run: list[Any] = []
+        for item in [*items, None]:
+            if item is not None and not isinstance(item, _Torch):
+                run.append(item)
+                continue
+            if run:
+                calls.append(self._native(run, memory))
+                run = []
+            if item is not None:
+                calls.append(self._torch(item.operation))
+        return calls
+
+    def _native(self, items: Sequence[Any], memory: Memory) -> Call:
+        table = np.zeros(len(items), dtype=layout.INSTRUCTION)
+        for row, item in zip(table, items, strict=True):
+            if isinstance(item, Instruction):
+                self._fill(row, item)
+            elif isinstance(item, _Product):
+                self._fill_product(row, item)
+            else:
+                self._fill_attention(row, item.operation, memory)
+        self._keep.append(table)
+        return partial(self._library.evaluate, table.ctypes.data, len(table))
+
+    def _fill(self, row: Any, item: Instruction) -> None:
+        row["operation"], row["dimensions"] = item.operation, len(item.sizes)
+        row["sizes"][: len(item.sizes)] = item.sizes
+        row["scalars"][: len(item.scalars)] = item.scalars
+        for name, operand in zip(("out", "a", "b", "c"), item.operands, strict=False):
+            self._fill_operand(row[name], operand)
+
+    def _fill_operand(self, field: Any, operand: Operand) -> None:
+        if operand.number is not None:
+            at = self._table.ctypes.data + 4 * self._numbers[operand.number]
+        else:
+            at = self._address(operand.source, operand.offset_bytes)
+        field["at"], field["type"] = at, TYPES[operand.dtype]
+        field["strides"][: len(operand.strides)] = operand.strides
+
+    def _fill_product(self, row: Any, item: _Product) -> None:
+        bias = self._at(item.bias) if item.bias is not None else 0
+        if isinstance(item.weight, Ref):
+            matrix = Matrix(self._at(item.weight), None, Format.BF16, *item.weight.shape, 0)
+        else:
+            matrix = item.weight.matrix
+            bias = item.weight.bias.data_ptr() if item.weight.bias is not None else 0
+        self._keep += [matrix, item.weight]
+        row["operation"], row["dimensions"] = layout.PRODUCT, 1
+        row["sizes"][0] = item.tokens
+        row["a"]["at"], row["a"]["type"] = self._at(item.given), TYPES[item.given.dtype]
+        row["a"]["strides"][0] = item.stride
+        row["b"]["at"] = ctypes.addressof(matrix)
+        row["c"]["at"] = bias
+        row["out"]["at"] = self._at(item.out)
+
+    def _fill_attention(self, row: Any, operation: Operation, memory: Memory) -> None:
+        query, key, value = operation.args
+        (out,) = operation.outputs
+        pool = memory.pools[layer_of(operation.module)]
+        options = operation.kwargs
+        sinks = options.get("s_aux")
+        table = np.zeros(1, dtype=layout.ATTENTION)
+        table["type"] = TYPES[query.dtype]
+        table["heads"], table["key_heads"] = query.shape[1], key.shape[1]
+        table["width"], table["value_width"] = query.shape[3], value.shape[3]
+        scale = options.get("scaling")
+        table["scale"] = query.shape[3] ** -0.5 if scale is None else scale
+        table["cap"] = options.get("softcap") or 0.0
+        table["sequences"] = memory.spans(pool.window).table.ctypes.data
+        for name, ref in (("query", query), ("key", key), ("value", value)):
+            table[name] = self._at(ref)
+            table[f"{name}_strides"] = [ref.strides[d] for d in (2, 1, 3)]
+        table["sinks"] = self._at(sinks) if sinks is not None else 0
+        table["keys"], table["values"] = (states.data_ptr() for states in pool.all_states())
+        table["out"] = self._at(out)
+        self._keep.append(table)
+        row["operation"], row["dimensions"] = layout.ATTEND, 1
+        row["b"]["at"] = table.ctypes.data
+
+    def _torch(self, operation: Operation) -> Call:
+        args, kwargs = tree_map(self._leaf, (operation.args, operation.kwargs))
+        outs = [self._tensor(ref) for ref in operation.outputs]
+        if operation.function == EXPERTS:
+            return partial(_run_experts, operation.module, args, outs[0], self._experts)
+        function = operation.function
+        if operation.changes:
+            return partial(function, *args, **kwargs)
+        if function in PRODUCTS:
+            return partial(function.overloadpacket.out, *args, **kwargs, out=outs[0])
+
+        return partial(_run_torch, partial(function, *args, **kwargs), outs)
+
+    def _leaf(self, value: Any) -> Any:
+        return self._tensor(value) if isinstance(value, Ref) else value
+
+
+def _run_experts(
+    module: Any, args: Sequence[torch.Tensor], out: torch.Tensor, clock: Clock
+) -> None:
+    started = time.perf_counter()
+    out.copy_(module.retinue_run(*args))  # asked each time: a closed host leaves none
+    clock.seconds += time.perf_counter() - started
+
+
+def _run_torch(function: Callable[[], Any], outs: Sequence[torch.Tensor]) -> None:
+    results = function()
+    results = [results] if isinstance(results, torch.Tensor) else results
+    for out, result in zip(outs, results, strict=True):
+        out.copy_(result)
+
+
+def _is_large(item: _Item) -> bool:
+    """Whether it is a product or experts: those cost what they cost."""
+    if isinstance(item, _Torch):
+        return item.operation.function in (*PRODUCTS, EXPERTS)
+    return isinstance(item, _Product)
+
+
+def _row_stride(ref: Ref) -> int | None:
+    """The stride between rows of neighbouring numbers, if all rows follow one another."""
+    *lead, columns = ref.shape
+    if columns != 1 and ref.strides[-1] != 1:
+        return None
+    rows = [(n, s) for n, s in zip(lead, ref.strides, strict=False) if n != 1]
+    for (_, outer), (size, inner) in pairwise(rows):
+        if outer != size * inner:
+            return None
+    return rows[-1][1] if rows else columns
+
+
+def _refs(item: _Item) -> list[tuple[int, int]]:
+    """The sources that `item` touches, with the bytes that it needs of each."""
+    if isinstance(item, Instruction):
+        return [(o.source, _operand_stop(o, item)) for o in item.operands if o.number is None]
+    if isinstance(item, _Product):
+        inputs = (item.given, item.weight, item.bias)
+        refs = [item.out, *(ref for ref in inputs if isinstance(ref, Ref))]
+    else:
+        refs = [*item.operation.inputs, *item.operation.outputs]
+    return [(ref.source, ref.stop_bytes) for ref in refs]
+
+
+def _operand_stop(operand: Operand, item: Instruction) -> int:
+    last: int = sum((n - 1) * s for n, s in zip(item.sizes, operand.strides, strict=False))
+    return operand.offset_bytes + (last + 1) * operand.dtype.itemsize
+
+
+def _plan(items: Sequence[_Item], recording: Recording) -> tuple[torch.Tensor, dict[int, int]]:
+    """The arena, and where in it each source's memory begins."""
+    sizes: dict[int, int] = {}
+    first: dict[int, int] = {}
+    last: dict[int, int] = {}
+    refs = [_refs(item) for item in items]
+    end = (recording.logits.source, recording.logits.stop_bytes)
+    for number, touched in enumerate([*refs, [end]]):
+        for source, stop in touched:
+            if source not in recording.constants:
+                sizes[source] = max(sizes.get(source, 0), stop)
+                first.setdefault(source, number)
+                last[source] = number
+    places: dict[int, int] = {}
+    active: list[tuple[int, int, int]] = []  # begin, stop, last use
+    total = 0
+    for source in sorted(first, key=first.__getitem__):
+        active = sorted(entry for entry in active if entry[2] >= first[source])
+        begin, size = 0, _aligned(sizes[source])
+        for other, stop, _ in active:
+            if other - begin >= size:
+                break
+            begin = max(begin, stop)
+        places[source] = begin
+        active.append((begin, begin + size, last[source]))
+        total = max(total, begin + size)
+    arena = torch.zeros(total + ALIGNMENT, dtype=torch.uint8)
+    shift = -arena.data_ptr() % ALIGNMENT
+    return arena[shift:], places
+
+
+def _aligned(count: int) -> int:
+    return -(-count // ALIGNMENT) * ALIGNMENT

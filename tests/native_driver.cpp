@@ -1,0 +1,136 @@
+// Calls every function of the library with memory that ends where the header says that it ends,
+// for a sanitizer to watch. Prints the instructions in use; a wrong answer is an exit code.
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <memory>
+#include <vector>
+
+#include "../native/retinue.h"
+
+namespace {
+
+uint32_t state = 1;
+
+uint32_t draw() { return state = state * 1664525u + 1013904223u, state >> 8; }
+
+// Exactly `bytes` bytes of noise, `shift` bytes behind an aligned address.
+struct Memory {
+    Memory(size_t bytes, size_t shift) : whole(new uint8_t[bytes + shift]), data(&whole[shift]) {
+        for (size_t i = 0; i < bytes; i++) data[i] = static_cast<uint8_t>(1 + draw() % 255);
+    }
+    // Small finite numbers instead of noise.
+    void numbers(int32_t type, size_t count) {
+        for (size_t i = 0; i < count; i++) {
+            const float number = static_cast<float>(draw() % 2001) / 1000.0f - 1.0f;
+            uint32_t bits;
+            memcpy(&bits, &number, 4);
+            const uint16_t half = type == RETINUE_TYPE_F16 ? 0x3800 | (draw() & 0x3ff) : bits >> 16;
+            if (type == RETINUE_TYPE_F32) {
+                memcpy(data + 4 * i, &bits, 4);
+            } else {
+                memcpy(data + 2 * i, &half, 2);
+            }
+        }
+    }
+    std::unique_ptr<uint8_t[]> whole;
+    uint8_t* data;
+};
+
+size_t size_of(int32_t type) { return type == RETINUE_TYPE_F32 ? 4 : 2; }
+
+void require(bool condition, const char* what) {
+    if (condition) return;
+    fprintf(stderr, "failed: %s\n", what);
+    exit(1);
+}
+
+struct Matrix {
+    Matrix(int32_t format, int32_t rows, int32_t columns)
+        : tiles(static_cast<size_t>((rows + 15) / 16) * ((columns + 31) / 32)),
+          codes(format == RETINUE_BF16 ? 2ul * rows * columns
+                                       : tiles * (format == RETINUE_INT4 ? 256 : 512),
+                2),
+          scales(tiles * 32, 2) {
+        if (format == RETINUE_BF16) codes.numbers(RETINUE_TYPE_BF16, 1ul * rows * columns);
+        scales.numbers(RETINUE_TYPE_BF16, tiles * 16);
+        matrix = {codes.data, format == RETINUE_BF16 ? nullptr : scales.data, format, rows,
+                  columns, 0};
+    }
+    size_t tiles;
+    Memory codes, scales;
+    retinue_matrix matrix;
+};
+
+void linear(int32_t format, int32_t type, int32_t rows, int32_t columns, int32_t tokens) {
+    const Matrix weight(format, rows, columns);
+    const int32_t stride = columns + 3;
+    const size_t held = 1ul * (tokens - 1) * stride + columns;
+    Memory x(held * size_of(type), 2 * size_of(type)), bias(rows * size_of(type), 0);
+    x.numbers(type, held);
+    bias.numbers(type, rows);
+    Memory out(1ul * tokens * rows * size_of(type), 0);
+    require(retinue_linear(&weight.matrix, x.data, stride, type, tokens, bias.data, out.data) == 0,
+            "linear");
+    if (format == RETINUE_BF16) return;
+    Memory numbers(1ul * rows * columns * size_of(type), 0);
+    require(retinue_decode(&weight.matrix, type, numbers.data) == 0, "decode");
+    require(retinue_encode(numbers.data, columns, type, format, rows, columns, weight.codes.data,
+                           weight.scales.data) == 0,
+            "encode");
+}
+
+void experts(int32_t format, int32_t type, int32_t hidden, int32_t inner, int32_t tokens) {
+    const int32_t count = 3, k = 2;
+    std::vector<std::unique_ptr<Matrix>> matrices;
+    std::vector<int64_t> parts, starts = {0}, pairs;
+    for (int32_t e = 0; e < count; e++) {
+        for (int part = 0; part < 3; part++) {
+            const bool down = part == 2;
+            matrices.push_back(std::make_unique<Matrix>(format, down ? hidden : inner,
+                                                        down ? inner : hidden));
+            parts.push_back(reinterpret_cast<int64_t>(matrices.back()->matrix.codes));
+            parts.push_back(reinterpret_cast<int64_t>(matrices.back()->matrix.scales));
+        }
+        for (int32_t pair = e; pair < tokens * k; pair += count + 1) pairs.push_back(pair);
+        starts.push_back(static_cast<int64_t>(pairs.size()));
+    }
+    Memory x(1ul * tokens * hidden * size_of(type), 0);
+    x.numbers(type, 1ul * tokens * hidden);
+    std::vector<float> rows(1ul * tokens * k * hidden, 7.0f), weights(tokens * k, 0.5f);
+    for (int32_t activation = RETINUE_SILU; activation <= RETINUE_RELU; activation++) {
+        const retinue_experts_shape shape = {format, type, activation, hidden, inner, k};
+        require(retinue_experts(&shape, count, parts.data(), starts.data(), pairs.data(), x.data,
+                                rows.data()) == 0,
+                "experts");
+    }
+    if (tokens > 1) require(rows[3ul * hidden] == 7.0f, "a pair of no expert kept its row");
+    Memory out(1ul * tokens * hidden * size_of(type), 0);
+    require(retinue_sum(rows.data(), weights.data(), tokens, k, hidden, type, out.data) == 0,
+            "sum");
+}
+
+}  // namespace
+
+int main() {
+    const int32_t sizes[][3] = {{1, 1, 1}, {16, 32, 2}, {33, 70, 17}, {50, 2081, 12}, {40, 96, 67}};
+    for (int32_t threads = 1; threads <= 3; threads += 2) {
+        require(retinue_threads(threads, 20) == 0, "threads");
+        for (int32_t format = RETINUE_BF16; format <= RETINUE_INT4; format++) {
+            for (int32_t type = RETINUE_TYPE_F32; type <= RETINUE_TYPE_F16; type++) {
+                for (const auto& size : sizes) {
+                    linear(format, type, size[0], size[1], size[2]);
+                    experts(format, type, size[0], size[1] > 100 ? 100 : size[1], size[2]);
+                }
+            }
+        }
+        experts(RETINUE_INT4, RETINUE_TYPE_F32, 24, 40, 1500);
+    }
+    const retinue_matrix wrong = {nullptr, nullptr, RETINUE_INT4, 1, 1, 0};
+    require(retinue_linear(&wrong, &wrong, 1, 0, 1, nullptr, nullptr) == RETINUE_BAD_ARGUMENT,
+            "a wrong argument is refused");
+    require(retinue_threads(0, 0) == RETINUE_BAD_ARGUMENT, "no threads are refused");
+    puts(retinue_features());
+    return 0;
+}
