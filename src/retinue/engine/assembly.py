@@ -159,7 +159,7 @@ def _scheduler(
 
 def _steps(network: Network, store: Store, abilities: Abilities, notes: list[str]) -> Steps:
     """The prepared steps; that of one sequence is recorded now, as nobody waits for a token."""
-    steps = Steps(network.model, store, notes.append, abilities.unprepared)
+    steps = Steps(network.model, store, notes.append, abilities.unprepared, network.dense)
     steps.prepare(1)
     return steps
 

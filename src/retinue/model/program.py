@@ -4,6 +4,7 @@ The memory of all that lives within a step is one arena, planned by who is used 
 was there before the step (weights, positions, the pool of keys and values) is used where it lies.
 """
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,6 +18,7 @@ from torch.utils._pytree import tree_map
 from retinue.errors import Unsupported
 from retinue.memory import evaluator as layout
 from retinue.memory.native import Format, Native
+from retinue.metrics import Clock
 from retinue.model.instruction import TYPES, Instruction, Operand
 from retinue.model.kv import Pool
 from retinue.model.lower import lower
@@ -85,8 +87,11 @@ class Program:
         recording: Recording,
         library: Native,
         memory: Memory,
+        clock: Clock,
     ) -> None:
+        """`clock` counts what runs natively: products and attention, and the little between."""
         self._constants, self._library = recording.constants, library
+        self._clock = clock
         self._numbers: dict[float, int] = {}
         self._keep: list[Any] = []
         items = [item for operation in recording.operations for item in self._items(operation)]
@@ -190,7 +195,12 @@ class Program:
             else:
                 self._fill_attention(row, item.operation, memory)
         self._keep.append(table)
-        return partial(self._library.evaluate, table.ctypes.data, len(table))
+        return partial(self._evaluate, table.ctypes.data, len(table))
+
+    def _evaluate(self, table: int, count: int) -> None:
+        started = time.perf_counter()
+        self._library.evaluate(table, count)
+        self._clock.seconds += time.perf_counter() - started
 
     def _fill(self, row: Any, item: Instruction) -> None:
         row["operation"], row["dimensions"] = item.operation, len(item.sizes)

@@ -15,6 +15,7 @@ import torch
 from retinue.errors import Unsupported
 from retinue.memory import evaluator as layout
 from retinue.memory import native
+from retinue.metrics import Clock
 from retinue.model.kv import Pool, Segment, Store, window_left
 from retinue.model.program import Memory, Program, Spans
 from retinue.model.record import record
@@ -28,13 +29,19 @@ class Steps:
     """The prepared steps of one model, by the number of sequences; made when first needed.
 
     `say` is told once why steps run unprepared, if they do. `reason`, if it is given, is why none
-    can be prepared.
+    can be prepared. `clock` counts the time of what runs natively, but for experts.
     """
 
     def __init__(
-        self, model: Any, store: Store, say: Callable[[str], None], reason: str = ""
+        self,
+        model: Any,
+        store: Store,
+        say: Callable[[str], None],
+        reason: str = "",
+        clock: Clock | None = None,
     ) -> None:
         self._model, self._store, self._say = model, store, say
+        self._clock = clock or Clock()
         self._steps: dict[int, Step | None] = {}
         self._library = native.library()
         self._off = False
@@ -66,7 +73,8 @@ class Steps:
         if count not in self._steps and not self._off:
             try:
                 assert self._library is not None
-                self._steps[count] = step = Step(self._model, self._store, count, self._library)
+                parts = self._model, self._store, count, self._library, self._clock
+                self._steps[count] = step = Step(*parts)
                 if step.native_share < LEAST_NATIVE:
                     raise Unsupported(f"only {step.native_share:.0%} of its operations are known")
             except Exception as error:  # whatever a family's own code raises
@@ -82,7 +90,9 @@ class Steps:
 class Step:
     """The prepared step of `count` sequences."""
 
-    def __init__(self, model: Any, store: Store, count: int, library: native.Native) -> None:
+    def __init__(
+        self, model: Any, store: Store, count: int, library: native.Native, clock: Clock
+    ) -> None:
         self._store = store
         self._tokens = torch.zeros(1, count, dtype=torch.int64)
         self._positions = torch.arange(count, dtype=torch.int64).view(1, count)
@@ -91,7 +101,7 @@ class Step:
         self._spans: dict[int | None, Spans] = {}
         recording = record(model, store, self._tokens, self._positions)
         pools = {n: layer for n, layer in enumerate(store.layers) if isinstance(layer, Pool)}
-        self._program = Program(recording, library, Memory(pools, self._spans_of))
+        self._program = Program(recording, library, Memory(pools, self._spans_of), clock)
         self.native_share = self._program.native_share
 
     def run(self, segments: Items[Segment]) -> torch.Tensor:
