@@ -27,16 +27,6 @@ INSTRUCTION = np.dtype(
         ("c", OPERAND),
     ]
 )
-MATRIX = np.dtype(
-    [
-        ("codes", "u8"),
-        ("scales", "u8"),
-        ("format", "i4"),
-        ("rows", "i4"),
-        ("columns", "i4"),
-        ("reserved", "i4"),
-    ]
-)
 SEQUENCES = np.dtype([("count", "i8"), ("places", "u8"), ("starts", "u8"), ("stops", "u8")])
 ATTENTION = np.dtype(
     [

@@ -40,7 +40,7 @@ class GroupedLinear(nn.Module):
         self.register_buffer("bias", bias, persistent=False)
         self._dtype = torch.bfloat16 if bias is None else bias.dtype
         self._library = native.library()
-        self._matrix = native.matrix(_NATIVE[form.bits], form.rows, form.columns, codes, scales)
+        self.matrix = native.matrix(_NATIVE[form.bits], form.rows, form.columns, codes, scales)
 
     @property
     def weight(self) -> torch.Tensor:
@@ -56,7 +56,7 @@ class GroupedLinear(nn.Module):
 
     def _apply_to(self, input: torch.Tensor) -> torch.Tensor:
         if self._library is not None:
-            return self._library.linear(self._matrix, input.contiguous(), self.bias)
+            return self._library.linear(self.matrix, input.contiguous(), self.bias)
         out = _decoded_product(self.form, self.codes, self.scales, input)
         return out if self.bias is None else out.add_(self.bias)
 

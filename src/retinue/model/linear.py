@@ -20,7 +20,9 @@ def product(inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     a fifth faster than a matrix product with one row.
     """
     rows = inputs.shape[0]
-    if rows <= FEW_ROWS and inputs.dtype == weight.dtype == torch.bfloat16:
+    # A step that is recorded has to show which product it is.
+    watched = torch._C._len_torch_dispatch_stack() > 0
+    if rows <= FEW_ROWS and inputs.dtype == weight.dtype == torch.bfloat16 and not watched:
         library = native.library()
         if library is not None and weight.is_cpu and weight.is_contiguous():
             matrix = Matrix(weight.data_ptr(), None, Format.BF16, *weight.shape)

@@ -4,6 +4,8 @@ The memory of all that lives within a step is one arena, planned by who is used 
 was there before the step (weights, positions, the pool of keys and values) is used where it lies.
 """
 
+import ctypes
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,14 +19,16 @@ from torch.utils._pytree import tree_map
 
 from retinue.errors import Unsupported
 from retinue.memory import evaluator as layout
-from retinue.memory.native import Format, Native
+from retinue.memory.native import Format, Matrix, Native
 from retinue.metrics import Clock
+from retinue.model.grouped_linear import GroupedLinear
 from retinue.model.instruction import TYPES, Instruction, Operand
 from retinue.model.kv import Pool
 from retinue.model.lower import lower
 from retinue.model.record import (
     ATTEND,
     EXPERTS,
+    GROUPED,
     PRODUCTS,
     Operation,
     Recording,
@@ -56,11 +60,14 @@ class Memory:
 
 @dataclass(frozen=True, slots=True)
 class _Product:
-    """A matrix product that the library runs: out = given @ weight.T + bias, rows contiguous."""
+    """A matrix product that the library runs: out = given @ weight.T + bias, rows contiguous.
+
+    `weight` is one of bfloat16, or the layer that has it in another format.
+    """
 
     out: Ref
     given: Ref
-    weight: Ref
+    weight: Ref | GroupedLinear
     bias: Ref | None
     tokens: int
     stride: int
@@ -80,7 +87,10 @@ _Item = Instruction | _Product | _Attention | _Torch
 
 
 class Program:
-    """`run` computes one step: its inputs are where they were recorded, `logits` is its answer."""
+    """`run` computes one step: its inputs are where they were recorded, `logits` is its answer.
+
+    `clock` counts its time but for the experts'.
+    """
 
     def __init__(
         self,
@@ -89,9 +99,8 @@ class Program:
         memory: Memory,
         clock: Clock,
     ) -> None:
-        """`clock` counts what runs natively: products and attention, and the little between."""
+        self._clock, self._experts = clock, Clock()
         self._constants, self._library = recording.constants, library
-        self._clock = clock
         self._numbers: dict[float, int] = {}
         self._keep: list[Any] = []
         items = [item for operation in recording.operations for item in self._items(operation)]
@@ -106,14 +115,21 @@ class Program:
 
     def run(self) -> None:
         """Compute. Raises what experts raise; the next run begins anew."""
+        started, self._experts.seconds = time.perf_counter(), 0.0
         for call in self._calls:
             call()
+        self._clock.seconds += time.perf_counter() - started - self._experts.seconds
 
     # --- what runs natively
 
     def _items(self, operation: Operation) -> Sequence[_Item]:
         if operation.function == ATTEND:
             return [_Attention(operation)]
+        if operation.function == GROUPED:
+            (given,), (out,) = operation.args, operation.outputs
+            tokens = math.prod(given.shape[:-1])
+            assert isinstance(operation.module, GroupedLinear)
+            return [_Product(out, given, operation.module, None, tokens, given.shape[-1])]
         if operation.function in PRODUCTS:
             return [self._product(operation) or _Torch(operation)]
         lowered = lower(operation) if operation.module is None else None
@@ -143,7 +159,7 @@ class Program:
             return None
         if bias is not None and (bias.shape != (rows,) or bias.strides != (1,)):
             return None
-        tokens = int(np.prod(given.shape[:-1], dtype=int))
+        tokens = math.prod(given.shape[:-1])
         stride = _row_stride(given)
         if stride is None or _row_stride(out) != rows:
             return None
@@ -195,12 +211,7 @@ class Program:
             else:
                 self._fill_attention(row, item.operation, memory)
         self._keep.append(table)
-        return partial(self._evaluate, table.ctypes.data, len(table))
-
-    def _evaluate(self, table: int, count: int) -> None:
-        started = time.perf_counter()
-        self._library.evaluate(table, count)
-        self._clock.seconds += time.perf_counter() - started
+        return partial(self._library.evaluate, table.ctypes.data, len(table))
 
     def _fill(self, row: Any, item: Instruction) -> None:
         row["operation"], row["dimensions"] = item.operation, len(item.sizes)
@@ -218,16 +229,19 @@ class Program:
         field["strides"][: len(operand.strides)] = operand.strides
 
     def _fill_product(self, row: Any, item: _Product) -> None:
-        matrix = np.zeros(1, dtype=layout.MATRIX)
-        matrix["codes"], matrix["format"] = self._at(item.weight), Format.BF16
-        matrix["rows"], matrix["columns"] = item.weight.shape
-        self._keep.append(matrix)
+        bias = self._at(item.bias) if item.bias is not None else 0
+        if isinstance(item.weight, Ref):
+            matrix = Matrix(self._at(item.weight), None, Format.BF16, *item.weight.shape, 0)
+        else:
+            matrix = item.weight.matrix
+            bias = item.weight.bias.data_ptr() if item.weight.bias is not None else 0
+        self._keep += [matrix, item.weight]
         row["operation"], row["dimensions"] = layout.PRODUCT, 1
         row["sizes"][0] = item.tokens
         row["a"]["at"], row["a"]["type"] = self._at(item.given), TYPES[item.given.dtype]
         row["a"]["strides"][0] = item.stride
-        row["b"]["at"] = matrix.ctypes.data
-        row["c"]["at"] = self._at(item.bias) if item.bias is not None else 0
+        row["b"]["at"] = ctypes.addressof(matrix)
+        row["c"]["at"] = bias
         row["out"]["at"] = self._at(item.out)
 
     def _fill_attention(self, row: Any, operation: Operation, memory: Memory) -> None:
@@ -258,7 +272,7 @@ class Program:
         args, kwargs = tree_map(self._leaf, (operation.args, operation.kwargs))
         outs = [self._tensor(ref) for ref in operation.outputs]
         if operation.function == EXPERTS:
-            return partial(_run_experts, operation.module, args, outs[0])
+            return partial(_run_experts, operation.module, args, outs[0], self._experts)
         function = operation.function
         if operation.changes:
             return partial(function, *args, **kwargs)
@@ -271,8 +285,12 @@ class Program:
         return self._tensor(value) if isinstance(value, Ref) else value
 
 
-def _run_experts(module: Any, args: Sequence[torch.Tensor], out: torch.Tensor) -> None:
+def _run_experts(
+    module: Any, args: Sequence[torch.Tensor], out: torch.Tensor, clock: Clock
+) -> None:
+    started = time.perf_counter()
     out.copy_(module.retinue_run(*args))  # asked each time: a closed host leaves none
+    clock.seconds += time.perf_counter() - started
 
 
 def _run_torch(function: Callable[[], Any], outs: Sequence[torch.Tensor]) -> None:
@@ -306,7 +324,8 @@ def _refs(item: _Item) -> list[tuple[int, int]]:
     if isinstance(item, Instruction):
         return [(o.source, _operand_stop(o, item)) for o in item.operands if o.number is None]
     if isinstance(item, _Product):
-        refs = [item.out, item.given, item.weight, *([item.bias] if item.bias else [])]
+        inputs = (item.given, item.weight, item.bias)
+        refs = [item.out, *(ref for ref in inputs if isinstance(ref, Ref))]
     else:
         refs = [*item.operation.inputs, *item.operation.outputs]
     return [(ref.source, ref.stop_bytes) for ref in refs]

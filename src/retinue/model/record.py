@@ -17,10 +17,11 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from retinue.errors import Unsupported
 from retinue.model.attention import Mask
+from retinue.model.grouped_linear import GroupedLinear
 from retinue.model.kv import Pool, Segment, Sequence, Span, Store, window_left
 from retinue.types import BLOCK_TOKENS
 
-EXPERTS, ATTEND = "experts", "attend"
+EXPERTS, ATTEND, GROUPED = "experts", "attend", "grouped"
 aten = torch.ops.aten
 PRODUCTS = (aten.linear.default, aten.mv.default, aten.mm.default, aten.addmm.default)
 # What follows these depends on values, which a recording does not have.
@@ -46,7 +47,7 @@ class Ref:
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """One operation of torch, or EXPERTS or ATTEND of `module`; tensors are Refs."""
+    """One operation of torch, or EXPERTS, ATTEND or GROUPED of `module`; tensors are Refs."""
 
     function: Any
     args: tuple[Any, ...]
@@ -197,12 +198,16 @@ class _Marked(Store):
 def _marks(model: nn.Module, recorder: _Recorder, store: _Marked) -> Iterator[None]:
     """Let experts and attention leave marks in the recording instead of computing."""
     saved: list[tuple[nn.Module, str, Any]] = []
+    grouped: list[GroupedLinear] = []
     marks: dict[str, Callable[[nn.Module, Any], Any]] = {
         "retinue_run": lambda module, own: _experts_mark(module, recorder),
         "retinue_attend": lambda module, own: _attention_mark(recorder, store, own.name),
     }
     try:
         for module in model.modules():
+            if isinstance(module, GroupedLinear):
+                grouped.append(module)
+                module.forward = _grouped_mark(module, recorder)  # type: ignore[method-assign]
             for name, mark in marks.items():
                 if (own := vars(module).get(name)) is not None:
                     saved.append((module, name, own))
@@ -211,6 +216,19 @@ def _marks(model: nn.Module, recorder: _Recorder, store: _Marked) -> Iterator[No
     finally:
         for module, name, own in saved:
             setattr(module, name, own)
+        for module in grouped:
+            del module.forward
+
+
+def _grouped_mark(module: GroupedLinear, recorder: _Recorder) -> Callable[..., torch.Tensor]:
+    def forward(input: torch.Tensor) -> torch.Tensor:
+        given = input.contiguous()
+        with _disable_current_modes():
+            out = torch.zeros((*given.shape[:-1], module.out_features), dtype=given.dtype)
+        recorder.note(GROUPED, (given,), {}, out, module)
+        return out
+
+    return forward
 
 
 def _experts_mark(module: nn.Module, recorder: _Recorder) -> Callable[..., torch.Tensor]:

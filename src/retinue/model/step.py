@@ -29,7 +29,7 @@ class Steps:
     """The prepared steps of one model, by the number of sequences; made when first needed.
 
     `say` is told once why steps run unprepared, if they do. `reason`, if it is given, is why none
-    can be prepared. `clock` counts the time of what runs natively, but for experts.
+    can be prepared. `clock` counts the time of steps but for their experts.
     """
 
     def __init__(
@@ -40,8 +40,8 @@ class Steps:
         reason: str = "",
         clock: Clock | None = None,
     ) -> None:
-        self._model, self._store, self._say = model, store, say
         self._clock = clock or Clock()
+        self._model, self._store, self._say = model, store, say
         self._steps: dict[int, Step | None] = {}
         self._library = native.library()
         self._off = False
@@ -73,8 +73,8 @@ class Steps:
         if count not in self._steps and not self._off:
             try:
                 assert self._library is not None
-                parts = self._model, self._store, count, self._library, self._clock
-                self._steps[count] = step = Step(*parts)
+                step = Step(self._model, self._store, count, self._library, self._clock)
+                self._steps[count] = step
                 if step.native_share < LEAST_NATIVE:
                     raise Unsupported(f"only {step.native_share:.0%} of its operations are known")
             except Exception as error:  # whatever a family's own code raises
