@@ -3,12 +3,12 @@
 import os
 import platform
 from argparse import Namespace
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from mmap import mmap
 from pathlib import Path
 
 from retinue import __version__
+from retinue.cli.findings import Finding, fast_paths
 from retinue.cli.options import config_from
 from retinue.cli.terminal import audience, emit_json, note, styled
 from retinue.config import ENVIRONMENT_KEYS, ENVIRONMENT_PREFIX, Config, format_size
@@ -18,20 +18,11 @@ from retinue.memory.files import ALIGNMENT, Reader
 from retinue.memory.headers import is_stand_in
 from retinue.memory.home import locate_headers, sample_folder, weights_near
 from retinue.memory.machine import available_bytes, cores, known_speeds
+from retinue.memory.verify import verify_pack
 from retinue.policy.presets import preset
 
 SLOW_DISK_BYTES_PER_S = 0.5e9
 USEFUL_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16")
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One line: what was looked at, what was found, and what to do if it is a problem."""
-
-    name: str
-    value: str
-    good: bool = True
-    fix: str = ""
 
 
 def execute(options: Namespace) -> int:
@@ -41,15 +32,16 @@ def execute(options: Namespace) -> int:
     folder = locate_headers(options.model, note) if options.model else sample_folder()
     if not any(folder.glob("*.safetensors")):
         raise CheckpointError(f"no weights in `{folder}`", hint="give the folder of a checkpoint")
+    checksums = [_checksums(options.model, folder)] if options.verify else []
     findings = [
         *_software(),
         *_processor(config),
         *_memory(),
-        *_disk(weights_near(folder)),
+        *_speeds(weights_near(folder), config),
         *_settings(),
     ]
     if options.model:
-        findings += _model(folder, config)
+        findings += checksums + _model(folder, config)
     out = audience(options.json)
     for finding in findings:
         mark = styled("ok  ", "green", out) if finding.good else styled("!!  ", "red", out)
@@ -121,8 +113,8 @@ def _memory() -> list[Finding]:
     return [Finding("memory", f"{format_size(available)} available", good=good, fix=fix)]
 
 
-def _disk(folder: Path) -> list[Finding]:
-    """Measure the speeds, and see whether direct reads work where the checkpoint lies."""
+def _speeds(folder: Path, config: Config) -> list[Finding]:
+    """Measure disk, memory and kernels; see whether direct reads work where the checkpoint lies."""
     speeds = known_speeds(folder, fresh=True)
     disk, memory = speeds.disk_bytes_per_s, speeds.memory_bytes_per_s
     slow = disk < SLOW_DISK_BYTES_PER_S
@@ -134,6 +126,7 @@ def _disk(folder: Path) -> list[Finding]:
     note = _direct_note(folder)
     fix = "reads go through the page cache, which is slower; use another file system"
     found.append(Finding("direct reads", note or "yes", good=not note, fix=fix if note else ""))
+    found += fast_paths(_flags(), speeds, min(config.threads or cores(), cores()))
     return found
 
 
@@ -144,6 +137,17 @@ def _direct_note(folder: Path) -> str:
         reader.read(file, 0, view, direct=True)
     reader.close()
     return reader.note
+
+
+def _checksums(model: str | None, folder: Path) -> Finding:
+    if model is None:
+        raise UsageError("--verify needs a MODEL", hint="`retinue doctor PACK --verify`")
+    count, damaged = verify_pack(folder)
+    if not damaged:
+        return Finding("checksums", f"all {count} parts are as they were written")
+    fix = f"look at the disk, delete `{folder}` and pack the model again"
+    value = f"{len(damaged)} of {count} parts are damaged, the first is {damaged[0]}"
+    return Finding("checksums", value, good=False, fix=fix)
 
 
 def _settings() -> list[Finding]:
