@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 
-from benchmarks import alone, packed, sharing, step, versus
+from benchmarks import alone, kernels, packed, sharing, step, versus
 from benchmarks.checkpoint import Checkpoint, NoCheckpointError, inspect
 from benchmarks.child import ChildFailedError, run_child, say
 from benchmarks.results import Document, Report, show
@@ -35,6 +35,7 @@ BENCHMARKS: dict[str, Callable[[Setting], Report]] = {
     "llamacpp-small": packed.llamacpp_small,
     "llamacpp-whole": packed.llamacpp_whole,
     "qwen3": packed.qwen3,
+    "kernels": kernels.kernels,
 }
 SMALL_SHAPE = "olmoe-mini"
 MEMORY, SMALL_MEMORY = "6GiB", "1.25GiB"

@@ -14,6 +14,13 @@ constexpr int kLeastTokens = 10;  // of a block; with fewer VNNI is faster
 constexpr int kChunk = 64;       // groups of a tile that are unpacked at a time: 32 KiB
 constexpr int kCodes = kLanes * kGroup;
 
+// GCC 12 knows that few bytes, or none, are read by the instructions that load tiles and their
+// shapes: before them, whatever was written must be in memory.
+template <typename T>
+inline void settle(const T& memory) {
+    __asm__ volatile("" : : "r"(&memory) : "memory");
+}
+
 // The shapes of the eight tile registers, as the processor reads them.
 struct alignas(64) Shapes {
     uint8_t palette = 1, start = 0, reserved[14] = {};
@@ -68,9 +75,9 @@ struct Chunk {
 };
 
 // The products of a group are scaled while those of the next two are made.
-template <int AHEAD_BYTES>
-void multiply_codes(const Chunk& chunk, const Block& block, const uint8_t* ahead, int32_t stride,
-                    float* out) {
+// Meanwhile memory is asked for `ahead`, some lines with each group; returns what comes then.
+const uint8_t* multiply_codes(const Chunk& chunk, const Block& block, const uint8_t* ahead,
+                              int lines, int32_t stride, float* out) {
     constexpr int kLag = 2;
     alignas(64) int32_t dots[2 * kLag][kTokens * kLanes];
     __m512 sums[kTokens];
@@ -85,9 +92,7 @@ void multiply_codes(const Chunk& chunk, const Block& block, const uint8_t* ahead
     const float* x_scales = block.scales + before;
     for (int g = 0; g < chunk.groups + kLag; g++) {
         if (g < chunk.groups) {
-            for (int i = 0; i < AHEAD_BYTES; i += 64) {
-                __builtin_prefetch(ahead + g * AHEAD_BYTES + i, 0, 2);
-            }
+            for (int i = 0; i < lines; i++, ahead += 64) __builtin_prefetch(ahead, 0, 2);
             _tile_zero(0);
             _tile_loadd(1, x + g * block.tokens * kGroup, kGroup);
             _tile_loadd(2, chunk.weights + g * kCodes, 64);
@@ -104,6 +109,7 @@ void multiply_codes(const Chunk& chunk, const Block& block, const uint8_t* ahead
     for (int t = 0; t < kTokens; t++) {
         if (t < block.tokens) _mm512_storeu_ps(out + static_cast<int64_t>(t) * stride, sums[t]);
     }
+    return ahead;
 }
 
 template <int FORMAT>
@@ -114,6 +120,7 @@ void multiply_tile(const Tile& tile, const Block* blocks, int32_t count, int32_t
     shapes.set(0, kTokens, 64);
     shapes.set(1, kTokens, kGroup);
     shapes.set(2, kGroup / 4, 64);
+    settle(shapes);
     _tile_loadconfig(&shapes);
     constexpr int kBytes = FORMAT == RETINUE_INT4 ? kCodes / 2 : kCodes;
     for (int first = 0; first < tile.groups(); first += kChunk) {
@@ -123,12 +130,13 @@ void multiply_tile(const Tile& tile, const Block* blocks, int32_t count, int32_t
         chunk.groups = left < kChunk ? left : kChunk;
         chunk.scales = tile.scales + first * kLanes;
         unpack<FORMAT>(codes, chunk.groups, chunk.weights);
-        // The first block also asks for what is unpacked next.
+        settle(chunk);
+        // What is unpacked next is asked for while this is multiplied, evenly.
         const uint8_t* ahead = codes + chunk.groups * kBytes;
-        multiply_codes<kBytes>(chunk, blocks[0], ahead, stride, out);
-        for (int32_t i = 1; i < count; i++) {
-            multiply_codes<0>(chunk, blocks[i], ahead, stride,
-                              out + static_cast<int64_t>(i) * kTokens * stride);
+        const int lines = (kBytes / 64 + count - 1) / count;
+        for (int32_t i = 0; i < count; i++) {
+            ahead = multiply_codes(chunk, blocks[i], ahead, lines, stride,
+                                   out + static_cast<int64_t>(i) * kTokens * stride);
         }
     }
     _tile_release();
@@ -188,6 +196,7 @@ void multiply_pairs(const Tile& tile, const Block* blocks, int32_t count, int32_
                 _mm512_store_si512(end[row],
                                    _mm512_maskz_loadu_epi16(valid, weights + row * row_bytes));
             }
+            settle(end);
         }
         // The next sixteen rows lie behind these: ask for them in the order of memory.
         const uint8_t* ahead = tile.codes + tile.rows * row_bytes + g * kLanes * 64;
@@ -224,6 +233,7 @@ void multiply_bf16(const Tile& tile, const Block* blocks, int32_t count, int32_t
     Shapes shapes;
     for (int i = 0; i < 5; i++) shapes.set(i, tile.rows, 64);
     for (int i = 5; i < 7; i++) shapes.set(i, kGroup / 2, 64);
+    settle(shapes);
     _tile_loadconfig(&shapes);
     for (int32_t first = 0; first < count; first += 4) {
         const int32_t four = count - first < 4 ? count - first : 4;
@@ -266,7 +276,7 @@ bool has_tiles() {
 }  // namespace
 
 const Kernels* amx_kernels() {
-    static const Kernels table = {"avx512-amx", true,     load, store,  prepare,
+    static const Kernels table = {"avx512-amx", true,     load, store, round_to, prepare,
                                   activate,     multiply, sum,  encode, decode};
     static const bool usable = has_tiles();
     return usable ? &table : nullptr;

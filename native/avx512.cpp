@@ -144,7 +144,7 @@ void multiply(const Tile& tile, const Block* blocks, int32_t count, int32_t stri
 }  // namespace
 
 const Kernels* avx512_kernels() {
-    static const Kernels table = {"avx512-vnni", false, load, store,  prepare, activate,
+    static const Kernels table = {"avx512-vnni", false, load, store, round_to, prepare, activate,
                                   multiply, sum, encode, decode};
     return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") ? &table
                                                                                       : nullptr;

@@ -43,6 +43,7 @@ struct Kernels {
     // Numbers of a type to fp32 and back, rounded to nearest even.
     void (*load)(const void* x, int32_t type, int64_t count, float* out);
     void (*store)(const float* x, int32_t type, int64_t count, void* out);
+    void (*round_to)(int32_t type, int64_t count, float* x);
     // Write groups `group`.. of `token`: x [groups][32], to the form of `format`.
     void (*prepare)(const float* x, int32_t format, int32_t groups, const Block& block,
                     int32_t token, int32_t group);

@@ -5,7 +5,6 @@
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
-#include <memory>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -147,17 +146,18 @@ class Pool {
     std::vector<std::thread> workers_;  // last: they use the others
 };
 
-std::unique_ptr<Pool> pool;
+// Left as it is when the process ends: some thread may still be computing.
+Pool* pool = nullptr;
 
 // A forked child has none of the threads: it forgets them, and computes alone until told otherwise.
-[[maybe_unused]] const int at_fork =
-    pthread_atfork(nullptr, nullptr, [] { static_cast<void>(pool.release()); });
+[[maybe_unused]] const int at_fork = pthread_atfork(nullptr, nullptr, [] { pool = nullptr; });
 
 }  // namespace
 
 void pool_resize(int32_t threads, int32_t spin_us) {
-    pool.reset();
-    if (threads > 1) pool = std::make_unique<Pool>(threads, spin_us);
+    delete pool;
+    pool = nullptr;
+    if (threads > 1) pool = new Pool(threads, spin_us);
 }
 
 int32_t pool_threads() { return pool ? pool->threads() : 1; }

@@ -76,7 +76,7 @@ void multiply(const Tile& tile, const Block* blocks, int32_t count, int32_t stri
 }  // namespace
 
 const Kernels* portable_kernels() {
-    static const Kernels table = {"portable", false, load, store,  prepare, activate,
+    static const Kernels table = {"portable", false, load, store, round_to, prepare, activate,
                                   multiply, sum, encode, decode};
     return &table;
 }

@@ -15,10 +15,12 @@
 // With int8 and int4 a token is quantised too, in the same groups of 32 columns: scale = largest
 // magnitude / 127, code = nearest integer, ties to even. Products of codes are summed in int32 and
 // the groups' sums in fp32, one after the other: sum = fma(sum_of_codes, weight_scale * x_scale,
-// sum). So what a token gets depends neither on the other tokens of a call nor on the threads.
+// sum). So what a token gets depends neither on the other tokens of a call nor on the threads, nor
+// on the instructions. With bf16 it does not depend on the threads; a lone token may be summed in
+// another order than several, of which each gets the same whatever the others are.
 //
-// Every function returns 0, or a RETINUE_ error; nothing is thrown and nothing printed. No function
-// but `retinue_encode`, `retinue_decode` and `retinue_features` may be called by two threads at once.
+// Every function returns 0, or a RETINUE_ error; nothing is thrown and nothing printed. Two
+// threads at once may call `retinue_encode`, `retinue_decode` and `retinue_features`, no others.
 #ifndef RETINUE_H
 #define RETINUE_H
 
@@ -32,8 +34,8 @@ extern "C" {
 #define RETINUE_ABI 1  // changes with anything below
 
 enum { RETINUE_OK = 0, RETINUE_BAD_ARGUMENT = 1, RETINUE_OUT_OF_MEMORY = 2 };
-enum { RETINUE_BF16 = 0, RETINUE_INT8 = 1, RETINUE_INT4 = 2 };                 // formats of weights
-enum { RETINUE_TYPE_F32 = 0, RETINUE_TYPE_BF16 = 1, RETINUE_TYPE_F16 = 2 };    // types of activations
+enum { RETINUE_BF16 = 0, RETINUE_INT8 = 1, RETINUE_INT4 = 2 };               // of weights
+enum { RETINUE_TYPE_F32 = 0, RETINUE_TYPE_BF16 = 1, RETINUE_TYPE_F16 = 2 };  // of activations
 enum { RETINUE_SILU = 0, RETINUE_GELU = 1, RETINUE_GELU_TANH = 2, RETINUE_RELU = 3 };
 
 int32_t retinue_abi(void);
@@ -72,7 +74,9 @@ typedef struct {
 // x         [tokens, hidden] of `type`, contiguous
 // rows      fp32 [tokens * k, hidden]
 // bf16 rounds to `type` where eager torch does: gate, up, the activation, the product, the row.
-// int8 and int4 keep fp32 in between.
+// int8 and int4 keep fp32 in between. At most 2048 pairs are worked on at a time; the memory for
+// it, 2048 * (hidden + inner) times 1.25 bytes (int8, int4), 2 (bf16) or 4 (bf16 times fp32 or
+// fp16) and 0.3 MB a thread, is kept between calls.
 int32_t retinue_experts(const retinue_experts_shape* shape, int32_t count, const int64_t* parts,
                         const int64_t* starts, const int64_t* pairs, const void* x, float* rows);
 

@@ -16,8 +16,9 @@ constexpr int kUnitRows = kGroup;
 // Tokens that are worked on at once, which bounds the scratch; more go in turns.
 constexpr int64_t kTurn = 2048, kMostOfOne = 512;
 
-Scratch call_scratch;
-std::vector<Scratch> thread_scratch;
+// Never freed: a thread that still computes while the process ends must not lose them.
+Scratch& call_scratch = *new Scratch;
+std::vector<Scratch>& thread_scratch = *new std::vector<Scratch>;
 
 int64_t element_bytes(int32_t type) { return type == RETINUE_TYPE_F32 ? 4 : 2; }
 
@@ -66,10 +67,10 @@ void multiply_unit(const retinue_matrix& matrix, int64_t unit, const Block* bloc
 void prepare_token(const void* x, int32_t type, int32_t format, int32_t columns,
                    const Block& block, int32_t token, Scratch& scratch) {
     const int32_t groups = static_cast<int32_t>(ceil_div(columns, kGroup));
-    const size_t bytes = Scratch::size<float>(static_cast<int64_t>(groups) * kGroup);
-    scratch.reserve(bytes);
-    float* row = scratch.take<float>(static_cast<int64_t>(groups) * kGroup);
-    std::fill(row + columns, row + static_cast<int64_t>(groups) * kGroup, 0.0f);
+    const int64_t padded = static_cast<int64_t>(groups) * kGroup;
+    scratch.reserve(Scratch::size<float>(padded));
+    float* row = scratch.take<float>(padded);
+    std::fill(row + columns, row + padded, 0.0f);
     kernels().load(x, type, columns, row);
     kernels().prepare(row, format, groups, block, token, 0);
 }
@@ -94,15 +95,16 @@ std::vector<Block> take_blocks(Form form, int32_t columns, int32_t tokens) {
 
 size_t blocks_bytes(Form form, int32_t columns, int64_t tokens) {
     const int32_t groups = static_cast<int32_t>(ceil_div(columns, kGroup));
-    return ceil_div(tokens, kTokens) * block_bytes(form, groups, kTokens);
+    const int32_t rest = static_cast<int32_t>(tokens % kTokens);
+    return tokens / kTokens * block_bytes(form, groups, kTokens) +
+           (rest ? block_bytes(form, groups, rest) : 0);
 }
 
 class Experts {
   public:
     Experts(const retinue_experts_shape& shape, const void* x, float* rows)
         : shape_(shape), x_(x), rows_(rows),
-          rounding_(shape.format == RETINUE_BF16 ? shape.type : RETINUE_TYPE_F32),
-          form_(form_of(shape.format, shape.type)) {}
+          rounding_(shape.format == RETINUE_BF16 ? shape.type : RETINUE_TYPE_F32) {}
 
     void add(const int64_t* parts, const int64_t* pairs, int32_t tokens) {
         const auto matrix = [&](int i, int32_t rows, int32_t columns) {
@@ -136,12 +138,14 @@ class Experts {
   private:
     int64_t turns() const { return static_cast<int64_t>(turns_.size()); }
 
+    Form form(const Turn& turn) const { return form_of(shape_.format, shape_.type, turn.tokens); }
+
     void take_memory() {
         size_t bytes = 0;
         int32_t most = 0;
         for (const Turn& turn : turns_) {
-            bytes += blocks_bytes(form_, shape_.hidden, turn.tokens);
-            bytes += blocks_bytes(form_, shape_.inner, turn.tokens);
+            bytes += blocks_bytes(form(turn), shape_.hidden, turn.tokens);
+            bytes += blocks_bytes(form(turn), shape_.inner, turn.tokens);
             most = std::max(most, turn.tokens);
         }
         call_scratch.reserve(bytes);
@@ -152,8 +156,8 @@ class Experts {
             // One token's experts share its prepared input.
             const bool same = before && turn.tokens == 1 && before->tokens == 1 &&
                               token(turn, 0) == token(*before, 0);
-            turn.x = same ? before->x : take_blocks(form_, shape_.hidden, turn.tokens);
-            turn.hidden = take_blocks(form_, shape_.inner, turn.tokens);
+            turn.x = same ? before->x : take_blocks(form(turn), shape_.hidden, turn.tokens);
+            turn.hidden = take_blocks(form(turn), shape_.inner, turn.tokens);
             before = &turn;
         }
     }
@@ -190,9 +194,10 @@ class Experts {
         multiply_unit(turn.gate, unit, turn.x.data(), blocks, turn.tokens, gate);
         multiply_unit(turn.up, unit, turn.x.data(), blocks, turn.tokens, up);
         kernels().activate(shape_.activation, rounding_, numbers, gate, up);
+        const auto prepare = kernels().prepare;
         for (int32_t i = 0; i < turn.tokens; i++) {
-            kernels().prepare(gate + i * kUnitRows, shape_.format, 1, turn.hidden[i / kTokens],
-                              i % kTokens, static_cast<int32_t>(unit));
+            prepare(gate + i * kUnitRows, shape_.format, 1, turn.hidden[i / kTokens], i % kTokens,
+                    static_cast<int32_t>(unit));
         }
     }
 
@@ -201,13 +206,12 @@ class Experts {
         float* out = scratch.take<float>(static_cast<int64_t>(turn.tokens) * kUnitRows);
         multiply_unit(turn.down, unit, turn.hidden.data(),
                       static_cast<int32_t>(turn.hidden.size()), turn.tokens, out);
+        kernels().round_to(rounding_, static_cast<int64_t>(turn.tokens) * kUnitRows, out);
         const int64_t first = unit * kUnitRows;
         const int64_t count = std::min<int64_t>(kUnitRows, shape_.hidden - first);
         for (int32_t i = 0; i < turn.tokens; i++) {
             float* row = rows_ + turn.pairs[i] * shape_.hidden + first;
-            uint8_t rounded[kUnitRows * sizeof(float)];
-            kernels().store(out + i * kUnitRows, rounding_, count, rounded);
-            kernels().load(rounded, rounding_, count, row);
+            memcpy(row, out + i * kUnitRows, static_cast<size_t>(count) * sizeof(float));
         }
     }
 
@@ -215,14 +219,13 @@ class Experts {
     const void* x_;
     float* rows_;
     const int32_t rounding_;
-    const Form form_;
     std::vector<Turn> turns_;
     int64_t tokens_ = 0;
 };
 
 void linear_turn(const retinue_matrix& matrix, const void* x, int64_t x_stride, int32_t type,
                  int32_t tokens, const void* bias, void* out) {
-    const Form form = form_of(matrix.format, type);
+    const Form form = form_of(matrix.format, type, tokens);
     call_scratch.reserve(blocks_bytes(form, matrix.columns, tokens));
     const int64_t widest = std::max<int64_t>(matrix.columns, kUnitRows * tokens) + kGroup;
     reserve_threads(Scratch::size<float>(widest));

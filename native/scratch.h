@@ -48,9 +48,11 @@ class Scratch {
 // What a block's numbers are stored as.
 enum class Form { kCodes, kValues, kPairs };
 
-inline Form form_of(int32_t format, int32_t type) {
+// A lone token waits for memory, which reads in fewer streams are better at than products of tiles.
+inline Form form_of(int32_t format, int32_t type, int64_t tokens) {
     if (format != RETINUE_BF16) return Form::kCodes;
-    return type == RETINUE_TYPE_BF16 && kernels().pairs ? Form::kPairs : Form::kValues;
+    const bool pairs = type == RETINUE_TYPE_BF16 && tokens > 1 && kernels().pairs;
+    return pairs ? Form::kPairs : Form::kValues;
 }
 
 inline size_t block_bytes(Form form, int32_t groups, int32_t tokens) {

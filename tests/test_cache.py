@@ -282,8 +282,8 @@ def test_failed_read_gives_the_slot_back_and_is_raised_once(fault: Exception | i
         assert rig.tier.free == 2
         expected = {int: CheckpointError, ReadError: ReadError, KeyError: RetinueError}
         with pytest.raises(expected[type(fault)]):
-            rig.cache.raise_failure(0)
-        rig.cache.raise_failure(0)
+            rig.cache.raise_failure(0, range(8))
+        rig.cache.raise_failure(0, range(8))
         assert rig.load(0, 2) == []  # the fault has passed
         assert rig.is_right(0, 2)
 
@@ -292,8 +292,8 @@ def test_failures_of_other_layers_are_forgotten() -> None:
     with Rig((4, 4), slots=2) as rig, rig.cache.lease(1, ids(0)):
         rig.disk.faults["layer1", 0] = ReadError("the disk broke")
         rig.load(1, 0)
-        rig.cache.raise_failure(0)
-        rig.cache.raise_failure(1)
+        rig.cache.raise_failure(0, range(8))
+        rig.cache.raise_failure(1, range(8))
 
 
 def test_failed_read_ahead_of_an_expert_that_nobody_needs_fails_nothing() -> None:

@@ -6,11 +6,12 @@ import pytest
 
 from command import BOUND_KEYS
 from retinue.config import Config
-from retinue.engine import plan
+from retinue.engine import pace, plan
 from retinue.engine.bound import TokenCost, with_bound
+from retinue.engine.pace import Machine
 from retinue.engine.plan import make_plan
 from retinue.memory import budget
-from retinue.memory.machine import Speeds
+from retinue.memory.machine import Rate, Speeds
 from retinue.types import Facts, Stats
 
 MB, GB = 10**6, 10**9
@@ -40,12 +41,18 @@ FACTS = Facts(
 # a tenth of a MB of which is for one layer's keys and values.
 NEEDED = budget.RUNTIME_BYTES + budget.RESERVE_BYTES + 60 * MB
 SPEEDS = Speeds(disk_bytes_per_s=1 * GB, memory_bytes_per_s=10 * GB)
+RATES = {"bfloat16": Rate(row_bytes_per_s=10 * GB, flops_per_s=1e12)}
+MACHINE = Machine(SPEEDS, RATES, threads=2)
 
 
 @pytest.fixture
 def round_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan, "EFFICIENCY", (0.5, 1.0))
-    monkeypatch.setattr(plan, "CORE_FLOPS", (0.1e12, 1e12))
+    """At worst half of the speeds, and 1 ms a layer of a step, 3 ms of a prompt."""
+    for name in ("DISK", "ROWS", "FLOPS"):
+        monkeypatch.setattr(pace, name, (0.5, 1.0))
+    monkeypatch.setattr(pace, "STEP_LAYER_S", (1e-3, 0.0))
+    monkeypatch.setattr(pace, "PROMPT_LAYER_S", (3e-3, 0.0))
+    monkeypatch.setattr(plan, "REPETITION", 4)
     monkeypatch.setattr(budget, "available_bytes", lambda: 64 * GB)
 
 
@@ -82,18 +89,19 @@ def test_nothing_decoded_has_no_bound() -> None:
 
 @pytest.mark.usefixtures("round_numbers")
 def test_half_of_the_experts() -> None:
-    found = make_plan(FACTS, Config(memory=NEEDED + 50 * MB), SPEEDS, threads=2)
+    found = make_plan(FACTS, Config(memory=NEEDED + 50 * MB), MACHINE)
     assert found.split is not None
     assert found.split.slots == 50
     assert found.smallest == NEEDED + 2 * MB
-    # 20 experts a token. Uniform routing misses 10: 10 ms of the disk, half of that reached.
-    assert found.decode.low == pytest.approx(50)
+    # 20 experts a token. Uniform routing misses 10: 20 ms at half the disk's speed, then 12 ms
+    # for 60 MB of weights and 10 ms of the layers' own.
+    assert found.decode.low == pytest.approx(1000 / 42)
     # Routing that repeats itself misses 1.25: then reading 60 MB of weights takes longer, 6 ms.
     assert found.decode.high == pytest.approx(1000 / 6)
-    # 512 tokens touch every expert. Reading all, 100 ms, then computing 61.44 GFLOP on two cores.
-    assert found.prefill.low == pytest.approx(512 / (0.1 + 0.3072))
-    # Reading the 50 that are not there takes longer than computing beside it.
-    assert found.prefill.high == pytest.approx(512 / 0.05)
+    # 512 tokens touch every expert. Reading all, 200 ms, then 61.44 GFLOP at half speed, 30 ms.
+    assert found.prefill.low == pytest.approx(512 / (0.2 + 0.12288 + 0.03))
+    # Computing takes longer than reading the 50 that are not there beside it.
+    assert found.prefill.high == pytest.approx(512 / 0.06144)
     assert found.reasons == [
         "50% of the experts stay in memory; the others are read when they are needed",
         "48 MiB more would hold every expert",
@@ -102,10 +110,10 @@ def test_half_of_the_experts() -> None:
 
 @pytest.mark.usefixtures("round_numbers")
 def test_every_expert() -> None:
-    found = make_plan(FACTS, Config(memory=NEEDED + 999 * MB), SPEEDS, threads=1)
+    found = make_plan(FACTS, Config(memory=NEEDED + 999 * MB), MACHINE)
     assert found.split is not None
     assert found.split.slots == 100
-    assert found.decode.low == pytest.approx(0.5 * 1000 / 6)
+    assert found.decode.low == pytest.approx(1000 / (12 + 10))
     assert found.decode.high == pytest.approx(1000 / 6)
     assert found.prefill.high == pytest.approx(512 / 0.06144)
     assert found.reasons == ["every expert stays in memory"]
@@ -114,19 +122,21 @@ def test_every_expert() -> None:
 @pytest.mark.usefixtures("round_numbers")
 def test_few_slots_and_a_short_context() -> None:
     config = Config(memory=NEEDED + 38 * MB, context=10)
-    found = make_plan(FACTS, config, SPEEDS, threads=1)
+    found = make_plan(FACTS, config, MACHINE)
     assert found.split is not None
     assert found.split.slots == 39  # one of them from the 1.089 MB that 990 tokens do not take
     assert "fewer slots than two tokens use" in found.reasons[-1]
-    # Ten tokens touch 1 - 0.8 ** 10 of the experts, and are what is computed.
+    # Ten tokens touch 1 - 0.8 ** 10 of the experts. To multiply so few takes no longer than to
+    # read the weights from memory: 40 MB and the experts'.
     cold = 100 * (1 - 0.8**10)
-    assert found.prefill.low == pytest.approx(10 / (cold / 1000 + 0.012))
+    compute_s = 2 * (40 + cold) / 10_000 + 0.03
+    assert found.prefill.low == pytest.approx(10 / (cold / 500 + compute_s))
     assert found.prefill.high == pytest.approx(10 / ((cold - 39) / 1000))
 
 
 @pytest.mark.usefixtures("round_numbers")
 def test_what_does_not_fit() -> None:
-    found = make_plan(FACTS, Config(memory=NEEDED + 1 * MB), SPEEDS, threads=1)
+    found = make_plan(FACTS, Config(memory=NEEDED + 1 * MB), MACHINE)
     assert found.split is None
     assert found.budget == NEEDED + 1 * MB
     assert found.smallest == NEEDED + 2 * MB
@@ -138,7 +148,7 @@ def test_what_does_not_fit() -> None:
 @pytest.mark.usefixtures("round_numbers")
 def test_too_few_experts_do_not_change_the_smallest_budget() -> None:
     config = Config(memory=NEEDED + 50 * MB, experts="1%")
-    found = make_plan(FACTS, config, SPEEDS, threads=1)
+    found = make_plan(FACTS, config, MACHINE)
     assert found.split is None
     assert found.smallest == NEEDED + 2 * MB
     assert "`--experts 1%` leaves room for 1 experts" in found.reasons[0]
@@ -148,11 +158,11 @@ def test_too_few_experts_do_not_change_the_smallest_budget() -> None:
 @pytest.mark.usefixtures("round_numbers")
 def test_experts_in_a_format_of_their_own_are_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
     """20 experts of 5 MB a token, by two cores: 0.1 s at worst and 0.025 s at best."""
-    monkeypatch.setattr(plan, "CORE_DECODED_BYTES_PER_S", (0.5 * GB, 2 * GB))
+    monkeypatch.setattr(pace, "CORE_DECODED_BYTES_PER_S", (0.5 * GB, 2 * GB))
     config = Config(memory=NEEDED + 200 * MB, context=1000)
-    plain = make_plan(FACTS, config, SPEEDS, threads=2)
+    plain = make_plan(FACTS, config, MACHINE)
     facts = dataclasses.replace(FACTS, stored="mxfp4", decoded_bytes=5 * MB)
-    packed = make_plan(facts, config, SPEEDS, threads=2)
+    packed = make_plan(facts, config, MACHINE)
     assert 1 / packed.decode.low == pytest.approx(1 / plain.decode.low + 0.1)
     assert 1 / packed.decode.high == pytest.approx(1 / plain.decode.high + 0.025)
     assert packed.reasons == [
@@ -161,14 +171,25 @@ def test_experts_in_a_format_of_their_own_are_decoded(monkeypatch: pytest.Monkey
     ]
 
 
+@pytest.mark.usefixtures("round_numbers")
+def test_formats_with_a_kernel_have_a_rate_of_their_own() -> None:
+    config = Config(memory=NEEDED + 200 * MB, context=1000)
+    facts = dataclasses.replace(FACTS, stored="int4", decoded_bytes=5 * MB)
+    rates = RATES | {"int4": Rate(row_bytes_per_s=5 * GB, flops_per_s=0.5e12)}
+    plain = make_plan(FACTS, config, MACHINE)
+    packed = make_plan(facts, config, Machine(SPEEDS, rates, threads=2))
+    assert packed.decode.high == pytest.approx(plain.decode.high / 2)
+    assert packed.prefill.high == pytest.approx(plain.prefill.high / 2)
+
+
 def test_a_set_that_never_changes_reads_nothing(round_numbers: None) -> None:
     """Of 100 experts 50 stay: a token uses 40 MB of dense weights and 20 experts from memory."""
     config = Config(memory=NEEDED + 50 * MB, context=1000, preset="random")
-    made = make_plan(FACTS, config, SPEEDS, threads=1)
-    assert (made.decode.low, made.decode.high) == pytest.approx((83.33, 166.67), rel=1e-3)
-    exact = make_plan(FACTS, dataclasses.replace(config, preset="auto"), SPEEDS, threads=1)
+    made = make_plan(FACTS, config, MACHINE)
+    assert (made.decode.low, made.decode.high) == pytest.approx((1000 / 22, 1000 / 6))
+    exact = make_plan(FACTS, dataclasses.replace(config, preset="auto"), MACHINE)
     assert exact.decode.low < made.decode.low
-    assert exact.prefill.low < made.prefill.low == made.prefill.high / 10
+    assert exact.prefill.low < made.prefill.low == pytest.approx(512 / (0.12288 + 0.03))
     assert "50% of the experts stay in memory and serve for the others" in made.reasons
     assert not any("reads" in reason or "read when" in reason for reason in made.reasons)
 
@@ -177,15 +198,15 @@ def test_a_set_that_never_changes_reads_nothing(round_numbers: None) -> None:
 def test_each_layer_needs_one_tokens_experts(preset: str, round_numbers: None) -> None:
     """Two of each of ten layers: 20 MB; an exact preset does with two experts in all."""
     config = Config(memory=NEEDED + 20 * MB, context=1000, preset=preset)
-    made = make_plan(FACTS, config, SPEEDS, threads=1)
+    made = make_plan(FACTS, config, MACHINE)
     assert made.split is not None
     assert made.split.slots == 20
     assert made.smallest == NEEDED + 20 * MB
-    less = make_plan(FACTS, dataclasses.replace(config, memory=NEEDED + 19 * MB), SPEEDS, 1)
+    less = make_plan(FACTS, dataclasses.replace(config, memory=NEEDED + 19 * MB), MACHINE)
     assert less.split is None
     assert less.smallest == NEEDED + 20 * MB
     exact = dataclasses.replace(config, memory=NEEDED + 19 * MB, preset="auto")
-    assert make_plan(FACTS, exact, SPEEDS, 1).smallest == NEEDED + 2 * MB
-    few = make_plan(FACTS, dataclasses.replace(config, experts="19%"), SPEEDS, 1)
+    assert make_plan(FACTS, exact, MACHINE).smallest == NEEDED + 2 * MB
+    few = make_plan(FACTS, dataclasses.replace(config, experts="19%"), MACHINE)
     assert few.split is None
     assert any("an exact preset" in reason for reason in few.reasons)

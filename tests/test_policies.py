@@ -7,7 +7,7 @@ from disk import ids
 from retinue.errors import UsageError
 from retinue.policy.base import SIGNALS, Ahead, Evictor, NoPredictor, View
 from retinue.policy.evict.heat import Heat
-from retinue.policy.evict.pace import STILL, Pace, kept_share
+from retinue.policy.evict.pace import Pace
 from retinue.policy.evict.recency import Recency
 from retinue.policy.miss.fetch import FetchAll
 from retinue.policy.predict.next_gate import NextGate
@@ -98,7 +98,7 @@ def test_heat(heat: dict[tuple[int, int], float], order: list[tuple[int, int]]) 
 def test_how_much_of_a_pass_the_next_one_keeps(
     used: dict[tuple[int, int], int], share: float
 ) -> None:
-    assert kept_share(table(used, -1, np.int64)) == share
+    assert view(last_used=table(used, -1, np.int64)).kept_share == share
 
 
 def test_pace_asks_for_heat_until_routing_stands_still() -> None:
@@ -108,7 +108,7 @@ def test_pace_asks_for_heat_until_routing_stands_still() -> None:
     for left, first in ((1, (0, 4)), (3, (0, 0))):
         others = {(1 + n, 2): 8 for n in range(left)}
         facts = view(last_used=table(last | others, -1, np.int64), heat=heat)
-        assert (kept_share(facts.last_used) > STILL) == (left == 1)
+        assert facts.stands_still == (left == 1)
         assert leaving(Pace(), [(0, 0), (0, 4)], facts)[0] == first
 
 
@@ -137,6 +137,27 @@ def test_next_gate(
     assert len(want.scores) == len(experts)
     if sums is not None:
         assert want.scores == pytest.approx(sums)
+
+
+@pytest.mark.parametrize(("left", "again"), [(0, [3]), (3, [1, 3])])
+def test_next_gate_repeats_no_mistake_while_routing_stands_still(left: int, again: list) -> None:
+    gate = NextGate()
+    scores = np.array([[0.1, 0.5, 0.0, 0.3, 0.1, 0.0]], dtype=np.float32)
+    still = {(layer, expert): 9 for layer in range(LAYERS) for expert in (0, 1)}
+    others = {(layer, 2): 8 for layer in range(left)}
+
+    def forecast(step: int) -> list[int]:
+        used = table({at: when - 9 + step for at, when in (still | others).items()}, -1, np.int64)
+        facts = view(ahead=(Ahead(2, scores),), step=step, last_used=used)
+        (want,) = gate.forecast(facts)
+        assert len(want.scores) == len(want.experts)
+        gate.observe(Demand(2, ids(3, 5), ids(1, 1), np.ones(2, np.float32)), facts)
+        return want.experts.tolist()
+
+    assert forecast(9) == [1, 3]
+    assert forecast(10) == again
+    assert forecast(11) == again, "it goes on to know"
+    assert forecast(13) == [1, 3], "what another pass came between is forgotten"
 
 
 def test_next_gate_without_scores_is_silent() -> None:

@@ -6,9 +6,11 @@ from dataclasses import asdict
 from retinue.cli.options import config_from
 from retinue.cli.terminal import audience, emit_json, fail, note
 from retinue.config import format_size
+from retinue.engine.pace import Machine, compute_format
 from retinue.engine.plan import PROMPT_TOKENS, Plan, make_plan
 from retinue.memory.home import locate_headers, weights_near
 from retinue.memory.machine import cores, known_speeds
+from retinue.memory.rates import known_rates
 from retinue.policy.presets import preset
 
 
@@ -20,8 +22,10 @@ def execute(options: Namespace) -> int:
     preset(config.preset)
     folder = locate_headers(options.model, note)
     facts = survey(folder, config.precision)
-    speeds = known_speeds(weights_near(folder))
-    plan = make_plan(facts, config, speeds, config.threads or cores())
+    threads = config.threads or cores()
+    rates = known_rates(threads, [compute_format(facts)])
+    machine = Machine(known_speeds(weights_near(folder)), rates, threads)
+    plan = make_plan(facts, config, machine)
     print(_text(plan), file=audience(options.json))
     if options.json:
         emit_json(_document(plan))

@@ -27,6 +27,7 @@ from retinue.model.experts import IMPLEMENTATION, ExpertHost
 from retinue.model.kernels import find_kernels, use_threads
 from retinue.model.kv import Store
 from retinue.model.load import Network, build, end_tokens, load_dense, load_tokenizer
+from retinue.model.quantise import left_plain
 from retinue.model.reference import self_check
 from retinue.model.routing import find_routers
 from retinue.model.runner import Runner
@@ -97,6 +98,8 @@ def assemble(reserved: Reserved) -> Assembly:
         if config.self_check:
             experts = network.experts
             self_check(host, experts.modules, experts.layouts, network.model.dtype)
+        if facts.plain_bytes and host.cache.holds_everything and not policies.placement.fixed:
+            host.cache.place(network.experts.there)  # encoded once, here, and not while it answers
         store = _store(network, limits, abilities)
         scheduler = _scheduler(facts, limits, config, abilities, store)
         steps = None if config.eager else _steps(network, host, store, abilities, notes)
@@ -109,6 +112,7 @@ def assemble(reserved: Reserved) -> Assembly:
     notes += abilities.notes
     notes += [BLIND] if policies.predictor.needs and not host.sees_ahead else []
     notes += [APPROXIMATE] if not reserved.preset.exact else []
+    notes += _precision_notes(network, facts, limits, config)
     load_s = reserved.seconds + time.perf_counter() - started
     return Assembly(
         facts,
@@ -128,6 +132,20 @@ def assemble(reserved: Reserved) -> Assembly:
         load_s,
         notes,
     )
+
+
+def _precision_notes(network: Network, facts: Facts, limits: Split, config: Config) -> list[str]:
+    """What is slow, or not as asked for, in a model that is encoded."""
+    notes = []
+    if facts.plain_bytes and limits.slots < facts.total_experts:
+        notes.append(
+            f"each expert that is missing is read in full and encoded to {config.precision} anew;"
+            f" hint: retinue pack {network.checkpoint.folder} OUT --precision {config.precision}"
+        )
+    left = left_plain(network.model, network.experts) if network.linears else []
+    if left:
+        notes.append(f"{len(left)} linear layers stay in {facts.dtype}, such as {left[0]}")
+    return notes
 
 
 def _store(network: Network, limits: Split, abilities: Abilities) -> Store:

@@ -3,29 +3,16 @@
 from dataclasses import dataclass
 
 from retinue.config import Config, format_size
-from retinue.engine.bound import TokenCost
+from retinue.engine.pace import Band, Machine, Reads, decode_band, prefill_band
 from retinue.errors import DoesNotFit
 from retinue.memory.budget import Split, budget_bytes, split
-from retinue.memory.machine import Speeds
 from retinue.policy.presets import preset
 from retinue.types import Facts
 
-# A decode step reaches this share of its bound, at worst and at best; a core does this many
-# floating-point operations a second in the matrix products of prefill. See docs/LOG.md.
-EFFICIENCY = (0.55, 1.05)
-CORE_FLOPS = (0.05e12, 0.7e12)
-CORE_DECODED_BYTES_PER_S = (1e9, 4e9)  # of experts that are stored in a format of their own
-# Misses at best: measured with 37 % resident were 23 % of the experts used, 0.63 ** 3.2.
-REPETITION = 4
+# Misses at best: measured with 12, 37 and 50 % resident were 55, 22 and 19 % of the experts used,
+# 0.88 ** 4.7, 0.63 ** 3.3 and 0.50 ** 2.4.
+REPETITION = 5
 PROMPT_TOKENS = 512  # for which the prefill speed is given
-
-
-@dataclass(frozen=True, slots=True)
-class Band:
-    """A speed that is expected to lie between two bounds, in tokens a second."""
-
-    low: float
-    high: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +28,7 @@ class Plan:
     reasons: list[str]
 
 
-def make_plan(facts: Facts, config: Config, speeds: Speeds, threads: int) -> Plan:
+def make_plan(facts: Facts, config: Config, machine: Machine) -> Plan:
     """Divide the budget and estimate speeds."""
     none, fixed = Band(0.0, 0.0), preset(config.preset).build().placement.fixed
     try:
@@ -54,8 +41,8 @@ def make_plan(facts: Facts, config: Config, speeds: Speeds, threads: int) -> Pla
         limits.budget,
         limits.smallest,
         limits,
-        _decode(facts, limits, speeds, threads, fixed),
-        _prefill(facts, limits, speeds, threads, fixed),
+        _decode(facts, limits, machine, fixed),
+        _prefill(facts, limits, machine, fixed),
         _reasons(facts, limits, fixed),
     )
 
@@ -69,36 +56,25 @@ def _smallest(facts: Facts, config: Config, fixed: bool) -> int:
         return error.smallest_bytes
 
 
-def _decode(facts: Facts, limits: Split, speeds: Speeds, threads: int, fixed: bool) -> Band:
+def _decode(facts: Facts, limits: Split, machine: Machine, fixed: bool) -> Band:
     """Between routing that is uniform, the worst for a cache, and routing that repeats itself.
 
     `fixed`: what is resident never changes, so that nothing is read.
     """
-    share = 1.0 if fixed else limits.slots / facts.total_experts
+    missing = 0.0 if fixed else 1 - limits.slots / facts.total_experts
     used = facts.top_k * facts.moe_layers
-    rates = []
-    misses = (1 - share, (1 - share) ** REPETITION)
-    for miss_rate, efficiency, decoded in zip(
-        misses, EFFICIENCY, CORE_DECODED_BYTES_PER_S, strict=True
-    ):
-        cost = TokenCost(
-            read_bytes=used * miss_rate * facts.read_bytes,
-            weight_bytes=facts.dense_bytes_per_token + used * facts.expert_bytes,
-        )
-        decode_s = used * facts.decoded_bytes / (decoded * threads)
-        rates.append(1 / (1 / (cost.tokens_per_s(speeds) * efficiency) + decode_s))
-    return Band(*rates)
+    most = used * facts.read_bytes * missing
+    return decode_band(facts, machine, used, Reads(most, most * missing ** (REPETITION - 1)))
 
 
-def _prefill(facts: Facts, limits: Split, speeds: Speeds, threads: int, fixed: bool) -> Band:
-    """A prompt of PROMPT_TOKENS: reading the experts it touches against computing it."""
+def _prefill(facts: Facts, limits: Split, machine: Machine, fixed: bool) -> Band:
+    """A prompt of PROMPT_TOKENS, before which all is on the disk, or as much as fits in memory."""
     tokens = min(PROMPT_TOKENS, limits.context)
     touched = 1 - (1 - facts.top_k / facts.experts_per_layer) ** tokens
-    cold = 0.0 if fixed else touched * facts.total_experts
-    warm = max(0.0, cold - limits.slots)
-    read_s = [count * facts.read_bytes / speeds.disk_bytes_per_s for count in (cold, warm)]
-    compute_s = [facts.flops_per_token * tokens / (flops * threads) for flops in CORE_FLOPS]
-    return Band(tokens / (read_s[0] + compute_s[0]), tokens / max(read_s[1], compute_s[1]))
+    touched *= facts.total_experts
+    cold = 0.0 if fixed else touched
+    reads = Reads(cold * facts.read_bytes, max(0.0, cold - limits.slots) * facts.read_bytes)
+    return prefill_band(facts, machine, tokens, touched, reads)
 
 
 def _reasons(facts: Facts, limits: Split, fixed: bool) -> list[str]:

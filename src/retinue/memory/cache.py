@@ -65,8 +65,8 @@ class ExpertCache:
         self.total = sum(len(row) for row in layouts)
         moe_layers = sum(1 for row in layouts if row)
         everything = tier.slots >= self.total
-        floor = min(tier.slots, 2 * top_k)
-        self.ring = 0 if everything else max(floor, min(self.experts, tier.slots // 4))
+        ring = max(min(tier.slots, 2 * top_k), min(self.experts, tier.slots // 4))
+        self.ring = 0 if everything else ring
         self.quota = self.experts if everything else (tier.slots - self.ring) // moe_layers
         self.used_bytes_read = 0  # of experts that were read and then used
 
@@ -247,16 +247,13 @@ class ExpertCache:
         self.poll()
         return time.perf_counter() - started
 
-    def raise_failure(self, layer: int, needed: Collection[int] | None = None) -> None:
-        """Raise the error of a read that failed for `layer`, once; others are forgotten.
+    def raise_failure(self, layer: int, needed: Collection[int]) -> None:
+        """Raise the error of a read that failed for `needed` of `layer`, once.
 
-        `needed` are the experts that matter; a forecast that was wrong may fail unnoticed.
+        Others are forgotten: a forecast that was wrong may fail unnoticed.
         """
-        failed = [
-            error
-            for key, error in self._failed.items()
-            if key.layer == layer and (needed is None or key.index in needed)
-        ]
+        wanted = {Expert(layer, index) for index in needed}
+        failed = [error for key, error in self._failed.items() if key in wanted]
         self._failed.clear()
         if failed:
             raise failed[0]
@@ -345,14 +342,12 @@ class ExpertCache:
         limit = len(staying)
         if self.phase == "prefill":
             limit = max(0, self.ring - int(np.count_nonzero(self._transient)))
-        lacking = min(count - len(passing), limit)
-        if lacking <= 0:
-            return self._coldest(passing, min(count, len(passing)))
-        return np.concatenate([passing, self._coldest(staying, lacking)])
+        lacking = max(0, min(count - len(passing), limit))
+        return np.concatenate([self._coldest(passing, count), self._coldest(staying, lacking)])
 
     def _coldest(self, slots: IntArray, count: int) -> IntArray:
-        if count == 0:
-            return slots[:0]
+        if not 0 < count < len(slots):
+            return slots[:count]
         owner = self._owner[slots]
         priorities = self._evictor.priorities(owner[:, 0], owner[:, 1], self.view())
         return slots[np.argsort(priorities, kind="stable")[:count]]

@@ -10,12 +10,9 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from retinue.errors import CheckpointError, Unsupported
-
-if TYPE_CHECKING:
-    from retinue.memory.manifest import StoredExperts
 
 DTYPE_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8, "I64": 8, "I32": 4, "I16": 2, "I8": 1}
 DTYPE_BYTES |= {"U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1}
@@ -49,15 +46,11 @@ class TensorEntry:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """The tensors and the configuration of one folder.
-
-    `experts` are those of a pack, by the name of their module; they are not among the tensors.
-    """
+    """The tensors and the configuration of one folder."""
 
     folder: Path
     config: dict[str, Any]
     tensors: dict[str, TensorEntry]
-    experts: "dict[str, StoredExperts]" = field(default_factory=dict)
 
     @property
     def files(self) -> list[Path]:

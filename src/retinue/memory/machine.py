@@ -8,7 +8,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from mmap import mmap
@@ -206,6 +206,17 @@ class Speeds:
 
     disk_bytes_per_s: float
     memory_bytes_per_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """How fast all threads together multiply by weights of one format."""
+
+    row_bytes_per_s: float  # bytes of weights, for one token
+    flops_per_s: float  # floating-point operations, for many tokens
+
+
+Rates = Mapping[str, Rate]  # by format: bfloat16, float16, float32, int8, int4
 
 
 def cache_folder() -> Path:

@@ -124,7 +124,14 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
-def explain_pack(checkpoint: Checkpoint) -> Checkpoint:
+@dataclass(frozen=True, slots=True)
+class Pack(Checkpoint):
+    """A folder that `retinue pack` wrote: `experts`, by their module, are not among the tensors."""
+
+    experts: dict[str, StoredExperts]
+
+
+def explain_pack(checkpoint: Checkpoint) -> Pack:
     """`checkpoint`, a pack, with dense tensors under their plain names and its experts apart.
 
     Raises CheckpointError when something is missing or does not belong together.
@@ -142,7 +149,10 @@ def explain_pack(checkpoint: Checkpoint) -> Checkpoint:
             experts[name] = _stored(tensors.pop(name + EXPERTS), manifest.precision, content)
     except (KeyError, TypeError, ValueError) as error:
         raise _damaged(checkpoint.folder, f"it lacks {error}") from error
-    return replace(checkpoint, tensors=tensors, experts=experts)
+    for name in tensors:
+        if name.endswith((EXPERTS, CODES, SCALES)):
+            raise _damaged(checkpoint.folder, f"nothing describes `{name}`")
+    return Pack(checkpoint.folder, checkpoint.config, tensors, experts)
 
 
 def parts_of(windows: Windows) -> list[dict[str, Any]]:

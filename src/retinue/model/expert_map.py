@@ -26,6 +26,7 @@ from transformers.core_model_loading import (
 from retinue.errors import CheckpointError, Unsupported
 from retinue.memory.checkpoint import WEIGHT_DTYPES, Checkpoint, TensorEntry
 from retinue.memory.layout import ExpertLayout, Piece, lay_out
+from retinue.memory.manifest import Pack
 from retinue.memory.quantised import PackedEntry, packed_piece
 from retinue.model.conversion import Block, Experts, Joined, convert, unstack
 
@@ -130,7 +131,7 @@ def map_experts(model: PreTrainedModel, checkpoint: Checkpoint) -> ExpertMap:
     layouts: list[list[ExpertLayout]] = [[] for _ in range(1 + max(m.layer for m in modules))]
     converted: dict[int, list[Experts]] = {}
     for found in modules:
-        if checkpoint.experts:
+        if isinstance(checkpoint, Pack):
             layouts[found.layer] = _stored(found, checkpoint)
             continue
         pieces: list[list[Piece]] = [[] for _ in range(found.experts)]
@@ -149,7 +150,7 @@ def map_experts(model: PreTrainedModel, checkpoint: Checkpoint) -> ExpertMap:
     return ExpertMap(modules, layouts, dense, unread)
 
 
-def _stored(found: ExpertsModule, checkpoint: Checkpoint) -> list[ExpertLayout]:
+def _stored(found: ExpertsModule, checkpoint: Pack) -> list[ExpertLayout]:
     """The experts of a pack, whose description must fit the module."""
     stored = checkpoint.experts.get(found.name)
     layouts = [] if stored is None else stored.layouts()

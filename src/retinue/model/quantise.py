@@ -105,6 +105,11 @@ def stored_linears(checkpoint: Checkpoint, experts: ExpertMap) -> list[DenseLine
     return result
 
 
+def left_plain(model: PreTrainedModel, experts: ExpertMap) -> list[str]:
+    """The names of linear layers of a loaded model that could have been encoded and were not."""
+    return [name for name, _ in _linears(model, experts)]
+
+
 def is_tied(model: PreTrainedModel, linear: nn.Module) -> bool:
     """Whether the layer's weights are those of the embedding."""
     embedding = model.get_input_embeddings()

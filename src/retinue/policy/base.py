@@ -27,6 +27,9 @@ class Ahead:
     scores: FloatArray | None = None  # [tokens, experts], probabilities
 
 
+STILL = 0.75  # of the experts of a pass; ordinary text keeps a third
+
+
 @dataclass(frozen=True, slots=True)
 class View:
     """What policies may see, read-only. Arrays are `[layers, experts]` and live: never write."""
@@ -42,6 +45,23 @@ class View:
     last_used: IntArray  # step of the last use, -1: never
     heat: FloatArray  # decayed share of routing weight, see `Evictor`
     ahead: tuple[Ahead, ...] = ()  # the coming layers with experts, the next one first
+
+    @property
+    def kept_share(self) -> float:
+        """How much of its experts each layer's last pass kept from the one before, about.
+
+        An expert that was used in both passes shows as used in the last one only, so what the
+        pass before used and the last one did not is counted. Negative if that was a larger pass.
+        """
+        latest = self.last_used.max(axis=1, keepdims=True)
+        now = np.count_nonzero((self.last_used == latest) & (latest >= 0))
+        left = np.count_nonzero((self.last_used == latest - 1) & (latest >= 1))
+        return 1 - left / now if now else 0.0
+
+    @property
+    def stands_still(self) -> bool:
+        """Whether most experts are those of the pass before, as in lists, tables and loops."""
+        return self.kept_share > STILL
 
 
 class Evictor(Protocol):
