@@ -12,7 +12,7 @@ from torch.nn import functional
 from retinue.memory import evaluator, native
 from retinue.metrics import Clock
 from retinue.model.program import Memory, Program, Spans
-from retinue.model.record import ATTEND, Recording, _Recorder
+from retinue.model.record import ATTEND, Recording, _needed, _Recorder
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason=str(native.why_not()))
 
@@ -62,7 +62,7 @@ def evaluated(function: Function, a: torch.Tensor, b: torch.Tensor) -> torch.Ten
         with recorder:
             out = function(*inputs)
         found = recorder.ref(out)
-        recording = Recording(recorder.operations, recorder.constants, found)
+        recording = Recording(_needed(recorder.operations, found), recorder.constants, found)
         library = native.library()
         assert library is not None
         program = Program(recording, library, Memory({}, no_spans), Clock())
@@ -165,7 +165,7 @@ def run_attention(states: Any, pools: Any, spans: Any, options: Any, result: Any
     library = native.library()
     assert library is not None
     found = recorder.ref(out)
-    recording = Recording(recorder.operations, recorder.constants, found)
+    recording = Recording(_needed(recorder.operations, found), recorder.constants, found)
     memory = Memory({0: pool}, lambda window: Spans(window, starts, table))
     program = Program(recording, library, memory, Clock())
     library.set_threads(threads)
