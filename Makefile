@@ -44,5 +44,5 @@ families: .venv/.ready
 	@touch $@
 
 clean:
-	rm -rf .venv build dist src/*.egg-info src/retinue/*.so .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv build dist src/*.egg-info src/retinue/libretinue.* .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

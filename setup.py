@@ -16,14 +16,17 @@ LIBRARY = "libretinue.so"
 
 
 def build_kernels(library: Path) -> None:
-    """Compile; a failure is told, and is none of the installation's."""
+    """Compile; a failure is told, and kept for `why_not`, but is none of the installation's."""
     spec = importlib.util.spec_from_file_location("build_kernels", ROOT / "native" / "build.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    reason = library.with_suffix(".txt")
+    reason.unlink(missing_ok=True)
     try:
         module.build(library)
     except module.BuildError as error:
         library.unlink(missing_ok=True)
+        reason.write_text(str(error), encoding="utf-8")
         text = f"warning: without the fast kernels, which could not be built: {error}"
         print(text, file=sys.stderr, flush=True)
 

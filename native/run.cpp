@@ -67,10 +67,10 @@ void multiply_unit(const retinue_matrix& matrix, int64_t unit, const Block* bloc
 void prepare_token(const void* x, int32_t type, int32_t format, int32_t columns,
                    const Block& block, int32_t token, Scratch& scratch) {
     const int32_t groups = static_cast<int32_t>(ceil_div(columns, kGroup));
-    const size_t bytes = Scratch::size<float>(static_cast<int64_t>(groups) * kGroup);
-    scratch.reserve(bytes);
-    float* row = scratch.take<float>(static_cast<int64_t>(groups) * kGroup);
-    std::fill(row + columns, row + static_cast<int64_t>(groups) * kGroup, 0.0f);
+    const int64_t padded = static_cast<int64_t>(groups) * kGroup;
+    scratch.reserve(Scratch::size<float>(padded));
+    float* row = scratch.take<float>(padded);
+    std::fill(row + columns, row + padded, 0.0f);
     kernels().load(x, type, columns, row);
     kernels().prepare(row, format, groups, block, token, 0);
 }
@@ -95,7 +95,9 @@ std::vector<Block> take_blocks(Form form, int32_t columns, int32_t tokens) {
 
 size_t blocks_bytes(Form form, int32_t columns, int64_t tokens) {
     const int32_t groups = static_cast<int32_t>(ceil_div(columns, kGroup));
-    return ceil_div(tokens, kTokens) * block_bytes(form, groups, kTokens);
+    const int32_t rest = static_cast<int32_t>(tokens % kTokens);
+    return tokens / kTokens * block_bytes(form, groups, kTokens) +
+           (rest ? block_bytes(form, groups, rest) : 0);
 }
 
 class Experts {

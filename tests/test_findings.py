@@ -8,10 +8,10 @@ import pytest
 from command import MEMORY, Call, caller, refused
 from retinue.cli import findings
 from retinue.cli.findings import Finding, fast_paths
+from retinue.engine.packing import damaged
 from retinue.errors import UsageError
 from retinue.memory import native
 from retinue.memory.machine import Rate, Speeds
-from retinue.memory.verify import verify_pack
 
 GB = 10**9
 AMX = {"avx2", "fma", "avx512_vnni", "avx512bw", "amx_int8", "amx_bf16"}
@@ -89,8 +89,8 @@ def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
 def test_a_flipped_bit_is_found(call: Call, olmoe: Path, tmp_path: Path) -> None:
     pack = tmp_path / "pack"
     assert call("pack", olmoe, pack, "--precision", "int8", *MEMORY).code == 0
-    count, damaged = verify_pack(pack)
-    assert (count > 32, damaged) == (True, [])
+    wrong, count = damaged(pack, lambda done, whole: None)
+    assert (count > 32, wrong) == (True, [])
     whole = call("doctor", pack, "--verify", *MEMORY, "--json").document["findings"]
     (row,) = [row for row in whole if row["name"] == "checksums"]
     assert (row["ok"], row["value"]) == (True, f"all {count} parts are as they were written")
@@ -101,16 +101,16 @@ def test_a_flipped_bit_is_found(call: Call, olmoe: Path, tmp_path: Path) -> None
         begin = next(e["data_offsets"][0] for k, e in entries.items() if k != "__metadata__")
         content[8 + length + begin + 5] ^= 1
         file.write_bytes(content)
-    damaged = verify_pack(pack)[1]
-    assert len(damaged) == len(list(pack.glob("*.safetensors")))
+    wrong, _ = damaged(pack, lambda done, whole: None)
+    assert len(wrong) == len(list(pack.glob("*.safetensors")))
     done = call("doctor", pack, "--verify", *MEMORY, "--json")
     assert done.code == 1
     (row,) = [row for row in done.document["findings"] if row["name"] == "checksums"]
-    assert row["value"].startswith(f"{len(damaged)} of {count} parts are damaged, the first is")
+    assert row["value"].startswith(f"{len(wrong)} of {count} parts are damaged: ")
 
 
 def test_only_a_pack_can_be_verified(call: Call, olmoe: Path) -> None:
     with pytest.raises(UsageError, match="no pack"):
-        verify_pack(olmoe)
+        damaged(olmoe, lambda done, whole: None)
     refused(call("doctor", olmoe, "--verify"), 2, "no pack")
     refused(call("doctor", "--verify"), 2, "needs a MODEL")

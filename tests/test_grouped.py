@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from retinue.memory.grouped import GROUP, LANES, Grouped, grouped
+from retinue.memory import native
+from retinue.memory.grouped import GROUP, LANES, Grouped, encode, grouped
 
 SHAPES = [(16, 32), (17, 33), (5, 7), (1, 1), (48, 64), (33, 31), (100, 200)]
 BITS = (4, 8)
@@ -109,3 +110,20 @@ def test_tensors_of_another_matrix_are_none_of_it() -> None:
     form = Grouped(4, 17, 33)
     assert form.shape((1, 2, 4, 16, 4), form.scales_shape) is None
     assert form.shape(form.weights_shape, (2, 2, 8)) is None
+
+
+@pytest.mark.skipif(native.library() is None, reason="there are no kernels")
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_kernels_encode_as_well(bits: int, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    """Not to the same bits: of two codes that are equally near either may be taken."""
+    form, given = Grouped(bits, *shape), values(*shape, dtype)
+    codes = torch.empty(form.weights_shape, dtype=torch.uint8)
+    scales = torch.empty(form.scales_shape, dtype=torch.bfloat16)
+    encode(form, given.T.contiguous().T, codes, scales)  # whatever way it lies
+    errors = [
+        (form.decode(*each, torch.float32) - given.float()).norm()
+        for each in ((codes, scales), form.encode(given))
+    ]
+    assert errors[0] <= 1.02 * errors[1] + 1e-6

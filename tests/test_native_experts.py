@@ -35,11 +35,14 @@ class Call:
             shape.format, shape.hidden, shape.inner, count
         )
         self.x = torch.randn(tokens, shape.hidden).to(shape.dtype)
-        scores = torch.rand(tokens, count + 1)
-        self.chosen = scores.topk(shape.k, -1).indices.flatten()  # [tokens * k]
-        starts = self.chosen.bincount(minlength=count + 1).cumsum(0)[:count]
+        self.choose(torch.rand(tokens, count + 1).topk(shape.k, -1).indices.flatten(), count)
+
+    def choose(self, chosen: torch.Tensor, count: int) -> None:
+        """The expert of each pair; `count` stands for none."""
+        self.chosen = chosen  # [tokens * k]
+        starts = chosen.bincount(minlength=count + 1).cumsum(0)[:count]
         self.starts = torch.cat([torch.zeros(1, dtype=torch.int64), starts])
-        self.pairs = self.chosen.argsort(stable=True)
+        self.pairs = chosen.argsort(stable=True)
 
     def run(self, native: Native) -> torch.Tensor:
         """[tokens * k, hidden]."""
@@ -80,6 +83,16 @@ def test_experts_are_their_products(isa: str, format: Format, dtype: torch.dtype
         if format is Format.BF16:  # rounded to the type, as eager torch's rows are
             assert torch.equal(given, given.to(dtype).float())
     native.set_threads(1, 0)
+
+
+@pytest.mark.parametrize("format", Format, ids=name)
+def test_lone_tokens_of_several_experts(format: Format) -> None:
+    """Neighbouring experts share the input of one token, and only of one."""
+    native = kernels.every()[-1]
+    call = Call(ExpertsShape(format, torch.float32, Activation.SILU, 40, 32, 2), 4, 3)
+    call.choose(torch.tensor([0, 1, 2, 4, 3, 4]), 4)
+    served = call.chosen < 4
+    assert relative(call.run(native)[served], call.truth()[served]) < 1e-3
 
 
 @pytest.mark.parametrize("format", Format, ids=name)

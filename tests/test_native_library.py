@@ -35,6 +35,9 @@ def test_a_library_that_was_not_built(monkeypatch: pytest.MonkeyPatch, tmp_path:
     monkeypatch.setattr(native, "LIBRARY", tmp_path / "libretinue.so")
     assert native.library() is None
     assert "compiler" in (native.why_not() or "")
+    native._load.cache_clear()
+    (tmp_path / "libretinue.txt").write_text("c++ some.cpp\nno such flag: -mfoo\n")
+    assert "no such flag" in (native.why_not() or "")
 
 
 def test_a_file_that_is_no_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

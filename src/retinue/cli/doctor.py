@@ -18,7 +18,6 @@ from retinue.memory.files import ALIGNMENT, Reader
 from retinue.memory.headers import is_stand_in
 from retinue.memory.home import locate_headers, sample_folder, weights_near
 from retinue.memory.machine import available_bytes, cores, known_speeds
-from retinue.memory.verify import verify_pack
 from retinue.policy.presets import preset
 
 SLOW_DISK_BYTES_PER_S = 0.5e9
@@ -142,12 +141,13 @@ def _direct_note(folder: Path) -> str:
 def _checksums(model: str | None, folder: Path) -> Finding:
     if model is None:
         raise UsageError("--verify needs a MODEL", hint="`retinue doctor PACK --verify`")
-    count, damaged = verify_pack(folder)
-    if not damaged:
+    from retinue.engine.packing import damaged
+
+    wrong, count = damaged(folder, lambda done, whole: None)
+    if not wrong:
         return Finding("checksums", f"all {count} parts are as they were written")
-    fix = f"look at the disk, delete `{folder}` and pack the model again"
-    value = f"{len(damaged)} of {count} parts are damaged, the first is {damaged[0]}"
-    return Finding("checksums", value, good=False, fix=fix)
+    value = f"{len(wrong)} of {count} parts are damaged: {wrong[0]}"
+    return Finding("checksums", value, good=False, fix=wrong[0].hint)
 
 
 def _settings() -> list[Finding]:

@@ -3,7 +3,7 @@
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from signal import SIGINT, SIGTERM, Signals
@@ -69,15 +69,21 @@ def bar(total: int) -> Iterator[Callable[[], Any]]:
 
 @contextmanager
 def byte_bar() -> Iterator[Callable[[int, int], Any]]:
-    """A progress bar over bytes on stderr; yields what is told of new ones, and of all."""
+    """A progress bar over bytes on stderr; yields what is told of new ones, and of all.
+
+    It appears with the first of them: what is refused before has none.
+    """
     from tqdm import tqdm
 
     settings = {"unit": "B", "unit_scale": True, "unit_divisor": 1024, "dynamic_ncols": True}
-    with tqdm(file=sys.stderr, **settings) as shown:
+    with ExitStack() as stack:
+        shown: list[Any] = []
 
         def advance(count: int, whole: int) -> None:
-            shown.total = whole
-            shown.update(count)
+            if not shown:
+                bar = tqdm(total=whole, file=sys.stderr, **settings)
+                shown.append(stack.enter_context(bar))
+            shown[0].update(count)
 
         yield advance
 

@@ -102,7 +102,7 @@ def assemble(reserved: Reserved) -> Assembly:
             host.cache.place(network.experts.there)  # encoded once, here, and not while it answers
         store = _store(network, limits, abilities)
         scheduler = _scheduler(facts, limits, config, abilities, store)
-        steps = None if config.eager else _steps(network, store, abilities, notes)
+        steps = None if config.eager else _steps(network, host, store, abilities, notes)
         runner = Runner(network, host, mover, metrics, store, steps)
         engine = Engine(runner, scheduler, facts.vocab_size, end_tokens(network))
         tokenizer = load_tokenizer(folder)
@@ -175,9 +175,14 @@ def _scheduler(
     return Scheduler(BlockPool(store.tokens // BLOCK_TOKENS), bounds, cohort)
 
 
-def _steps(network: Network, store: Store, abilities: Abilities, notes: list[str]) -> Steps:
+def _steps(
+    network: Network, host: ExpertHost, store: Store, abilities: Abilities, notes: list[str]
+) -> Steps:
     """The prepared steps; that of one sequence is recorded now, as nobody waits for a token."""
-    steps = Steps(network.model, store, notes.append, abilities.unprepared, network.dense)
+    reason = abilities.unprepared
+    if host.restriction is not None:
+        reason = "the preset restricts the routers"
+    steps = Steps(network.model, store, notes.append, reason, network.dense)
     steps.prepare(1)
     return steps
 

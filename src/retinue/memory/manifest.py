@@ -149,6 +149,9 @@ def explain_pack(checkpoint: Checkpoint) -> Pack:
             experts[name] = _stored(tensors.pop(name + EXPERTS), manifest.precision, content)
     except (KeyError, TypeError, ValueError) as error:
         raise _damaged(checkpoint.folder, f"it lacks {error}") from error
+    for name in tensors:
+        if name.endswith((EXPERTS, CODES, SCALES)):
+            raise _damaged(checkpoint.folder, f"nothing describes `{name}`")
     return Pack(checkpoint.folder, checkpoint.config, tensors, experts)
 
 

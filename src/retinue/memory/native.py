@@ -256,11 +256,20 @@ def _load() -> tuple[Native | None, str | None]:
     if os.environ.get(SWITCH, "1") == "0":
         return None, f"{SWITCH}=0 turns them off"
     if not LIBRARY.exists():
-        return None, "they were not built: the installation found no C++ compiler that could"
+        return None, f"they were not built: {_build_error()}"
     try:
         return Native(LIBRARY), None
     except (OSError, AttributeError) as error:
         return None, str(error)
+
+
+def _build_error() -> str:
+    """The last line of what the installation's compiler said."""
+    try:
+        text = LIBRARY.with_suffix(".txt").read_text(encoding="utf-8").strip()
+    except OSError:
+        return "the installation had no C++ compiler"
+    return text.splitlines()[-1] if text else "the C++ compiler failed"
 
 
 def _type(dtype: torch.dtype) -> int:
