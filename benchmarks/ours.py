@@ -23,7 +23,8 @@ _IMPORTS = (
 
 # In a child, since it needs torch.
 _RATES = (
-    "from retinue.memory.machine import cores; from retinue.memory.rates import known_rates;"
+    "from retinue.memory.process import prepare; prepare();"
+    " from retinue.memory.machine import cores; from retinue.memory.rates import known_rates;"
     " known_rates(cores(), ['bfloat16', 'float16', 'float32', 'int8', 'int4'], fresh=True);"
     " print('{}')"
 )
