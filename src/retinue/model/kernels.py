@@ -21,7 +21,7 @@ from retinue.memory.tier import Tier
 from retinue.model.expert_map import ExpertsModule
 from retinue.types import IntArray
 
-MOST_PLAIN_TOKENS = 32  # of one bf16 expert; torch's matrix product is faster from there on
+MOST_PLAIN_TOKENS = 64  # of one bf16 expert; torch is faster from about 100 on, see docs/LOG.md
 UNLIMITED = 1 << 62
 SPIN_US = 50  # how long the pool looks for work before it sleeps
 

@@ -10,7 +10,7 @@ from retinue.memory import native
 from retinue.memory.native import Format, Matrix
 from retinue.metrics import Clock
 
-FEW_ROWS = 32  # from there on a matrix product of torch is faster
+FEW_ROWS = 64  # of bfloat16; from about 100 on torch is faster, see docs/LOG.md
 
 
 def product(inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

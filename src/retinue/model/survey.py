@@ -29,6 +29,7 @@ _Record = TypeVar("_Record")
 
 WIDTHS = ("head_dim", "qk_head_dim", "v_head_dim")
 UNKNOWN_CONTEXT = 1 << 17
+KERNEL_PAIRS = 2048  # pairs of token and expert that the native library works on at a time
 ENCODING_BYTES = 24 << 20  # scratch of a thread that encodes without the native kernels
 
 
@@ -118,7 +119,11 @@ def facts_of(network: "Network") -> Facts:
         kv_bytes_per_token=state.per_token,
         max_context=_max_context(config),
         vocab_size=config.vocab_size,
-        workspace_bytes=(48 << 20) + config.vocab_size * 4 * 6 + decoded + _encoding(layouts),
+        workspace_bytes=(48 << 20)
+        + config.vocab_size * 4 * 6
+        + decoded
+        + _encoding(layouts)
+        + _kernel_scratch(network),
         workspace_bytes_per_context=2 * heads * head_dim * item,
         workspace_bytes_per_token=_workspace_per_token(network, heads, head_dim),
         workspace_bytes_per_pair=3 + item,
@@ -167,17 +172,27 @@ def _max_context(config: Any) -> int:
     return int(getattr(config, "max_position_embeddings", None) or UNKNOWN_CONTEXT)
 
 
+def _inner(network: "Network") -> int:
+    """The widest that a token becomes within an expert."""
+    return max(
+        tensor.shape[1]
+        for found in network.experts.modules
+        for tensor in found.module.parameters(recurse=False)
+    )
+
+
+def _kernel_scratch(network: "Network") -> int:
+    """What the native kernels keep of the tokens that they work on, see native/retinue.h."""
+    return KERNEL_PAIRS * (network.text_config.hidden_size + _inner(network)) * 2
+
+
 def _workspace_per_token(network: "Network", heads: int, head_dim: int) -> int:
     """Bytes of activations a token of a prefill chunk: attention or experts, whichever is more."""
     config, item = network.text_config, network.model.dtype.itemsize
     hidden = config.hidden_size
     query = heads * head_dim
     key_value = 2 * (getattr(config, "num_key_value_heads", None) or heads) * head_dim
-    inner = max(
-        tensor.shape[1]
-        for found in network.experts.modules
-        for tensor in found.module.parameters(recurse=False)
-    )
+    inner = _inner(network)
     stream = 3 * hidden * item
     norms = 3 * 4 * max(hidden, query)
     attention = norms + (4 * query + 2 * key_value) * item
