@@ -183,7 +183,7 @@ def _inner(network: "Network") -> int:
 
 def _kernel_scratch(network: "Network") -> int:
     """What the native kernels keep of the tokens that they work on, see native/retinue.h."""
-    return KERNEL_PAIRS * (network.text_config.hidden_size + _inner(network)) * 2
+    return KERNEL_PAIRS * (int(network.text_config.hidden_size) + _inner(network)) * 2
 
 
 def _workspace_per_token(network: "Network", heads: int, head_dim: int) -> int:
