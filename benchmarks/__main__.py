@@ -29,6 +29,7 @@ BENCHMARKS: dict[str, Callable[[Setting], Report]] = {
     "prefill": alone.prefill,
     "first-token": alone.first_token,
     "slots": alone.slots,
+    "plan": alone.plan,
     "batch": sharing.batch,
     "second-turn": sharing.second_turn,
     "step": step.step,

@@ -74,6 +74,29 @@ def first_token(setting: Setting) -> Report:
     return Report([row], turns.notes, turns.runs)
 
 
+def plan(setting: Setting) -> Report:
+    """What `plan` predicts, from speeds measured just before, and what `bench` then measures."""
+    folder, counts = setting.checkpoint.folder, setting.counts(512, 32)
+    command = ours.bench_command(folder, memory=setting.memory_bytes, **counts)
+    tokens = counts["prompt_tokens"] + counts["new_tokens"] + 1
+
+    def both() -> Document:
+        predicted = ours.plan(folder, tokens=tokens, memory=setting.memory_bytes)
+        return ours.bench(command) | {"predicted": predicted}
+
+    runs = in_turn(setting.runs, {"ours": both}).runs
+    rows = []
+    for what in ("prefill", "decode"):
+        key = f"{what}_tokens_per_s"
+        measured = values(runs["ours"], key)
+        for end, less in (("low", False), ("high", True)):
+            ends = [float(run["predicted"][key][end]) for run in runs["ours"]]
+            title = ("plan", what, "tokens/s")
+            row = compare(title, measured, f"{end} end", ends, less_is_better=less)
+            rows.append(row.promised(1.0))
+    return Report(rows, [], runs)
+
+
 def _allowed_s(document: Document, imports: Document) -> float:
     """Seconds for the imports and, with the allowance, for what was read."""
     read_s = document["bytes_read"] / document["disk_bytes_per_s"]

@@ -10,7 +10,7 @@ from benchmarks.child import Done, run_child
 from benchmarks.group import Group
 from benchmarks.results import Document
 
-from retinue.memory.machine import measure_disk
+from retinue.memory.machine import known_speeds, measure_disk
 
 # What any engine over transformers has to import before it can read a weight.
 _IMPORTS = (
@@ -18,6 +18,15 @@ _IMPORTS = (
     " import transformers.models.auto.modeling_auto;"
     " import transformers.models.{family}.modeling_{family};"
     " print(json.dumps(dict(torch=torch.__version__)))"
+)
+
+
+# In a child, since it needs torch.
+_RATES = (
+    "from retinue.memory.process import prepare; prepare();"
+    " from retinue.memory.machine import cores; from retinue.memory.rates import known_rates;"
+    " known_rates(cores(), ['bfloat16', 'float16', 'float32', 'int8', 'int4'], fresh=True);"
+    " print('{}')"
 )
 
 
@@ -37,6 +46,26 @@ def bench_command(
     if experts is not None:
         command += ["--experts", experts]
     return command
+
+
+def plan_command(folder: Path, *, tokens: int, memory: int | None = None) -> list[str]:
+    """`retinue plan` with its JSON, for work of so many tokens."""
+    command = [sys.executable, "-m", "retinue", "plan", str(folder), "--json"]
+    command += ["--context", str(tokens)]
+    return command if memory is None else [*command, "--memory", str(memory)]
+
+
+def plan(folder: Path, *, tokens: int, memory: int | None = None) -> Document:
+    """The plan from speeds that are measured now, not remembered."""
+    measure_and_remember(folder)
+    done = run_child(plan_command(folder, tokens=tokens, memory=memory))
+    return {key: done.document[key] for key in ("decode_tokens_per_s", "prefill_tokens_per_s")}
+
+
+def measure_and_remember(folder: Path) -> None:
+    """Let `plan` find the speeds of now: of the disk that `folder` is on, and of the kernels."""
+    known_speeds(folder, fresh=True)
+    run_child([sys.executable, "-c", _RATES])
 
 
 def first_token_command(

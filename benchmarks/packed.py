@@ -74,18 +74,15 @@ def llamacpp_whole(setting: Setting) -> Report:
     if needed > available_bytes():
         return Report(notes=[f"left out: the peer needs {format_size(needed)} of memory"])
     counts = setting.counts(512, 64)
-    cold = ours.bench_command(sides.pack.folder, **counts | {"new_tokens": 0})
     engines = {
         "ours": partial(ours.bench, ours.bench_command(sides.pack.folder, **counts)),
         PEER: partial(timed, peer_llamacpp.command(sides.gguf, repack=True, **counts)),
-        "ours, cold": partial(ours.bench, cold),
     }
     turns = in_turn(setting.runs, engines)
     rows: list[Row] = []
     if found := turns.runs.get(PEER):
         rows = _against("llamacpp-whole", turns.runs["ours"], found, WHOLE)
-        if first := turns.runs.get("ours, cold"):
-            rows.append(_loaded_and_prefilled(first, found))
+        rows.append(_loaded_and_prefilled(turns.runs["ours"], found))
     return Report(rows, turns.notes, turns.runs)
 
 

@@ -269,6 +269,30 @@ def test_prefill_against_reading_everything(monkeypatch: pytest.MonkeyPatch) -> 
     assert (row.other, row.ratio) == (2.0, 0.5)  # 800 bytes of experts at 400 a second, over 4 s
 
 
+def test_the_plan_against_what_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    band = {"decode_tokens_per_s": {"low": 4.0, "high": 8.0}}
+    band["prefill_tokens_per_s"] = {"low": 50.0, "high": 100.0}
+    run = {"decode_tokens_per_s": 6.0, "prefill_tokens_per_s": 120.0}
+    asked: list[tuple[int, int | None]] = []
+
+    def predict(folder: Path, *, tokens: int, memory: int | None) -> Document:
+        asked.append((tokens, memory))
+        return band
+
+    monkeypatch.setattr(alone.ours, "bench", lambda command: dict(run))
+    monkeypatch.setattr(alone.ours, "plan", predict)
+    rows = alone.plan(setting()).rows
+    assert [(row.what, row.against, row.ok) for row in rows] == [
+        ("prefill", "low end", True),
+        ("prefill", "high end", False),
+        ("decode", "low end", True),
+        ("decode", "high end", True),
+    ]
+    assert asked == [(512 + 32 + 1, 2 * GIB)] * 3
+    options = build_parser().parse_args(ours.plan_command(Path("m"), tokens=9, memory=7)[3:])
+    assert (options.verb, options.context, options.memory) == ("plan", 9, "7")
+
+
 def test_first_token_against_imports_and_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     run = {"wall_s": 10.0, "bytes_read": 1000, "disk_bytes_per_s": 450.0}
     monkeypatch.setattr(alone.ours, "first_token", lambda command, checkpoint: dict(run))

@@ -102,7 +102,7 @@ def test_whole_rows_and_promises(checkpoint: Checkpoint, canned: dict[str, Docum
         ("prefill", "llama.cpp"): (1.25, False),
         ("load and prefill", "llama.cpp"): (2.0, None),
     }
-    assert set(report.runs) == {"ours", "llama.cpp", "ours, cold"}
+    assert set(report.runs) == {"ours", "llama.cpp"}
 
 
 def test_what_cannot_be_compared_says_why(

@@ -34,6 +34,8 @@ def call(capsys: pytest.CaptureFixture[str]) -> Call:
 @pytest.fixture(autouse=True)
 def quick_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
     speeds = Speeds(disk_bytes_per_s=2e9, memory_bytes_per_s=9e9)
+    monkeypatch.setattr("retinue.cli.doctor.fast_paths", lambda *_: [])
+    monkeypatch.setattr("retinue.cli.bench.known_rates", lambda *_, **__: {})
     for verb in ("doctor", "run"):
         monkeypatch.setattr(f"retinue.cli.{verb}.known_speeds", lambda folder, **options: speeds)
 

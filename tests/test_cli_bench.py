@@ -10,6 +10,7 @@ from command import BOUND_KEYS, MEMORY, STATS_KEYS, Call, caller, refused
 from retinue.cli import bench
 from retinue.engine.llm import LLM
 from retinue.engine.request import Request
+from retinue.memory.machine import Rate
 from retinue.types import Stats
 
 BENCH_KEYS = {"model", "preset", "precision", "threads", "prompt_tokens", "new_tokens"}
@@ -28,6 +29,8 @@ def speeds(monkeypatch: pytest.MonkeyPatch) -> None:
     disk: Iterator[float] = iter([1.0 * GB, 3.0 * GB] * 9)
     monkeypatch.setattr(bench, "measure_disk", lambda files: next(disk))
     monkeypatch.setattr(bench, "measure_memory", lambda **settings: 10.0 * GB)
+    rates = {"bfloat16": Rate(10.0 * GB, 1e12)}
+    monkeypatch.setattr(bench, "known_rates", lambda *_, **__: rates)
 
 
 @pytest.fixture
@@ -59,6 +62,8 @@ def test_bench_of_the_sample(call: Call) -> None:
     assert document["prefill_tokens_per_s"] * document["prefill_s"] == pytest.approx(20)
     assert document["disk_bytes_per_s"] == 2 * GB
     assert document["memory_bytes_per_s"] == 10 * GB
+    band = document["expected_decode_tokens_per_s"]
+    assert 0 < band["low"] < band["high"]
     share = document["decode_tokens_per_s"] / document["bound_tokens_per_s"]
     assert document["share_of_bound"] == pytest.approx(share)
     for phase in ("", "prefill_"):

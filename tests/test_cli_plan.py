@@ -132,6 +132,7 @@ def healthy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(f"{doctor}.known_speeds", lambda folder, fresh: Speeds(2 * GB, 9 * GB))
     monkeypatch.setattr(f"{doctor}.available_bytes", lambda: 8 * GB)
     monkeypatch.setattr(f"{doctor}._direct_note", lambda folder: "")
+    monkeypatch.setattr(f"{doctor}.fast_paths", lambda *_: [])
 
 
 def findings(done: Done) -> dict[str, dict[str, object]]:
@@ -199,6 +200,7 @@ def test_doctor_of_a_slow_disk(call: Call, monkeypatch: pytest.MonkeyPatch, tmp_
     machine = "retinue.memory.machine"
     monkeypatch.setattr(f"{machine}.measure_disk", lambda files: 0.08 * GB)
     monkeypatch.setattr(f"{machine}.measure_memory", lambda **options: 9.0 * GB)
+    monkeypatch.setattr("retinue.cli.doctor.fast_paths", lambda *_: [])
     done = call("doctor", "--json")
     assert done.code == 1
     assert done.document["ok"] is False

@@ -17,6 +17,7 @@ LITTLE = 1 << 20  # less than one expert, which is then all that is taken
 def ticks(monkeypatch: pytest.MonkeyPatch) -> None:
     """A clock of which each reading is 10 ms after the one before."""
     readings = iter(range(10**9))
+    monkeypatch.setattr(probe, "SLICES", 3)
     monkeypatch.setattr(probe.time, "perf_counter", lambda: next(readings) / 100)
 
 
@@ -49,6 +50,7 @@ def test_every_format_has_a_rate(
 def test_the_best_slice_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     """A second each for three, then five experts; 8 in the third slice, which took four."""
     readings = iter([0.0, 0.0, 1.0, 10.0, 10.0, 11.0, 20.0, 20.0, 24.0])
+    monkeypatch.setattr(probe, "SLICES", 3)
     monkeypatch.setattr(probe.time, "perf_counter", lambda: next(readings))
     counts = iter([1, 3, 5, 8])
     seen: list[int] = []

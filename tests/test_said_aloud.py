@@ -25,6 +25,8 @@ def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
     for verb in ("doctor", "plan"):
         monkeypatch.setattr(f"retinue.cli.{verb}.known_speeds", lambda folder, **options: speeds)
     monkeypatch.setattr("retinue.cli.doctor._direct_note", lambda folder: "")
+    monkeypatch.setattr("retinue.cli.doctor.fast_paths", lambda *_: [])
+    monkeypatch.setattr("retinue.cli.bench.known_rates", lambda *_, **__: {})
     return caller(capsys)
 
 

@@ -30,7 +30,9 @@ class PhaseCounters:
     degraded_weight: float = 0.0  # of it, not served by the expert that the router chose
     stall_s: float = 0.0  # time in which a layer had nothing to compute and waited for reads
     expert_s: float = 0.0  # in the routed experts' matrices, and in summing what they gave
-    dense_s: float = 0.0  # in linear layers and attention outside of routed experts
+    # In linear layers and attention outside of routed experts; in a prepared step, in all that
+    # runs natively between them.
+    dense_s: float = 0.0
     steps_s: list[float] = field(default_factory=list)
 
     @property

@@ -2,6 +2,7 @@
 
 import random
 from argparse import Namespace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,14 @@ from retinue.cli.terminal import audience, emit_json, note, table
 from retinue.config import Config, format_size
 from retinue.engine.bound import with_bound
 from retinue.engine.llm import LLM
+from retinue.engine.pace import Machine, compute_format
 from retinue.engine.request import Request, new_request
+from retinue.engine.watch import Watch, expected
 from retinue.errors import UsageError
 from retinue.memory.budget import split
 from retinue.memory.home import locate
 from retinue.memory.machine import Speeds, cores, measure_disk, measure_memory
+from retinue.memory.rates import known_rates
 from retinue.model.survey import survey
 from retinue.types import Facts, SamplingParams, Stats
 
@@ -36,11 +40,15 @@ def execute(options: Namespace) -> int:
     files = sorted(folder.glob("*.safetensors"))
     threads = config.threads or cores()
     before = Speeds(measure_disk(files), measure_memory(threads=threads, at_most_bytes=room))
+    rates = known_rates(threads, [compute_format(facts)], fresh=True, at_most_bytes=room)
     with LLM.from_config(folder, config) as llm:
         for text in llm.assembly.notes:
             note(f"note: {text}", "yellow")
         llm.fill()
+        decode = llm.assembly.metrics.total.decode
+        watch = Watch(facts, Machine(before, rates, threads), decode)
         stats, prompt_tokens = _measure(llm, options, facts, config)
+        slow = watch.after()
         after = Speeds(measure_disk(files), _memory_again(llm, threads, before))
     speeds = Speeds(
         (before.disk_bytes_per_s + after.disk_bytes_per_s) / 2,
@@ -49,7 +57,12 @@ def execute(options: Namespace) -> int:
     stats = with_bound(stats, facts, speeds)
     document = _document(options, config, stats, threads, prompt_tokens)
     document |= {"stored": facts.stored or facts.dtype}
+    band = expected(facts, Machine(speeds, rates, threads), decode)
+    if band is not None:
+        document |= {"expected_decode_tokens_per_s": asdict(band)}
     print(_text(document, stats, before, after), file=audience(options.json))
+    if slow:
+        note(slow, "yellow")
     if stats.peak_rss_bytes > stats.budget_bytes:
         note("the peak is over the budget: please report this with the model's name", "red")
     if options.json:
@@ -131,6 +144,9 @@ def _text(document: dict[str, Any], stats: Stats, before: Speeds, after: Speeds)
     if stats.bound_tokens_per_s and stats.share_of_bound:
         share = f"{stats.share_of_bound:.0%} of it reached"
         rows.append(("bound", f"{stats.bound_tokens_per_s:.2f} tokens/s", share))
+    if band := document.get("expected_decode_tokens_per_s"):
+        low_high = f"{band['low']:.2f} to {band['high']:.2f}"
+        rows.append(("expected", low_high, "decode, with these reads"))
     looked_up = f"{stats.hits} hits, {stats.pending} pending, {stats.misses} misses"
     experts = f"{stats.resident_experts} of {stats.total_experts} experts resident"
     peak = f"{format_size(stats.peak_rss_bytes)} of {format_size(stats.budget_bytes)}"

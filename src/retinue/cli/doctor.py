@@ -3,12 +3,12 @@
 import os
 import platform
 from argparse import Namespace
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from mmap import mmap
 from pathlib import Path
 
 from retinue import __version__
+from retinue.cli.findings import Finding, fast_paths
 from retinue.cli.options import config_from
 from retinue.cli.terminal import audience, emit_json, note, styled
 from retinue.config import ENVIRONMENT_KEYS, ENVIRONMENT_PREFIX, Config, format_size
@@ -24,16 +24,6 @@ SLOW_DISK_BYTES_PER_S = 0.5e9
 USEFUL_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16")
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One line: what was looked at, what was found, and what to do if it is a problem."""
-
-    name: str
-    value: str
-    good: bool = True
-    fix: str = ""
-
-
 def execute(options: Namespace) -> int:
     """Print the findings; returns 0, or 1 when one of them keeps retinue from working well."""
     config = config_from(options)
@@ -41,15 +31,16 @@ def execute(options: Namespace) -> int:
     folder = locate_headers(options.model, note) if options.model else sample_folder()
     if not any(folder.glob("*.safetensors")):
         raise CheckpointError(f"no weights in `{folder}`", hint="give the folder of a checkpoint")
+    checksums = [_checksums(options.model, folder)] if options.verify else []
     findings = [
         *_software(),
         *_processor(config),
         *_memory(),
-        *_disk(weights_near(folder)),
+        *_speeds(weights_near(folder), config),
         *_settings(),
     ]
     if options.model:
-        findings += _model(folder, config)
+        findings += checksums + _model(folder, config)
     out = audience(options.json)
     for finding in findings:
         mark = styled("ok  ", "green", out) if finding.good else styled("!!  ", "red", out)
@@ -121,8 +112,8 @@ def _memory() -> list[Finding]:
     return [Finding("memory", f"{format_size(available)} available", good=good, fix=fix)]
 
 
-def _disk(folder: Path) -> list[Finding]:
-    """Measure the speeds, and see whether direct reads work where the checkpoint lies."""
+def _speeds(folder: Path, config: Config) -> list[Finding]:
+    """Measure disk, memory and kernels; see whether direct reads work where the checkpoint lies."""
     speeds = known_speeds(folder, fresh=True)
     disk, memory = speeds.disk_bytes_per_s, speeds.memory_bytes_per_s
     slow = disk < SLOW_DISK_BYTES_PER_S
@@ -134,6 +125,7 @@ def _disk(folder: Path) -> list[Finding]:
     note = _direct_note(folder)
     fix = "reads go through the page cache, which is slower; use another file system"
     found.append(Finding("direct reads", note or "yes", good=not note, fix=fix if note else ""))
+    found += fast_paths(_flags(), speeds, min(config.threads or cores(), cores()))
     return found
 
 
@@ -144,6 +136,18 @@ def _direct_note(folder: Path) -> str:
         reader.read(file, 0, view, direct=True)
     reader.close()
     return reader.note
+
+
+def _checksums(model: str | None, folder: Path) -> Finding:
+    if model is None:
+        raise UsageError("--verify needs a MODEL", hint="`retinue doctor PACK --verify`")
+    from retinue.engine.packing import damaged
+
+    wrong, count = damaged(folder, lambda done, whole: None)
+    if not wrong:
+        return Finding("checksums", f"all {count} parts are as they were written")
+    value = f"{len(wrong)} of {count} parts are damaged: {wrong[0]}"
+    return Finding("checksums", value, good=False, fix=wrong[0].hint)
 
 
 def _settings() -> list[Finding]:

@@ -83,6 +83,9 @@ def _add_doctor(verbs: object) -> None:
         "retinue doctor ./OLMoE-1B-7B",
     )
     doctor.add_argument("model", metavar="MODEL", nargs="?", help=MODEL_HELP)
+    doctor.add_argument(
+        "--verify", action="store_true", help="read all of a pack and compare its checksums"
+    )
     add_config_options(doctor, tuple(name for name in ENGINE if name not in ("task", "profile")))
 
 

@@ -13,10 +13,13 @@ from retinue.cli.terminal import emit_json, fail, note, summary
 from retinue.config import Config, format_size
 from retinue.engine.bound import with_bound
 from retinue.engine.llm import LLM, Prompt
+from retinue.engine.pace import Machine
+from retinue.engine.watch import Watch
 from retinue.errors import UsageError
 from retinue.memory.budget import split
 from retinue.memory.home import locate
-from retinue.memory.machine import Speeds, known_speeds
+from retinue.memory.machine import Speeds, known_speeds, remembered_speeds
+from retinue.memory.rates import remembered_rates
 from retinue.model.survey import survey
 from retinue.types import Output, SamplingParams
 
@@ -84,14 +87,19 @@ def _prompt(options: Namespace) -> Prompt | None:
 def _answer(llm: LLM, prompt: Prompt, params: SamplingParams, speeds: Speeds | None) -> int:
     """Stream the answer; with `speeds`, say nothing on stdout but the JSON at the end."""
     output: Output | None = None
+    watch = watching(llm)
     with cancel_on(llm.cancel, signal.SIGINT, signal.SIGTERM) as came:
         for output in llm.stream(prompt, params):
             if speeds is None:
                 print(output.delta, end="", flush=True)
+            if watch is not None and (slow := watch.during()):
+                note(f"\n{slow}", "yellow")
     assert output is not None
     if speeds is None:
         print(flush=True)
     note(summary(output))
+    if watch is not None and (slow := watch.after()):
+        note(slow, "yellow")
     if speeds is not None:
         stats = with_bound(output.stats, llm.assembly.facts, speeds)
         emit_json(document(replace(output, stats=stats)))
@@ -99,6 +107,16 @@ def _answer(llm: LLM, prompt: Prompt, params: SamplingParams, speeds: Speeds | N
         fail(f"stopped by {signal.Signals(came[0]).name} after {len(output.token_ids)} tokens")
         return 1
     return 0
+
+
+def watching(llm: LLM) -> Watch | None:
+    """Who sees whether decoding is slow, if it is known what this machine should give."""
+    assembly = llm.assembly
+    speeds = remembered_speeds(assembly.folder)
+    if speeds is None:
+        return None
+    machine = Machine(speeds, remembered_rates(assembly.threads), assembly.threads)
+    return Watch(assembly.facts, machine, assembly.metrics.total.decode)
 
 
 def document(output: Output) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""How long passes should take on this machine, as bands; and why one took far longer.
+"""How long passes should take on this machine, as bands.
 
 A pass reads experts that are not there and multiplies by weights; beside that it does what no
 bandwidth explains: Python, norms, books. At best reading and computing overlap wholly, at worst
@@ -17,9 +17,6 @@ FLOPS = (0.25, 1.2)
 STEP_LAYER_S = (1.2e-3, 0.03e-3)
 PROMPT_LAYER_S = (6e-3, 0.1e-3)
 CORE_DECODED_BYTES_PER_S = (1e9, 4e9)  # of experts in a format that no kernel takes
-
-LEAST_TOKENS = 8  # before a speed is judged
-FAR_BELOW = 0.5  # of a band's low end
 
 
 @dataclass(frozen=True, slots=True)

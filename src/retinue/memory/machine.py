@@ -32,6 +32,33 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
+@dataclass(frozen=True, slots=True)
+class CoreTimes:
+    """Seconds that cores were busy for all programs, and for this process and its children."""
+
+    at: float
+    everyone: float
+    own: float
+
+    def others_until(self, later: "CoreTimes") -> float:
+        """How many cores other programs took, on average, from now to `later`."""
+        seconds = later.at - self.at
+        busy = (later.everyone - self.everyone) - (later.own - self.own)
+        return max(0.0, busy / seconds) if seconds > 0 else 0.0
+
+
+def core_times() -> CoreTimes:
+    """As of now; where that cannot be known, nobody but this process was ever busy."""
+    spent = os.times()
+    own = everyone = spent.user + spent.system + spent.children_user + spent.children_system
+    with suppress(OSError, ValueError, IndexError, AttributeError):
+        words = Path("/proc/stat").read_text().split(maxsplit=9)
+        # user, nice, system, (idle, waiting for reads), interrupts twice
+        ticks = sum(int(words[at]) for at in (1, 2, 3, 6, 7))
+        everyone = ticks / os.sysconf("SC_CLK_TCK")
+    return CoreTimes(time.monotonic(), everyone, own)
+
+
 def available_bytes() -> int:
     """Memory that this process could still take: what the system and its control groups leave."""
     return max(0, min([_system_available(), *_group_headrooms()]))
@@ -230,16 +257,26 @@ def known_speeds(folder: Path, *, fresh: bool = False, at_most_bytes: int = PROB
 
     Measuring takes `at_most_bytes` of memory for a moment.
     """
-    store = cache_folder() / f"speeds-{folder.stat().st_dev}-{cores()}.json"
-    if not fresh:
-        with suppress(OSError, ValueError, TypeError):
-            return Speeds(**json.loads(store.read_text()))
+    if not fresh and (found := remembered_speeds(folder)) is not None:
+        return found
     files = [file for file in folder.iterdir() if file.suffix == ".safetensors"]
     speeds = Speeds(
         measure_disk(files),
         measure_memory(threads=cores(), at_most_bytes=min(at_most_bytes, PROBE_BYTES)),
     )
+    store = _store(folder)
     with suppress(OSError):
         store.parent.mkdir(parents=True, exist_ok=True)
         store.write_text(json.dumps(asdict(speeds)))
     return speeds
+
+
+def remembered_speeds(folder: Path) -> Speeds | None:
+    """The speeds that were measured last for checkpoints on the disk of `folder`, if any were."""
+    with suppress(OSError, ValueError, TypeError):
+        return Speeds(**json.loads(_store(folder).read_text()))
+    return None
+
+
+def _store(folder: Path) -> Path:
+    return cache_folder() / f"speeds-{folder.stat().st_dev}-{cores()}.json"

@@ -22,7 +22,7 @@ def known_rates(
     fresh: bool = False,
     at_most_bytes: int = WEIGHTS_BYTES,
 ) -> Rates:
-    """The rates of `formats`: remembered, or measured now, in a fifth of a second each.
+    """The rates of `formats`: remembered, or measured now, in a third of a second each.
 
     Measuring takes `at_most_bytes` of memory for a moment, or what one expert takes.
     """
