@@ -109,7 +109,8 @@ RETINUE_INLINE void store(const retinue_operand& o, int64_t offset, int64_t stri
                           const float* from) {
     switch (o.type) {
         case RETINUE_TYPE_F32:
-            store_as(static_cast<float*>(o.at) + offset, stride, n, from, [](float x) { return x; });
+            store_as(static_cast<float*>(o.at) + offset, stride, n, from,
+                     [](float x) { return x; });
             break;
         case RETINUE_TYPE_BF16:
             store_as(static_cast<uint16_t*>(o.at) + offset, stride, n, from, to_bf16);

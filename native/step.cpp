@@ -41,7 +41,9 @@ RETINUE_INLINE bool unary(const retinue_instruction& i, float* out, const float*
         case RETINUE_RECIPROCAL: map(out, a, n, [](float x) { return 1.0f / x; }); break;
         case RETINUE_SIGMOID: map(out, a, n, sigmoid); break;
         case RETINUE_TANH: map(out, a, n, [](float x) { return std::tanh(x); }); break;
-        case RETINUE_SILU_OF: map(out, a, n, [](float x) { return x / (1.0f + exponential(-x)); }); break;
+        case RETINUE_SILU_OF:
+            map(out, a, n, [](float x) { return x / (1.0f + exponential(-x)); });
+            break;
         case RETINUE_GELU_OF:
             map(out, a, n, [](float x) { return x * 0.5f * (1.0f + std::erf(x * 0.70710678f)); });
             break;
@@ -82,14 +84,28 @@ RETINUE_INLINE bool binary(const retinue_instruction& i, float* out, const float
         case RETINUE_MUL: map(out, a, b, n, [](float x, float y) { return x * y; }); break;
         case RETINUE_DIV: map(out, a, b, n, [](float x, float y) { return x / y; }); break;
         case RETINUE_POW: map(out, a, b, n, [](float x, float y) { return std::pow(x, y); }); break;
-        case RETINUE_MAXIMUM: map(out, a, b, n, [](float x, float y) { return x > y ? x : y; }); break;
-        case RETINUE_MINIMUM: map(out, a, b, n, [](float x, float y) { return x < y ? x : y; }); break;
-        case RETINUE_EQUAL: map(out, a, b, n, [](float x, float y) { return float(x == y); }); break;
-        case RETINUE_UNEQUAL: map(out, a, b, n, [](float x, float y) { return float(x != y); }); break;
+        case RETINUE_MAXIMUM:
+            map(out, a, b, n, [](float x, float y) { return x > y ? x : y; });
+            break;
+        case RETINUE_MINIMUM:
+            map(out, a, b, n, [](float x, float y) { return x < y ? x : y; });
+            break;
+        case RETINUE_EQUAL:
+            map(out, a, b, n, [](float x, float y) { return float(x == y); });
+            break;
+        case RETINUE_UNEQUAL:
+            map(out, a, b, n, [](float x, float y) { return float(x != y); });
+            break;
         case RETINUE_LESS: map(out, a, b, n, [](float x, float y) { return float(x < y); }); break;
-        case RETINUE_AT_MOST: map(out, a, b, n, [](float x, float y) { return float(x <= y); }); break;
-        case RETINUE_GREATER: map(out, a, b, n, [](float x, float y) { return float(x > y); }); break;
-        case RETINUE_AT_LEAST: map(out, a, b, n, [](float x, float y) { return float(x >= y); }); break;
+        case RETINUE_AT_MOST:
+            map(out, a, b, n, [](float x, float y) { return float(x <= y); });
+            break;
+        case RETINUE_GREATER:
+            map(out, a, b, n, [](float x, float y) { return float(x > y); });
+            break;
+        case RETINUE_AT_LEAST:
+            map(out, a, b, n, [](float x, float y) { return float(x >= y); });
+            break;
         case RETINUE_AND:
             map(out, a, b, n, [](float x, float y) { return float(x != 0 && y != 0); });
             break;
@@ -153,7 +169,8 @@ RETINUE_INLINE bool reduce(const retinue_instruction& i) {
     const int64_t length = i.sizes[outer];
     alignas(64) float a[CHUNK];
     return each(i.sizes, outer, [&](const int64_t* at) {
-        const bool smallest = i.operation == RETINUE_MIN_OF, largest = i.operation == RETINUE_MAX_OF;
+        const bool smallest = i.operation == RETINUE_MIN_OF;
+        const bool largest = i.operation == RETINUE_MAX_OF;
         float total = largest ? -INFINITE : smallest ? INFINITE : 0.0f;
         for (int64_t first = 0; first < length; first += CHUNK) {
             const int64_t n = std::min(CHUNK, length - first);

@@ -78,8 +78,8 @@ typedef struct {
     retinue_operand out, a, b, c;
 } retinue_instruction;
 
-// The sequences of a step: sequence s has its tokens at places[s][0 .. stops[s] - 1] of the pool, the
-// last of them new; it attends from starts[s] on.
+// The sequences of a step: sequence s has its tokens at places[s][0 .. stops[s] - 1] of the pool,
+// the last of them new; it attends from starts[s] on.
 typedef struct {
     int64_t count;
     const int64_t* const* places;
@@ -90,8 +90,8 @@ typedef struct {
 // One layer's attention. Query [sequences, heads, width], new key [sequences, key_heads, width] and
 // value [sequences, key_heads, value_width] of `type`, strides in elements; keys and values are the
 // pools [places, key_heads, width]. out is contiguous: [sequences, heads, value_width].
-// Scores are scaled, then capped: cap * tanh(score / cap), unless cap is 0. sinks [heads] of `type`,
-// or null, take part in the sum of weights and give nothing.
+// Scores are scaled, then capped: cap * tanh(score / cap), unless cap is 0. sinks [heads] of
+// `type`, or null, take part in the sum of weights and give nothing.
 typedef struct {
     int32_t type, heads, key_heads, width, value_width, reserved;
     float scale, cap;
