@@ -94,7 +94,8 @@ def test_one_aligned_read_an_expert(pack: Path) -> None:
 
 
 def test_sizes(pack: Path) -> None:
-    """Every bit is told of, and other programs can read the files."""
+    """Every bit is told of, nothing is left over, and other programs can read the files."""
+    assert not [file.name for file in pack.iterdir() if "part" in file.name or file.is_dir()]
     facts, plain = survey(pack), survey(pack.parent / "to-pack", "int4")
     assert (facts.stored, facts.plain_bytes) == ("int4", 0)
     assert (facts.expert_bytes, facts.dense_bytes) == (plain.expert_bytes, plain.dense_bytes)
