@@ -83,8 +83,8 @@ def test_every_linear_layer_and_nothing_else(plain: dict[str, Path]) -> None:
         name = "model.layers.1.mlp.shared_experts.down_proj"
         layer = model.get_submodule(name)
         assert isinstance(layer, GroupedLinear)
-        if native.library() is None:
-            assert torch.equal(layer.weight, through(tensors[f"{name}.weight"], "int8"))
+        # For modules that use a layer's weights by themselves.
+        assert torch.allclose(layer.weight, through(tensors[f"{name}.weight"], "int8"), atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -61,7 +61,7 @@ def test_bench_says_what_the_engine_does_the_safe_way(
 def test_doctor_counts_no_note_as_a_problem(call: Call, olmoe: Path) -> None:
     done = call("doctor", olmoe, "--preset", "random", "--threads", "1", *MEMORY, "--json")
     notes = [row for row in done.document["findings"] if row["name"] == "note"]
-    assert ["approximate" in row["value"] for row in notes] == [True]
+    assert any("approximate" in row["value"] for row in notes)
     assert all(row["ok"] for row in notes)
 
 

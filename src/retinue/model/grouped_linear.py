@@ -17,7 +17,8 @@ class GroupedLinear(nn.Module):
     """`nn.Linear` for inference over weights in a grouped format.
 
     Natively the inputs are quantised as well, see `native/retinue.h`. Without the kernels some
-    rows at a time are decoded, so that the scratch stays small. `clock` counts its time.
+    rows at a time are decoded, so that the scratch stays small. `clock` counts its time, and
+    `dtype` is that of the model, for those who ask for its weights.
     """
 
     codes: torch.Tensor
@@ -31,6 +32,7 @@ class GroupedLinear(nn.Module):
         scales: torch.Tensor,
         bias: torch.Tensor | None = None,
         clock: Clock | None = None,
+        dtype: torch.dtype = torch.bfloat16,
     ) -> None:
         super().__init__()
         self._clock = clock or Clock()
@@ -38,7 +40,7 @@ class GroupedLinear(nn.Module):
         self.register_buffer("codes", codes, persistent=False)
         self.register_buffer("scales", scales, persistent=False)
         self.register_buffer("bias", bias, persistent=False)
-        self._dtype = torch.bfloat16 if bias is None else bias.dtype
+        self._dtype = dtype
         self._library = native.library()
         self.matrix = native.matrix(_NATIVE[form.bits], form.rows, form.columns, codes, scales)
 

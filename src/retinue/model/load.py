@@ -157,9 +157,9 @@ def _load_linear(network: Network, linear: DenseLinear, reader: Reader) -> None:
             band = Grouped(form.bits, len(rows), form.columns)
             encode(band, rows, codes[tiles], scales[tiles])
     bias = None if plain.bias is None else plain.bias.data
-    setattr(
-        model.get_submodule(owner), name, GroupedLinear(form, codes, scales, bias, network.dense)
-    )
+    dtype = plain.weight.dtype
+    layer = GroupedLinear(form, codes, scales, bias, network.dense, dtype)
+    setattr(model.get_submodule(owner), name, layer)
 
 
 def row_bands(
