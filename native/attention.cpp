@@ -9,6 +9,7 @@
 namespace {
 
 constexpr int64_t SMALL = 1 << 15;  // numbers of keys that are not worth waking a thread for
+constexpr int64_t AHEAD = 12;       // tokens; each one lies in a page of its own
 
 retinue_operand operand(const void* at, int32_t type) {
     return {const_cast<void*>(at), {1, 1, 1, 1}, type};
@@ -27,6 +28,13 @@ struct States {
 // Where a head of a token lies in a pool.
 RETINUE_INLINE int64_t row(int64_t place, int64_t head, int64_t heads, int64_t width) {
     return (place * heads + head) * width;
+}
+
+// Ask for the row of a token to come: no processor guesses it, as the other heads lie between.
+RETINUE_INLINE void fetch(const retinue_operand& states, int64_t from, int64_t numbers) {
+    const int64_t bytes = states.type == RETINUE_TYPE_F32 ? 4 : 2;
+    const char* at = static_cast<const char*>(states.at) + from * bytes;
+    for (int64_t i = 0; i < numbers * bytes; i += 64) __builtin_prefetch(at + i);
 }
 
 RETINUE_INLINE float dot(const float* a, const float* b, int64_t n) {
@@ -73,6 +81,8 @@ RETINUE_CLONES void attend(const retinue_attention& a, int64_t sequence, int64_t
     for (int64_t g = 0; g < group; ++g)
         queries.read(sequence, head * group + g, width, query + g * width);
     for (int64_t t = 0; t < n; ++t) {
+        if (t + AHEAD < n)
+            fetch(keys, row(places[first + t + AHEAD], head, a.key_heads, width), width);
         load(keys, row(places[first + t], head, a.key_heads, width), 1, width, key);
         for (int64_t g = 0; g < group; ++g) {
             const float score = dot(query + g * width, key, width) * a.scale;
@@ -86,6 +96,8 @@ RETINUE_CLONES void attend(const retinue_attention& a, int64_t sequence, int64_t
     }
     std::fill(out, out + group * wide, 0.0f);
     for (int64_t t = 0; t < n; ++t) {
+        if (t + AHEAD < n)
+            fetch(values, row(places[first + t + AHEAD], head, a.key_heads, wide), wide);
         load(values, row(places[first + t], head, a.key_heads, wide), 1, wide, value);
         for (int64_t g = 0; g < group; ++g) {
             const float weight = scores[g * n + t];
