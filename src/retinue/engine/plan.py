@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from retinue.config import Config, format_size
-from retinue.engine.pace import Band, Machine, Reads, decode_band, prefill_band
+from retinue.engine.pace import Band, Machine, Reads, compute_format, decode_band, prefill_band
 from retinue.errors import DoesNotFit
 from retinue.memory.budget import Split, budget_bytes, split
 from retinue.policy.presets import preset
@@ -81,7 +81,8 @@ def _reasons(facts: Facts, limits: Split, fixed: bool) -> list[str]:
     share = limits.slots / facts.total_experts
     reasons = []
     if facts.stored:
-        reasons.append(f"the experts stay in {facts.stored}, and are decoded when they are used")
+        decoded = "" if compute_format(facts) == facts.stored else ", decoded when they are used"
+        reasons.append(f"the experts stay in {facts.stored}{decoded}")
     if limits.slots == facts.total_experts:
         return [*reasons, "every expert stays in memory"]
     others = "serve for the others" if fixed else "the others are read when they are needed"
