@@ -74,6 +74,11 @@ class ExpertHost:
         return self.restriction is not None and self.restriction.active
 
     @property
+    def layers(self) -> int:
+        """How many layers have routed experts."""
+        return len(self._modules)
+
+    @property
     def sees_ahead(self) -> bool:
         """Whether every layer's router can be asked."""
         return None not in self._routers.values()

@@ -35,6 +35,10 @@ class Runner:
     ) -> None:
         self._network, self._host, self._mover, self._metrics = network, host, mover, metrics
         self._model, self._store, self._steps = network.model, store, steps
+        self._threads = torch.get_num_threads()
+        # What is left to torch in a prepared step is too small to share between threads.
+        native = network.model.dtype == torch.bfloat16 and len(host.kernels) == host.layers
+        self._step_threads = 1 if native else self._threads
 
     @property
     def host(self) -> ExpertHost:
@@ -93,7 +97,11 @@ class Runner:
             return self._alone(segments[0])
         # A restricted router has to be asked the way that it comes.
         if self._steps is not None and phase == "decode" and not self._host.restricted:
-            logits = self._steps.run(segments)
+            torch.set_num_threads(self._step_threads)
+            try:
+                logits = self._steps.run(segments)
+            finally:
+                torch.set_num_threads(self._threads)
             if logits is not None:
                 return logits
         return shared_pass(self._model, self._store, segments)
