@@ -6,9 +6,9 @@ import pytest
 
 from command import BOUND_KEYS
 from retinue.config import Config
-from retinue.engine import pace, plan
+from retinue.engine import bands, plan
+from retinue.engine.bands import Machine
 from retinue.engine.bound import TokenCost, with_bound
-from retinue.engine.pace import Machine
 from retinue.engine.plan import make_plan
 from retinue.memory import budget
 from retinue.memory.machine import Rate, Speeds
@@ -49,9 +49,9 @@ MACHINE = Machine(SPEEDS, RATES, threads=2)
 def round_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     """At worst half of the speeds, and 1 ms a layer of a step, 3 ms of a prompt."""
     for name in ("DISK", "ROWS", "FLOPS"):
-        monkeypatch.setattr(pace, name, (0.5, 1.0))
-    monkeypatch.setattr(pace, "STEP_LAYER_S", (1e-3, 0.0))
-    monkeypatch.setattr(pace, "PROMPT_LAYER_S", (3e-3, 0.0))
+        monkeypatch.setattr(bands, name, (0.5, 1.0))
+    monkeypatch.setattr(bands, "STEP_LAYER_S", (1e-3, 0.0))
+    monkeypatch.setattr(bands, "PROMPT_LAYER_S", (3e-3, 0.0))
     monkeypatch.setattr(plan, "REPETITION", 4)
     monkeypatch.setattr(budget, "available_bytes", lambda: 64 * GB)
 
@@ -158,7 +158,7 @@ def test_too_few_experts_do_not_change_the_smallest_budget() -> None:
 @pytest.mark.usefixtures("round_numbers")
 def test_experts_in_a_format_of_their_own_are_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
     """20 experts of 5 MB a token, by two cores: 0.1 s at worst and 0.025 s at best."""
-    monkeypatch.setattr(pace, "CORE_DECODED_BYTES_PER_S", (0.5 * GB, 2 * GB))
+    monkeypatch.setattr(bands, "CORE_DECODED_BYTES_PER_S", (0.5 * GB, 2 * GB))
     config = Config(memory=NEEDED + 200 * MB, context=1000)
     plain = make_plan(FACTS, config, MACHINE)
     facts = dataclasses.replace(FACTS, stored="mxfp4", decoded_bytes=5 * MB)

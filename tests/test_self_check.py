@@ -12,16 +12,16 @@ from retinue.errors import NotFinite, SelfCheckFailed
 from retinue.memory.cache import ExpertCache, Views
 from retinue.model import work
 
+PLAIN = ExpertCache.views
 Corruption = Callable[[ExpertCache, int, int, Views], Views]
 
 
 def corrupt(monkeypatch: pytest.MonkeyPatch, change: Corruption) -> None:
     """Let the cache hand out something else than what was read."""
-    plain = ExpertCache.views
 
     def views(cache: ExpertCache, slot: int) -> Views:
         layer, expert = cache._owner[slot].tolist()
-        return change(cache, layer, expert, plain(cache, slot))
+        return change(cache, layer, expert, PLAIN(cache, slot))
 
     monkeypatch.setattr(ExpertCache, "views", views)
 
@@ -29,7 +29,7 @@ def corrupt(monkeypatch: pytest.MonkeyPatch, change: Corruption) -> None:
 def neighbour(cache: ExpertCache, layer: int, expert: int, views: Views) -> Views:
     """Another resident expert of the same layer, as soon as there is one."""
     others = [e for e in range(cache.experts) if cache.slot_of[layer, e] >= 0 and e != expert]
-    return cache._views[int(cache.slot_of[layer, others[0]])] if others else views
+    return PLAIN(cache, int(cache.slot_of[layer, others[0]])) if others else views
 
 
 def halves(cache: ExpertCache, layer: int, expert: int, views: Views) -> Views:

@@ -3,8 +3,8 @@
 import pytest
 
 from command import Call, caller
-from retinue.engine import pace, watch
-from retinue.engine.pace import Machine
+from retinue.engine import bands, watch
+from retinue.engine.bands import Machine
 from retinue.engine.watch import Watch, expected
 from retinue.memory import machine
 from retinue.memory.machine import CoreTimes, Rate, Speeds
@@ -19,8 +19,8 @@ STEPS = {"hits": 160, "pending": 20, "misses": 20, "used_bytes_read": 40 * MB}
 @pytest.fixture(autouse=True)
 def round_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("DISK", "ROWS"):
-        monkeypatch.setattr(pace, name, (0.5, 1.0))
-    monkeypatch.setattr(pace, "STEP_LAYER_S", (1e-3, 0.0))
+        monkeypatch.setattr(bands, name, (0.5, 1.0))
+    monkeypatch.setattr(bands, "STEP_LAYER_S", (1e-3, 0.0))
 
 
 def counted(seconds: float, *, steps: int = 10, **fields: float) -> PhaseCounters:
@@ -131,7 +131,7 @@ def test_run_and_bench_say_it(
     call: Call = caller(capsys)
     words = (verb, "sample", *more, count, 12, "--memory", "2GiB")
     assert "slow: " not in call(*words).err
-    monkeypatch.setattr(pace, "STEP_LAYER_S", (1e-9, 1e-9))
+    monkeypatch.setattr(bands, "STEP_LAYER_S", (1e-9, 1e-9))
     said = call(*words).err
     assert said.count("slow: ") == 1
     assert "tokens/s, where this machine should give" in said

@@ -11,9 +11,9 @@ import numpy as np
 from retinue.cli.options import config_from
 from retinue.cli.terminal import audience, emit_json, note, table
 from retinue.config import Config, format_size
+from retinue.engine.bands import Machine, compute_format
 from retinue.engine.bound import with_bound
 from retinue.engine.llm import LLM
-from retinue.engine.pace import Machine, compute_format
 from retinue.engine.request import Request, new_request
 from retinue.engine.watch import Watch, expected
 from retinue.errors import UsageError

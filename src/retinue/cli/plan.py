@@ -6,7 +6,7 @@ from dataclasses import asdict
 from retinue.cli.options import config_from
 from retinue.cli.terminal import audience, emit_json, fail, note
 from retinue.config import format_size
-from retinue.engine.pace import Machine, compute_format
+from retinue.engine.bands import Machine, compute_format
 from retinue.engine.plan import PROMPT_TOKENS, Plan, make_plan
 from retinue.memory.home import locate_headers, weights_near
 from retinue.memory.machine import cores, known_speeds

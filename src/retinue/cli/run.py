@@ -11,9 +11,9 @@ from retinue.cli.interrupts import cancel_on
 from retinue.cli.options import config_from
 from retinue.cli.terminal import emit_json, fail, note, summary
 from retinue.config import Config, format_size
+from retinue.engine.bands import Machine
 from retinue.engine.bound import with_bound
 from retinue.engine.llm import LLM, Prompt
-from retinue.engine.pace import Machine
 from retinue.engine.watch import Watch
 from retinue.errors import UsageError
 from retinue.memory.budget import split

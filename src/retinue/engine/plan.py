@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from retinue.config import Config, format_size
-from retinue.engine.pace import Band, Machine, Reads, compute_format, decode_band, prefill_band
+from retinue.engine.bands import Band, Machine, Reads, compute_format, decode_band, prefill_band
 from retinue.errors import DoesNotFit
 from retinue.memory.budget import Split, budget_bytes, split
 from retinue.policy.presets import preset

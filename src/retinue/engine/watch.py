@@ -6,7 +6,7 @@ memory is no alarm; only a machine or a path that gives less than was measured i
 
 from dataclasses import dataclass, field
 
-from retinue.engine.pace import Band, Machine, Reads, compute_format, decode_band
+from retinue.engine.bands import Band, Machine, Reads, compute_format, decode_band
 from retinue.memory.machine import CoreTimes, core_times, cores
 from retinue.metrics import PhaseCounters
 from retinue.types import Facts

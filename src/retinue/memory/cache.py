@@ -70,8 +70,6 @@ class ExpertCache:
         self.quota = self.experts if everything else (tier.slots - self.ring) // moe_layers
         self.used_bytes_read = 0  # of experts that were read and then used
 
-    # --- asking: none of these changes anything
-
     @property
     def slots(self) -> int:
         """Slots of the tier."""
@@ -98,6 +96,9 @@ class ExpertCache:
 
     def views(self, slot: int) -> Views:
         """The parameters of the READY expert in `slot`."""
+        if not self._views[slot]:  # native kernels need addresses alone, so most never ask
+            layer, expert = self._owner[slot]
+            self._views[slot] = self._layouts[layer][expert].views(self._tier.tensor(slot))
         return self._views[slot]
 
     def view(self, ahead: tuple[Ahead, ...] = ()) -> View:
@@ -296,8 +297,6 @@ class ExpertCache:
             raise self._failed.popitem()[1]
         return sum(self._layouts[layer][expert].read_bytes for layer, expert in lacking)
 
-    # --- bookkeeping
-
     def cancel_all(self) -> None:
         """Cancel every read; after a failed or cancelled step."""
         for key, (ticket, _) in list(self._loading.items()):
@@ -372,7 +371,7 @@ class ExpertCache:
         self.slot_of[key] = slot
         self._owner[slot] = (key.layer, key.index)
         self._fresh[key] = True
-        self._views[slot] = self._layouts[key.layer][key.index].views(self._tier.tensor(slot))
+        self._views[slot] = {}
 
     def _cancel(self, key: Expert, ticket: Ticket) -> None:
         _, slot = self._loading.pop(key)
