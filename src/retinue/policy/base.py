@@ -142,6 +142,17 @@ class Popularity(Protocol):
         ...
 
 
+class Forecaster(Popularity, Protocol):
+    """How much each expert will be used by the prompts to come, from those that came before."""
+
+    def observe(self, task: str | None, used: FloatArray) -> None:
+        """A prompt of `task` has been read; `used` [layers, experts] is its routing weight,
+
+        summed over its tokens, as the routers themselves chose, before anything was replaced.
+        """
+        ...
+
+
 class Placement(Protocol):
     """Which experts stay in memory. `fixed` says that they leave only when it says so."""
 
