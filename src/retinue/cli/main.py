@@ -22,7 +22,7 @@ from retinue.memory.budget import fits_whole
 from retinue.memory.home import find_here
 from retinue.memory.process import prepare
 
-LOADING = ("run", "bench", "eval", "profile")  # verbs that need a model loaded
+LOADING = ("run", "bench", "eval", "profile", "trace")  # verbs that need a model loaded
 
 
 def build_parser() -> ArgumentParser:
@@ -38,6 +38,7 @@ def build_parser() -> ArgumentParser:
     _add_doctor(verbs)
     _add_bench(verbs)
     _add_pack(verbs)
+    _add_trace(verbs)
     _add_profile(verbs)
     _add_eval(verbs)
     new_verb(verbs, "presets", "every preset with its source and parts", "retinue presets --json")
@@ -118,6 +119,27 @@ def _add_pack(verbs: object) -> None:
         help="compare all bytes of MODEL, a pack, with its checksums",
     )
     add_config_options(pack, ("memory", "precision", "threads"))
+
+
+def _add_trace(verbs: object) -> None:
+    trace = new_verb(
+        verbs,
+        "trace",
+        "run texts, record which experts every token chose",
+        "retinue trace ./OLMoE-1B-7B --data tasks.jsonl --per-task 20 --out routing.trace",
+    )
+    _add_texts(trace)
+    trace.add_argument("--out", metavar="FILE", required=True, help="where to write the trace")
+    trace.add_argument("--merge", metavar="FILE", help="a trace whose requests come first")
+    trace.add_argument(
+        "--detail",
+        choices=("tokens", "histogram"),
+        default="tokens",
+        help="every token's experts and weights, or their sums by expert (default: tokens)",
+    )
+    add_config_options(
+        trace, ("memory", "experts", "context", "precision", "threads", "self_check")
+    )
 
 
 def _add_profile(verbs: object) -> None:
