@@ -2,8 +2,9 @@
 
 A server sees streams in which the tasks mix, and streams in which they do not: half of the pairs
 are of two texts of the same task, half of a text and any other, as the paper's uniform draw of
-tasks gives. What the profile says is counted without the text to be forecast, as it is when a text
-is new. Of each sixth pair or so the task is withheld, so that a request without one is served too.
+tasks gives; layer by layer all are of the same task, as the first layer is copied from there. What
+the profile says is counted without the text to be forecast, as it is when a text is new. Of each
+sixth pair or so the task is withheld, so that a request without one is served too.
 """
 
 from collections.abc import Callable, Sequence
@@ -45,12 +46,14 @@ class _Pairs:
         known = self._random.random(BATCH) >= WITHOUT_TASK
         prior = np.stack([self._prior(text, told) for text, told in zip(at, known, strict=True)])
         target = self._wholes[at]
+        same = self._random.random(BATCH) < (1 if layerwise else SAME_TASK)
+        before = [self._before(*pair) for pair in zip(at, same, strict=True)]
+        seen = self._prompts[before]
         if layerwise:
-            # Serving reads its own forecasts, which lie between the profile and the truth.
+            # After the first layer serving reads its own forecasts: between profile and truth.
             truth = self._random.random((BATCH, 1, 1))
-            seen = truth * target + (1 - truth) * prior
-        else:
-            seen = self._prompts[[self._before(text) for text in at]]
+            own = truth * target + (1 - truth) * prior
+            seen = np.where(np.arange(seen.shape[1])[:, None] == self._rows[0], seen, own)
         rows = [self._tasks.index(self._texts[text].task) for text in at]
         row = np.where(known, rows, len(self._tasks))
         return (
@@ -63,8 +66,7 @@ class _Pairs:
         text = self._texts[at]
         return self._counted.without(text, text.task if known else None)
 
-    def _before(self, at: int) -> int:
-        same = self._random.random() < SAME_TASK
+    def _before(self, at: int, same: bool) -> int:
         choice = self._own[self._texts[at].task] if same else np.arange(len(self._texts))
         return int(self._random.choice(choice))
 

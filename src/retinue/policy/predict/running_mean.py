@@ -14,7 +14,7 @@ from retinue.types import FloatArray
 
 DECAY = 0.98  # of a prompt's weight, with each later prompt of its task
 # As many prompts does the profile count as: for a task that it knows, for another.
-KNOWN_PROMPTS, UNKNOWN_PROMPTS = 4.0, 1.0
+KNOWN_PROMPTS, UNKNOWN_PROMPTS = 8.0, 1.0
 
 
 class RunningMean:
