@@ -22,7 +22,8 @@ from retinue.memory.budget import fits_whole
 from retinue.memory.home import find_here
 from retinue.memory.process import prepare
 
-LOADING = ("run", "bench", "eval", "profile", "train-predictor")  # verbs that need a model loaded
+# verbs that need a model loaded
+LOADING = ("run", "bench", "eval", "profile", "trace", "train-predictor")
 
 
 def build_parser() -> ArgumentParser:
@@ -38,6 +39,7 @@ def build_parser() -> ArgumentParser:
     _add_doctor(verbs)
     _add_bench(verbs)
     _add_pack(verbs)
+    _add_trace(verbs)
     _add_profile(verbs)
     _add_train_predictor(verbs)
     _add_eval(verbs)
@@ -121,6 +123,27 @@ def _add_pack(verbs: object) -> None:
     add_config_options(pack, ("memory", "precision", "threads"))
 
 
+def _add_trace(verbs: object) -> None:
+    trace = new_verb(
+        verbs,
+        "trace",
+        "run texts, record which experts every token chose",
+        "retinue trace ./OLMoE-1B-7B --data tasks.jsonl --per-task 20 --out routing.trace",
+    )
+    _add_texts(trace)
+    trace.add_argument("--out", metavar="FILE", required=True, help="where to write the trace")
+    trace.add_argument("--merge", metavar="FILE", help="a trace whose requests come first")
+    trace.add_argument(
+        "--detail",
+        choices=("tokens", "histogram"),
+        default="tokens",
+        help="every token's experts and weights, or their sums by expert (default: tokens)",
+    )
+    add_config_options(
+        trace, ("memory", "experts", "context", "precision", "threads", "self_check")
+    )
+
+
 def _add_profile(verbs: object) -> None:
     profile = new_verb(
         verbs,
@@ -144,6 +167,9 @@ def _add_train_predictor(verbs: object) -> None:
         "retinue train-predictor sample --kind all",
     )
     _add_texts(training)
+    training.add_argument(
+        "--trace", metavar="FILE", help="of `retinue trace`, in place of running texts"
+    )
     training.add_argument("--kind", choices=("emoe-a", "emoe-l", "all"), default="all")
     training.add_argument("--epochs", type=int, metavar="N", help="how often each text is learnt")
     training.add_argument("--out", metavar="FILE", help="write there, not to the cache folder")
