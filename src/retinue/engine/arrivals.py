@@ -87,7 +87,7 @@ class Simulation:
 
     def __init__(self, scheduler: Scheduler, clock: Clock, costs: Costs) -> None:
         self._scheduler, self._clock, self._costs = scheduler, clock, costs
-        self._there: set[str | None] = set()  # tasks whose experts are loaded
+        self.there: set[str | None] = set()  # tasks whose experts are loaded
 
     def run(self, arrivals: Iterable[Arrival]) -> list[Request]:
         """Serve all `arrivals` to their ends; returns their requests in the same order."""
@@ -131,8 +131,8 @@ class Simulation:
     def _load(self) -> tuple[int, float]:
         """Read the experts of the tasks that run now and did not before: how many, how long."""
         tasks = {request.task for request in self._scheduler.running}
-        count = sum(self._costs.loads.get(task, 0) for task in tasks - self._there)
-        self._there = tasks
+        count = sum(self._costs.loads.get(task, 0) for task in tasks - self.there)
+        self.there = tasks
         base, slope = self._costs.load
         return count, base + slope * count if count else 0.0
 

@@ -139,7 +139,9 @@ class Scheduler:
         chunk = self.limits.chunk
         if prompts and ready:
             chunk = min(chunk, self.order.chunk(self.queues(), self._last))
-        work = self._prefill(prompts, chunk) if prompts and chunk else self._decode(ready)
+        work = self._prefill(prompts, chunk)
+        if not work.parts:
+            work = self._decode(ready)
         self._last = work.phase
         return work if work.parts else None
 

@@ -77,22 +77,24 @@ class Emoe:
 
     def chunk(self, queues: Queues, after: Phase) -> int:
         """In turn; a chunk is no longer than those that decode have time for."""
-        prompts = [job for job in queues.running if job.prompt_left]
-        waited = any(queues.now >= job.arrived + PATIENCE_S for job in prompts)
         if after == "prefill":
             return 0
-        room = math.inf if waited else self._room(queues)
-        if queues.whole:
-            return queues.chunk if room >= min(job.prompt_left for job in prompts) else 0
-        return min(queues.chunk, int(min(room, queues.chunk))) if room >= LEAST_CHUNK else 0
+        prompts = [job for job in queues.running if job.prompt_left]
+        if any(queues.now >= job.arrived + PATIENCE_S for job in prompts):
+            return queues.chunk
+        least = min(LEAST_CHUNK, *(job.prompt_left for job in prompts))
+        room = min(queues.chunk, self._room(queues, least))
+        return int(room) if room >= least else 0
 
-    def _room(self, queues: Queues) -> float:
-        """Tokens of prompts that can be read before those that decode have to go on."""
+    def _room(self, queues: Queues, least: int) -> float:
+        """Tokens of prompts that can be read before those that decode have to go on.
+
+        A gap between tokens that not even `least` of them fit into cannot be kept, and counts not.
+        """
         base, slope = self._estimate.costs.prefill.parts
         ready = [job for job in queues.running if not job.prompt_left]
         step_s = self._estimate.step_s(min(len(queues.running), queues.together))
-        least_s = step_s + base + slope * LEAST_CHUNK
-        # A gap that no chunk at all fits into is none that a smaller chunk would save.
+        least_s = step_s + base + slope * (least + 1)  # one more, as numbers are rounded
         kept = [job for job in ready if _gap(job) * SAFE >= least_s]
         until = min((job.last_token_at + _gap(job) * SAFE for job in kept), default=math.inf)
         spare_s = until - queues.now - step_s - base

@@ -9,4 +9,9 @@ from retinue.policy.order.shortest import Shortest
 
 def order_named(name: str, estimate: Estimate) -> Order:
     """One of `config.ORDERS`, which decides by `estimate`."""
-    return {"fcfs": Fcfs(), "shortest": Shortest(estimate), "emoe": Emoe(estimate)}[name]
+    orders: dict[str, Order] = {
+        "fcfs": Fcfs(),
+        "shortest": Shortest(estimate),
+        "emoe": Emoe(estimate),
+    }
+    return orders[name]
