@@ -227,9 +227,7 @@ def test_policies_see_scores_ids_and_weights() -> None:
 
     router, hidden = make_router("olmoe"), inputs()
     logits, weights, ids = router(hidden)
-    made = Restriction(
-        [outside(router)], [found(router)], Watching(), lambda choice: some(8)
-    )
+    made = Restriction([outside(router)], [found(router)], Watching(), lambda choice: some(8))
     made.active = True
     router(hidden)
     made.close()

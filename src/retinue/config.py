@@ -128,11 +128,16 @@ class Config:
         share = self.fetch_above
         if share is not None and not 0 <= share <= 1:
             raise UsageError(f"fetch_above is out of range: `{share}`", hint="from 0 to 1")
-        if self.read_limit is not None and parse_size(self.read_limit) < 1:
+        if self.read_bytes_per_s is not None and self.read_bytes_per_s < 1:
             raise UsageError(
                 f"read_limit is out of range: `{self.read_limit}`", hint="such as 300MB"
             )
         self.sampling()
+
+    @property
+    def read_bytes_per_s(self) -> int | None:
+        """What `read_limit` says."""
+        return None if self.read_limit is None else parse_size(self.read_limit)
 
     def room(self) -> dict[str, Any]:
         """What `memory.budget.split` is asked for under this configuration."""

@@ -87,7 +87,9 @@ class Usage:
     Where the preset is exact, only `used` is counted.
     """
 
-    used: FloatArray  # [layers, experts], the prompt's routing weight as the routers themselves chose
+    used: (
+        FloatArray  # [layers, experts], the prompt's routing weight as the routers themselves chose
+    )
     routed: FloatArray  # [layers], all routing weight
     degraded: FloatArray  # [layers], of it, not served by the expert that the router chose
     missed: int = 0  # tokens' chosen experts that were not there

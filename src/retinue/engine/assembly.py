@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from retinue.config import Config, parse_size
+from retinue.config import Config
 from retinue.engine.blocks import BlockPool
 from retinue.engine.cohort import Cohort
 from retinue.engine.engine import Engine
@@ -92,8 +92,7 @@ def assemble(reserved: Reserved) -> Assembly:
         reader, metrics = Reader(), Metrics()
         undo.callback(reader.close)
         load_dense(network, reader)
-        limit = None if config.read_limit is None else parse_size(config.read_limit)
-        mover = Mover(reader, bytes_per_s=limit)
+        mover = Mover(reader, bytes_per_s=config.read_bytes_per_s)
         undo.callback(mover.close)
         host = _host(network, tier, mover, policies, metrics)
         if config.self_check:

@@ -222,7 +222,9 @@ class ExpertHost:
         served = self._served.pop(layer, None)
         self._count_rerouted(layer, work.experts, served)
         if served is None or not len(served.fetched):
-            assert (self.cache.lookup(layer, work.experts) >= 0).all(), "a router chose what is not resident"
+            assert (self.cache.lookup(layer, work.experts) >= 0).all(), (
+                "a router chose what is not resident"
+            )
             return self._run_resident(layer, work)
         exchange = Exchange(self.cache, layer, served, work.experts)
         self.cache.mark_used(layer, work.experts)
