@@ -42,7 +42,8 @@ def execute(options: Namespace) -> int:
 def _speeds(folder: Path, config: Config) -> Speeds:
     """The machine's speeds, for the bound: the remembered ones, or measured before loading."""
     limits = split(survey(folder, config.precision), **config.room())
-    return known_speeds(folder, at_most_bytes=limits.budget - limits.fixed)
+    speeds = known_speeds(folder, at_most_bytes=limits.budget - limits.fixed)
+    return speeds.limited(config.read_bytes_per_s)
 
 
 def _open(folder: Path, config: Config) -> LLM:
@@ -115,6 +116,7 @@ def watching(llm: LLM) -> Watch | None:
     speeds = remembered_speeds(assembly.folder)
     if speeds is None:
         return None
+    speeds = speeds.limited(llm.config.read_bytes_per_s)
     machine = Machine(speeds, remembered_rates(assembly.threads), assembly.threads)
     return Watch(assembly.facts, machine, assembly.metrics.total.decode)
 

@@ -93,7 +93,7 @@ def assemble(reserved: Reserved) -> Assembly:
         reader, metrics = Reader(), Metrics()
         undo.callback(reader.close)
         load_dense(network, reader)
-        mover = Mover(reader)
+        mover = Mover(reader, bytes_per_s=config.read_bytes_per_s)
         undo.callback(mover.close)
         host = _host(network, tier, mover, policies, metrics)
         if config.self_check:
@@ -113,7 +113,7 @@ def assemble(reserved: Reserved) -> Assembly:
     notes += [reader.note] if reader.note else []
     notes += abilities.notes
     notes += [BLIND] if policies.predictor.needs and not host.sees_ahead else []
-    notes += [APPROXIMATE] if not reserved.preset.exact else []
+    notes += [APPROXIMATE] if not policies.exact else []
     notes += _precision_notes(network, facts, limits, config)
     load_s = reserved.seconds + time.perf_counter() - started
     return Assembly(
