@@ -24,6 +24,7 @@ ENVIRONMENT_KEYS = (
     "chunk",
     "preset",
     "task",
+    "infer_task",
     "precision",
     "threads",
     "self_check",
@@ -31,6 +32,7 @@ ENVIRONMENT_KEYS = (
 )
 AS_IS = "as-is"
 PRECISIONS = (AS_IS, "int8", "int4")
+CLASSIFIERS = ("learned", "keywords", "none")
 
 _UNITS = {"": 1, "B": 1}
 _UNITS |= {f"{letter}B": 1000**n for n, letter in enumerate("KMGT", 1)}
@@ -89,6 +91,9 @@ class Config:
     task: str | None = _option(
         None, "the kind of work that a request belongs to, for presets that know tasks", "NAME"
     )
+    infer_task: str = _option(
+        "learned", "finds the task where none is given: learned, keywords or none", "NAME"
+    )
     profile: str | None = _option(
         None, "what `retinue profile` wrote; default: what it remembered of this model", "FILE"
     )
@@ -109,6 +114,11 @@ class Config:
             raise UsageError(
                 f"unknown precision: `{self.precision}`",
                 hint=f"this version serves: {', '.join(PRECISIONS)}",
+            )
+        if self.infer_task not in CLASSIFIERS:
+            raise UsageError(
+                f"infer_task is unknown: `{self.infer_task}`",
+                hint=f"this version knows: {', '.join(CLASSIFIERS)}",
             )
         for name in ("context", "threads", "kv_tokens", "batch", "chunk"):
             value = getattr(self, name)

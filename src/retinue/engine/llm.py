@@ -43,6 +43,7 @@ class LLM:
         experts: str | int | None = None,
         preset: str | None = None,
         task: str | None = None,
+        infer_task: str | None = None,
         profile: str | Path | None = None,
         precision: str | None = None,
         threads: int | None = None,
@@ -58,6 +59,7 @@ class LLM:
             "experts": experts,
             "preset": preset,
             "task": task,
+            "infer_task": infer_task,
             "profile": None if profile is None else str(profile),
             "precision": precision,
             "threads": threads,
@@ -113,7 +115,7 @@ class LLM:
     ) -> list[Output]:
         """Answer each prompt, a text or a list of token ids; a progress bar goes to stderr.
 
-        `task` names the kind of work, for presets that know tasks; default: the model's own.
+        `task` names the kind of work, for presets that know tasks; default: that of `task_of`.
         Prompts are answered together, as many as `batch` and `kv_tokens` allow. `reuse` lets those
         that begin alike compute that part once: by default where there are several. Alone, a
         prompt's answer does not depend on others; together, logits may differ by rounding.
@@ -129,9 +131,12 @@ class LLM:
         ids = [self._checked(prompt) for prompt in batch]
         params = params or SamplingParams()
         shared = len(ids) > 1 if reuse is None else reuse
-        task = self.config.task if task is None else task
+        tasks = [
+            task or self.task_of(prompt, each) for prompt, each in zip(batch, ids, strict=True)
+        ]
         requests = [
-            new_request(each, params, self.tokenizer, reuse=shared, task=task) for each in ids
+            new_request(each, params, self.tokenizer, reuse=shared, task=found)
+            for each, found in zip(ids, tasks, strict=True)
         ]
         with _bar(len(ids), progress) as bar:
             for _ in self.serve(requests):
@@ -153,7 +158,7 @@ class LLM:
         streams may be open at once; each step of one serves them all.
         """
         ids = self._checked(prompt)
-        task = self.config.task if task is None else task
+        task = task or self.task_of(prompt, ids)
         params = params or SamplingParams()
         return self._stream(new_request(ids, params, self.tokenizer, reuse=reuse, task=task))
 
@@ -174,6 +179,16 @@ class LLM:
                 "the checkpoint has no tokenizer", hint="give the prompt as a list of token ids"
             )
         return list(self.tokenizer(prompt)["input_ids"])
+
+    def task_of(self, prompt: Prompt, ids: Sequence[int]) -> str | None:
+        """The task of a request that names none: the model's own, or what the prompt looks like.
+
+        ids: the prompt's. None where it looks like no task, and for presets that ask for none.
+        """
+        if self.config.task is not None:
+            return self.config.task
+        text = prompt if isinstance(prompt, str) else ""
+        return self.assembly.classifier.classify(text, ids)
 
     def close(self) -> None:
         """Free threads, files and memory. Idempotent."""
@@ -270,6 +285,7 @@ class LLM:
             delta=delta,
             logprobs=list(request.logprobs) if request.params.logprobs is not None else None,
             stats=self.stats(request) if final else Stats(),
+            task=request.task,
         )
 
 
