@@ -17,7 +17,7 @@ from retinue import UsageError
 from retinue.config import CLASSIFIERS, load_config
 from retinue.memory.home import sample_folder, sample_tasks
 from retinue.model.profiles import write_profile
-from retinue.policy.classify import classifier
+from retinue.policy.classify.classifiers import classifier
 from retinue.policy.classify.keywords import Keywords
 from retinue.policy.classify.learned import Learned
 from retinue.policy.classify.noise import mislabelled

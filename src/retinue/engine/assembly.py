@@ -34,7 +34,7 @@ from retinue.model.runner import Runner
 from retinue.model.step import Steps
 from retinue.model.survey import survey_abilities
 from retinue.policy.base import Policies
-from retinue.policy.classify import Classifier, classifier
+from retinue.policy.classify.classifiers import Classifier, classifier
 from retinue.policy.presets import Preset
 from retinue.policy.profile import Profile
 from retinue.types import BLOCK_TOKENS, Facts
