@@ -3,6 +3,7 @@
 import operator
 import statistics
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,12 +13,13 @@ from typing import TYPE_CHECKING, Any, Self
 from retinue.config import DEFAULT_BATCH, Config, load_config
 from retinue.engine.request import Request, State, new_request
 from retinue.engine.reserve import reserve
-from retinue.errors import UsageError
+from retinue.errors import Overloaded, UsageError
 from retinue.memory.machine import resident_bytes
-from retinue.types import Output, SamplingParams, Stats
+from retinue.types import Deadline, Output, SamplingParams, Stats
 
 if TYPE_CHECKING:
     from retinue.engine.assembly import Assembly
+    from retinue.engine.engine import Engine
 
 Prompt = str | Sequence[int]
 
@@ -112,16 +114,18 @@ class LLM:
         reuse: bool | None = None,
         progress: bool = True,
         task: str | None = None,
+        deadline: Deadline | None = None,
     ) -> list[Output]:
         """Answer each prompt, a text or a list of token ids; a progress bar goes to stderr.
 
         `task` names the kind of work, for presets that know tasks; default: that of `task_of`.
+        `deadline` says when tokens are due; default: the configuration's for that task.
         Prompts are answered together, as many as `batch` and `kv_tokens` allow. `reuse` lets those
         that begin alike compute that part once: by default where there are several. Alone, a
         prompt's answer does not depend on others; together, logits may differ by rounding.
 
         Raises UsageError for a prompt that is none, empty or too long, and whatever made an answer
-        fail, after the other prompts were answered; the model stays usable.
+        fail, such as Overloaded, after the other prompts were answered; the model stays usable.
         """
         if not isinstance(prompts, Sequence):
             raise _no_prompt(prompts)
@@ -131,12 +135,9 @@ class LLM:
         ids = [self._checked(prompt) for prompt in batch]
         params = params or SamplingParams()
         shared = len(ids) > 1 if reuse is None else reuse
-        tasks = [
-            task or self.task_of(prompt, each) for prompt, each in zip(batch, ids, strict=True)
-        ]
         requests = [
-            new_request(each, params, self.tokenizer, reuse=shared, task=found)
-            for each, found in zip(ids, tasks, strict=True)
+            self._request(each, params, shared, task or self.task_of(prompt, each), deadline)
+            for prompt, each in zip(batch, ids, strict=True)
         ]
         with _bar(len(ids), progress) as bar:
             for _ in self.serve(requests):
@@ -150,6 +151,7 @@ class LLM:
         *,
         reuse: bool = False,
         task: str | None = None,
+        deadline: Deadline | None = None,
     ) -> Iterator[Output]:
         """Yield the answer as it grows; the last Output has a finish_reason and stats.
 
@@ -159,8 +161,7 @@ class LLM:
         """
         ids = self._checked(prompt)
         task = task or self.task_of(prompt, ids)
-        params = params or SamplingParams()
-        return self._stream(new_request(ids, params, self.tokenizer, reuse=reuse, task=task))
+        return self._stream(self._request(ids, params or SamplingParams(), reuse, task, deadline))
 
     def cancel(self) -> None:
         """End all running answers as soon as their layer allows. From any thread or a signal."""
@@ -225,12 +226,12 @@ class LLM:
         engine = self.assembly.engine
         for request in requests:
             engine.check(request.prompt)
-        for request in requests:
-            engine.add(request)
+        coming = deque(requests)
         self._running += requests
         told, ours = not requests, set(requests)
         try:
             while not all(request.state.final for request in requests):
+                _queue(engine, coming)
                 moved = self.assembly.engine.step()  # asked anew: it may have been closed
                 if not ours.isdisjoint(moved):
                     told = all(request.state.final for request in requests)
@@ -240,6 +241,8 @@ class LLM:
             if not engine.busy:
                 engine.idle()
         finally:
+            for request in coming:
+                request.end(State.CANCELLED, "cancelled")
             for request in requests:
                 self._running.remove(request)
                 request.cancelled.set()
@@ -265,6 +268,17 @@ class LLM:
         """What `request` has cost. Passes that served several requests count for each of them."""
         return _stats(self.assembly, request)
 
+    def _request(
+        self,
+        ids: list[int],
+        params: SamplingParams,
+        reuse: bool,
+        task: str | None,
+        deadline: Deadline | None,
+    ) -> Request:
+        deadline = deadline or self.config.deadline(task)
+        return new_request(ids, params, self.tokenizer, reuse=reuse, task=task, deadline=deadline)
+
     def _checked(self, prompt: Prompt) -> list[int]:
         ids = self.encode(prompt)
         self.assembly.engine.check(ids)
@@ -287,6 +301,16 @@ class LLM:
             stats=self.stats(request) if final else Stats(),
             task=request.task,
         )
+
+
+def _queue(engine: "Engine", coming: deque[Request]) -> None:
+    """Add those that are `coming` as long as more may wait; who comes too late fails."""
+    while coming and len(engine.scheduler.waiting) < engine.limits.queue:
+        request = coming.popleft()
+        try:
+            engine.add(request)
+        except Overloaded as error:
+            request.end(State.FAILED, "error", error)
 
 
 def _ids(prompt: Sequence[int]) -> list[int]:
