@@ -26,6 +26,7 @@ ENVIRONMENT_KEYS = (
     "fetch_above",
     "read_limit",
     "task",
+    "infer_task",
     "precision",
     "threads",
     "self_check",
@@ -33,6 +34,7 @@ ENVIRONMENT_KEYS = (
 )
 AS_IS = "as-is"
 PRECISIONS = (AS_IS, "int8", "int4")
+CLASSIFIERS = ("learned", "keywords", "none")
 ORDERS = ("fcfs", "shortest", "emoe")
 
 _UNITS = {"": 1, "B": 1}
@@ -101,6 +103,9 @@ class Config:
     task: str | None = _option(
         None, "the kind of work that a request belongs to, for presets that know tasks", "NAME"
     )
+    infer_task: str = _option(
+        "learned", "finds the task where none is given: learned, keywords or none", "NAME"
+    )
     profile: str | None = _option(
         None, "what `retinue profile` wrote; default: what it remembered of this model", "FILE"
     )
@@ -134,6 +139,11 @@ class Config:
             raise UsageError(
                 f"unknown precision: `{self.precision}`",
                 hint=f"this version serves: {', '.join(PRECISIONS)}",
+            )
+        if self.infer_task not in CLASSIFIERS:
+            raise UsageError(
+                f"infer_task is unknown: `{self.infer_task}`",
+                hint=f"this version knows: {', '.join(CLASSIFIERS)}",
             )
         if self.order not in ORDERS:
             raise UsageError(f"unknown order: `{self.order}`", hint=f"one of {', '.join(ORDERS)}")

@@ -64,7 +64,7 @@ def _add_run(verbs: object) -> None:
     run.add_argument("--logprobs", type=int, metavar="N", help="with --json: N alternatives each")
     run.add_argument("--ignore-eos", action="store_true", help="go on after an end token")
     run.add_argument("--system", metavar="TEXT", help="of the chat: the role that the model plays")
-    add_config_options(run, ENGINE + SAMPLING)
+    add_config_options(run, (*ENGINE, "infer_task", *SAMPLING))
 
 
 def _add_plan(verbs: object) -> None:

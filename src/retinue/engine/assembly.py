@@ -35,6 +35,7 @@ from retinue.model.runner import Runner
 from retinue.model.step import Steps
 from retinue.model.survey import survey_abilities
 from retinue.policy.base import Order, Policies
+from retinue.policy.classify.classifiers import Classifier, classifier
 from retinue.policy.presets import Preset
 from retinue.policy.profile import Profile
 from retinue.types import BLOCK_TOKENS, Facts
@@ -60,6 +61,7 @@ class Assembly:
     host: ExpertHost
     engine: Engine
     residents: Residents | None
+    classifier: Classifier  # of requests without a task; knows none where the preset asks for none
     metrics: Metrics
     load_s: float
     notes: list[str]
@@ -109,6 +111,8 @@ def assemble(reserved: Reserved) -> Assembly:
         engine = Engine(runner, scheduler, facts.vocab_size, end_tokens(network))
         tokenizer = load_tokenizer(folder)
         residents = _residents(host, policies, known, network, config)
+        by_task = known if policies.placement.by_task else None
+        infers = classifier(config.infer_task, by_task, tokenizer and tokenizer.decode)
         undo.pop_all()
     notes += [reader.note] if reader.note else []
     notes += abilities.notes
@@ -130,6 +134,7 @@ def assemble(reserved: Reserved) -> Assembly:
         host,
         engine,
         residents,
+        infers,
         metrics,
         load_s,
         notes,
