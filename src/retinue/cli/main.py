@@ -22,7 +22,8 @@ from retinue.memory.budget import fits_whole
 from retinue.memory.home import find_here
 from retinue.memory.process import prepare
 
-LOADING = ("run", "bench", "eval", "profile", "trace")  # verbs that need a model loaded
+# verbs that need a model loaded
+LOADING = ("run", "bench", "eval", "profile", "trace", "train-predictor")
 
 
 def build_parser() -> ArgumentParser:
@@ -40,6 +41,7 @@ def build_parser() -> ArgumentParser:
     _add_pack(verbs)
     _add_trace(verbs)
     _add_profile(verbs)
+    _add_train_predictor(verbs)
     _add_eval(verbs)
     new_verb(verbs, "presets", "every preset with its source and parts", "retinue presets --json")
     new_verb(verbs, "list", "the models in the hub's cache", "retinue list --json")
@@ -62,7 +64,7 @@ def _add_run(verbs: object) -> None:
     run.add_argument("--logprobs", type=int, metavar="N", help="with --json: N alternatives each")
     run.add_argument("--ignore-eos", action="store_true", help="go on after an end token")
     run.add_argument("--system", metavar="TEXT", help="of the chat: the role that the model plays")
-    add_config_options(run, ENGINE + SAMPLING)
+    add_config_options(run, (*ENGINE, "infer_task", *SAMPLING))
 
 
 def _add_plan(verbs: object) -> None:
@@ -87,7 +89,8 @@ def _add_doctor(verbs: object) -> None:
     doctor.add_argument(
         "--verify", action="store_true", help="read all of a pack and compare its checksums"
     )
-    add_config_options(doctor, tuple(name for name in ENGINE if name not in ("task", "profile")))
+    unused = ("task", "profile", "fetch_above", "read_limit")
+    add_config_options(doctor, tuple(name for name in ENGINE if name not in unused))
 
 
 def _add_bench(verbs: object) -> None:
@@ -194,6 +197,25 @@ def _number_or_off(text: str) -> int:
     return 0 if text == "off" else int(text)
 
 
+def _add_train_predictor(verbs: object) -> None:
+    training = new_verb(
+        verbs,
+        "train-predictor",
+        "learn which experts the next prompts use; scored on texts that are held out",
+        "retinue train-predictor sample --kind all",
+    )
+    _add_texts(training)
+    training.add_argument(
+        "--trace", metavar="FILE", help="of `retinue trace`, in place of running texts"
+    )
+    training.add_argument("--kind", choices=("emoe-a", "emoe-l", "all"), default="all")
+    training.add_argument("--epochs", type=int, metavar="N", help="how often each text is learnt")
+    training.add_argument("--out", metavar="FILE", help="write there, not to the cache folder")
+    add_config_options(
+        training, ("memory", "experts", "context", "precision", "threads", "self_check", "seed")
+    )
+
+
 def _add_eval(verbs: object) -> None:
     evaluation = new_verb(
         verbs,
@@ -236,7 +258,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     try:
         prepare(resident=_lies_in_memory(options))
-        verb = importlib.import_module(f"retinue.cli.{options.verb}")
+        verb = importlib.import_module(f"retinue.cli.{options.verb.replace('-', '_')}")
         code = int(verb.execute(options))
         print(end="", flush=True)
         return code

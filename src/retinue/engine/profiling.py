@@ -212,7 +212,7 @@ def _random_routing(assembly: Assembly, layers: Sequence[int]) -> Iterator[None]
         find_routers(network.model, modules),
         modules,
         RandomLayers(layers),
-        lambda layer, tokens: np.broadcast_to(there[layer], (tokens, there.shape[1])),
+        lambda choice: np.broadcast_to(there[choice.layer], choice.scores.shape),
     )
     try:
         restriction.active = True
