@@ -57,7 +57,7 @@ def test_the_profile_that_ships_works_at_once(call: Call) -> None:
     assert set(document) >= KEYS
     assert len(document["tasks"]) == 8
     for score in document["tasks"].values():
-        assert set(score) == TASK_KEYS
+        assert set(score) >= TASK_KEYS
     assert 0 < document["degraded_share"] < 1
     assert document["fetched"] == 0
     assert document["bytes_read"] > 0

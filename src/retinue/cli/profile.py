@@ -97,7 +97,7 @@ def _row(profile: Profile, name: str, task: TaskCounts) -> tuple[Any, ...]:
     sensitive = random = "unknown"
     if task.sensitivity is not None:
         sensitive = f"{profile.sensitive(name).sum()} of {profile.layers} layers"
-        damage = next(reversed(task.sensitivity.first.values()), None)
+        damage = task.sensitivity.first.get(max(task.sensitivity.first, default=0))
         random = f"{damage.agreement:.2f} {damage.added_nll:+.2f}" if damage else "unknown"
     lengths = (f"{answer.p50:.0f}", f"{answer.p90:.0f}") if answer is not None else ("", "")
     half = f"{_half(profile, name):.0%}"

@@ -128,7 +128,7 @@ def _bounded(task: TaskCounts) -> TaskCounts:
         texts=task.texts // 2,
         tokens=task.tokens // 2,
         choices=task.choices // 2,
-        weight=task.weight / 2,
+        weight=task.weight * np.float32(0.5),
         words=_halved(words),
         words_total=task.words_total // 2,
         answers=_halved(task.answers),

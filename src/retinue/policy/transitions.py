@@ -36,18 +36,16 @@ class Transitions:
         """The counts of both, and means weighted by texts."""
         texts = self.texts + other.texts
         own = self.texts / max(texts, 1)
-        means = (
-            own * left + (1 - own) * right
-            for left, right in (
-                (self.layers, other.layers),
-                (self.prompts, other.prompts),
-                (self.overlap, other.overlap),
-            )
-        )
         pairs = dict(self.pairs)
         for pair, count in other.pairs.items():
             pairs[pair] = pairs.get(pair, 0) + count
-        return Transitions(texts, *means, pairs)
+        return Transitions(
+            texts,
+            own * self.layers + (1 - own) * other.layers,
+            own * self.prompts + (1 - own) * other.prompts,
+            own * self.overlap + (1 - own) * other.overlap,
+            pairs,
+        )
 
     def following(self, layer: int, expert: int) -> dict[int, int]:
         """How often each expert of the next layer followed this one, as far as it is kept."""
@@ -88,7 +86,7 @@ class TransitionCounter:
                     pair = (self._routed[gap], code // self._experts, code % self._experts)
                     pairs[pair] = int(row[code])
         size = self._experts
-        tied = [_cramer(row.reshape(size, size)) for row in self._counts]
+        tied = [_cramer(row.reshape(size, size).astype(np.int64)) for row in self._counts]
         likeness = np.mean(self._likeness, axis=0) if self._likeness else np.zeros(2)
         layers = float(np.mean(tied)) if tied else 0.0
         return Transitions(self._texts, layers, float(likeness[0]), float(likeness[1]), pairs)
@@ -121,8 +119,8 @@ def transitions_from(content: Any) -> Transitions:
         for expert, row in dict(table).items()
         for following, count in dict(row).items()
     }
-    means = (float(content[name]) for name in ("layers", "prompts", "overlap"))
-    return Transitions(int(content["texts"]), *means, pairs)
+    layers, prompts, overlap = (float(content[name]) for name in ("layers", "prompts", "overlap"))
+    return Transitions(int(content["texts"]), layers, prompts, overlap, pairs)
 
 
 def _likeness(left: FloatArray, right: FloatArray) -> tuple[float, float]:
