@@ -12,6 +12,7 @@ from retinue.cli.options import (
     MODEL_HELP,
     ROOM,
     SAMPLING,
+    SERVER,
     add_config_options,
     config_from,
     new_verb,
@@ -22,7 +23,7 @@ from retinue.memory.budget import fits_whole
 from retinue.memory.home import find_here
 from retinue.memory.process import prepare
 
-LOADING = ("run", "bench", "eval", "profile")  # verbs that need a model loaded
+LOADING = ("run", "serve", "bench", "eval", "profile")  # verbs that need a model loaded
 
 
 def build_parser() -> ArgumentParser:
@@ -34,6 +35,7 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--version", action="version", version=f"retinue {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     _add_run(verbs)
+    _add_serve(verbs)
     _add_plan(verbs)
     _add_doctor(verbs)
     _add_bench(verbs)
@@ -62,6 +64,17 @@ def _add_run(verbs: object) -> None:
     run.add_argument("--ignore-eos", action="store_true", help="go on after an end token")
     run.add_argument("--system", metavar="TEXT", help="of the chat: the role that the model plays")
     add_config_options(run, ENGINE + SAMPLING)
+
+
+def _add_serve(verbs: object) -> None:
+    serve = new_verb(
+        verbs,
+        "serve",
+        "HTTP server in the OpenAI form",
+        "retinue serve sample --memory 1GiB --port 8000",
+    )
+    serve.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    add_config_options(serve, ENGINE + SERVER + SAMPLING)
 
 
 def _add_plan(verbs: object) -> None:
