@@ -125,7 +125,7 @@ class ExpertHost:
         demand = work.demand(layer)
         cache.begin_layer(layer)
         slots = cache.lookup(layer, demand.experts)
-        self._count(slots)
+        self._count(layer, slots)
         self.metrics.now.repeated += cache.count_repeated(demand)
         with cache.lease(layer, demand.experts) as lease:
             missing = self._start_reads(demand, slots, hidden)
@@ -158,7 +158,7 @@ class ExpertHost:
         there = experts < self.cache.experts
         if not there.all():
             experts = experts[there]
-        self.metrics.now.hits += len(set(experts.tolist()))
+        self.metrics.count(layer, len(set(experts.tolist())))
         self.cache.mark_used(layer, experts)
         slots = self.cache.use(layer, experts)
         ranks = np.flatnonzero(there)
@@ -169,7 +169,7 @@ class ExpertHost:
         if self.restricted:
             self._count_rerouted(layer, work.experts)
         else:
-            self.metrics.now.hits += len(work.experts)
+            self.metrics.count(layer, len(work.experts))
         self.cache.mark_used(layer, work.experts)
         experts = work.experts.tolist()
         self._timed(work.compute, experts, self.cache.use(layer, experts))
@@ -255,20 +255,15 @@ class ExpertHost:
         assert there.all(), "a restricted router chose an expert that is not resident"
         rerouted = self.restriction.take(layer) if self.restriction is not None else None
         if rerouted is None:  # these did not come from a router: nothing was replaced
-            self.metrics.now.hits += len(experts)
+            self.metrics.count(layer, len(experts))
             return
-        self._count(self.cache.lookup(layer, rerouted.experts))
-        counters = self.metrics.now
-        counters.routed_weight += rerouted.weight
-        counters.degraded_weight += rerouted.degraded
-        counters.rerouted += rerouted.missing
+        self._count(layer, self.cache.lookup(layer, rerouted.experts))
+        self.metrics.count_weight(layer, rerouted.weight, rerouted.degraded)
+        self.metrics.now.rerouted += rerouted.missing
 
-    def _count(self, slots: IntArray) -> None:
-        counters = self.metrics.now
+    def _count(self, layer: int, slots: IntArray) -> None:
         hits, pending = int((slots >= 0).sum()), int((slots == LOADING).sum())
-        counters.hits += hits
-        counters.pending += pending
-        counters.misses += len(slots) - hits - pending
+        self.metrics.count(layer, hits, pending, len(slots) - hits - pending)
 
 
 def _probabilities(router: Router, hidden: torch.Tensor) -> FloatArray:

@@ -121,7 +121,7 @@ class Server:
 def create_app(server: Server) -> FastAPI:
     """The application of `server`."""
     app = FastAPI(title="retinue", version=__version__, responses=RESPONSES)
-    app.add_middleware(Gate, config=server.config)
+    app.add_middleware(Gate, config=server.config, responded=server.metrics.responded)
     app.add_exception_handler(Problem, _on_problem)
     app.add_exception_handler(RetinueError, _on_problem)
     app.add_exception_handler(RequestValidationError, _on_invalid)
@@ -175,7 +175,7 @@ def _add_views(app: FastAPI, server: Server) -> None:
 
     @app.get("/v1/state")
     async def state() -> dict[str, Any]:
-        return state_view(server.bridge.model)
+        return state_view(server.bridge.model, server.metrics.tally)
 
 
 def _model(server: Server, name: str) -> dict[str, Any]:

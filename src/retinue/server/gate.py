@@ -24,11 +24,11 @@ GUARDED = "/v1/"
 class Gate:
     """An ASGI application around another one; refuses in OpenAI's shape.
 
-    It leaves the task that follows from key or route in `scope["state"]["task"]`.
+    `responded` is told the status of every answer. It leaves the task that follows from key or route in `scope["state"]["task"]`.
     """
 
-    def __init__(self, app: Application, config: Config) -> None:
-        self._app = app
+    def __init__(self, app: Application, config: Config, responded: Callable[[int], None]) -> None:
+        self._app, self._responded = app, responded
         self._tasks: Mapping[str, Mapping[str, str]] = config.keys
         self._routes = {prefix.rstrip("/"): task for prefix, task in config.routes.items()}
         keys = [*config.keys, *([config.api_key] if config.api_key else [])]
@@ -41,18 +41,27 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+
+        async def counted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                self._responded(message["status"])
+            await send(message)
+
         try:
-            state = scope.setdefault("state", {})
-            state["task"] = self._task_of_route(scope)
-            if scope["path"].startswith(GUARDED):
-                state["task"] = self._task_of_key(scope) or state["task"]
-            if scope["method"] != "POST":
-                await self._app(scope, receive, send)
-                return
-            _check_kind(scope)
-            await self._pass_body(scope, receive, send)
+            await self._pass(scope, receive, counted)
         except Problem as problem:
-            await answer(problem, send)
+            await answer(problem, counted)
+
+    async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
+        state = scope.setdefault("state", {})
+        state["task"] = self._task_of_route(scope)
+        if scope["path"].startswith(GUARDED):
+            state["task"] = self._task_of_key(scope) or state["task"]
+        if scope["method"] != "POST":
+            await self._app(scope, receive, send)
+            return
+        _check_kind(scope)
+        await self._pass_body(scope, receive, send)
 
     def _task_of_route(self, scope: Scope) -> str | None:
         """Take a configured prefix off the path; returns its task."""

@@ -4,7 +4,7 @@ Latencies are measured on the loop, when a piece is ready to be sent; the engine
 from the last picture. `docs/server.md` lists every name.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -12,12 +12,38 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from retinue.engine.request import Request
 from retinue.server.bridge import Call, Piece
 from retinue.server.served import Picture, Served
+from retinue.server.tally import Tally
 
 LABEL = "model_name"
 FIRST_TOKEN_S = (0.01, 0.02, 0.04, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
 BETWEEN_S = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 10)
 REQUEST_S = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920)
 TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
+
+LAYER_COUNTERS = {
+    "hits": "experts asked for that were in memory",
+    "pending": "experts asked for that were on their way",
+    "misses": "experts asked for that were neither",
+    "routed_weight": "weight that routers gave, where a policy may choose otherwise",
+    "degraded_weight": "of it, served by other experts than the routers'",
+}
+TASK_COUNTERS = {
+    "answered": "answers that came to their end",
+    "cancelled": "answers that nobody waited for, or that took too long",
+    "failed": "answers that failed",
+    "prompt_tokens": "tokens of prompts",
+    "answer_tokens": "tokens of answers",
+    "routed_weight": "weight that routers gave, where a policy may choose otherwise",
+    "degraded_weight": "of it, served by other experts than the routers'",
+}
+PHASE_COUNTERS = {
+    "bytes_read": ("expert_bytes_read", "bytes of experts read"),
+    "used_bytes_read": ("expert_bytes_used", "of them, those of experts that were then used"),
+    "stall_s": ("expert_stall_seconds", "time in which a layer waited for reads"),
+    "passes": ("passes", "forward passes"),
+    "tokens": ("pass_tokens", "tokens that passes computed"),
+    "seconds": ("pass_seconds", "time that passes took"),
+}
 
 
 class ServerMetrics:
@@ -26,6 +52,7 @@ class ServerMetrics:
     def __init__(self, model_name: str) -> None:
         self.registry = CollectorRegistry()
         self._name = model_name
+        self.tally = Tally()
         self._last: dict[tuple[Call, int], float] = {}  # when an answer's last token came
         histogram = self._histogram
         self._first = histogram("time_to_first_token_seconds", "to the first token", FIRST_TOKEN_S)
@@ -41,6 +68,10 @@ class ServerMetrics:
         self._answers = self._counter("generation_tokens", "tokens of answers")
         self._ended = self._counter("request_success", "answers that ended", "finished_reason")
         self._asked = self._counter("prefix_cache_queries", "tokens looked for in the prefix cache")
+        self._responses = Counter(
+            "retinue_http_responses", "HTTP answers", ["status"], registry=self.registry
+        )
+        self.registry.register(_Tasks(self.tally))
         self._found = self._counter("prefix_cache_hits", "of those, tokens found")
 
     def text(self) -> bytes:
@@ -51,12 +82,17 @@ class ServerMetrics:
         """Show the engine's own counters too, now that there is one."""
         self.registry.register(_Engine(served, self._name))
 
+    def responded(self, status: int) -> None:
+        """An HTTP answer has begun."""
+        self._responses.labels(str(status)).inc()
+
     def piece(self, call: Call, piece: Piece, now: float) -> None:
         """See `bridge.Listener`."""
         request, key = call.requests[piece.choice], (call, piece.choice)
         before = self._last.get(key)
         if piece.tokens:
             self._answers.labels(self._name).inc(piece.tokens)
+            self.tally.count(piece.tokens)
             if before is None:
                 self._first.labels(self._name).observe(now - call.began)
             else:
@@ -68,6 +104,7 @@ class ServerMetrics:
 
     def _end(self, call: Call, request: Request, finish: str, now: float) -> None:
         name = self._name
+        self.tally.end(request)
         self._ended.labels(name, {"cancelled": "abort"}.get(finish, finish)).inc()
         if finish not in ("stop", "length"):
             return
@@ -89,6 +126,21 @@ class ServerMetrics:
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"vllm:{name}", text, [LABEL, *labels], registry=self.registry)
+
+
+class _Tasks:
+    """Turns what was counted by task into metrics, when it is asked."""
+
+    def __init__(self, tally: Tally) -> None:
+        self._tally = tally
+
+    def collect(self) -> Iterator[Metric]:
+        """See prometheus_client's `Collector`."""
+        for field, text in TASK_COUNTERS.items():
+            family = CounterMetricFamily(f"retinue_task_{field}", text, labels=["task"])
+            for task, tally in self._tally.tasks.items():
+                family.add_metric([task or ""], getattr(tally, field))
+            yield family
 
 
 class _Engine:
@@ -120,32 +172,23 @@ class _Engine:
         yield parts
 
     def _experts(self, picture: Picture) -> Iterator[Metric]:
-        resident = GaugeMetricFamily(
-            "retinue_experts_resident", "experts in memory", labels=["tier", "layer"]
-        )
+        tier, label = ["host"], ["tier", "layer"]
+        resident = GaugeMetricFamily("retinue_experts_resident", "experts in memory", labels=label)
         for layer, count in enumerate(picture.resident.sum(axis=1).tolist()):
-            resident.add_metric(["host", str(layer)], count)
+            resident.add_metric([*tier, str(layer)], count)
         yield resident
-        yield self._phases(picture, "lookups", "experts asked for", ("hits", "pending", "misses"))
-        yield self._phases(picture, "read_bytes", "bytes of experts read", ("bytes_read",))
-        yield self._phases(picture, "stall_seconds", "time waited for reads", ("stall_s",))
-        yield self._phases(picture, "routed_weight", "what routers gave", ("routed_weight",))
-        what = "of it, served by other experts"
-        yield self._phases(picture, "degraded_weight", what, ("degraded_weight",))
-
-    def _phases(
-        self, picture: Picture, name: str, text: str, fields: tuple[str, ...]
-    ) -> CounterMetricFamily:
-        labels = ["phase", *(["result"] if len(fields) > 1 else [])]
-        family = CounterMetricFamily(f"retinue_expert_{name}", text, labels=labels)
-        phases: Mapping[str, Mapping[str, float]] = {
-            "prefill": picture.prefill,
-            "decode": picture.decode,
-        }
-        for phase, counters in phases.items():
-            for item in fields:
-                family.add_metric([phase, item][: len(labels)], counters[item])
-        return family
+        labels = ["tier", "layer", "phase"]
+        for field, text in LAYER_COUNTERS.items():
+            family = CounterMetricFamily(f"retinue_expert_{field}", text, labels=labels)
+            for layer, phases in enumerate(picture.layers):
+                for phase, counters in phases.items():
+                    family.add_metric([*tier, str(layer), phase], getattr(counters, field))
+            yield family
+        for field, (name, text) in PHASE_COUNTERS.items():
+            family = CounterMetricFamily(f"retinue_{name}", text, labels=["phase"])
+            for phase, counters in (("prefill", picture.prefill), ("decode", picture.decode)):
+                family.add_metric([phase], counters[field])
+            yield family
 
     def _gauge(self, name: str, text: str, value: float) -> GaugeMetricFamily:
         labels = [LABEL] if name.startswith("vllm:") else []

@@ -5,6 +5,7 @@ Everything but `facts` and `picture` belongs to the engine thread.
 
 import time
 from collections import Counter
+from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,12 @@ from retinue.config import Config
 from retinue.engine.llm import LLM
 from retinue.engine.request import Request
 from retinue.memory.machine import resident_bytes
-from retinue.metrics import PhaseCounters
+from retinue.metrics import LayerCounters, PhaseCounters
 from retinue.policy.base import BoolArray
+from retinue.types import Phase
 
+PHASES: tuple[Phase, ...] = ("prefill", "decode")
+NOTHING = LayerCounters()
 PICTURE_S = 0.25  # how old a picture may be while something runs
 
 
@@ -24,6 +28,7 @@ class Picture:
     """How the engine stood at one moment. Nobody changes it."""
 
     resident: BoolArray  # [layers, experts]
+    layers: list[dict[Phase, LayerCounters]]
     running: dict[str | None, int]  # requests, by task
     waiting: dict[str | None, int]
     kv_used: float  # share of the blocks
@@ -65,6 +70,7 @@ class Served:
         pool = scheduler.pool
         return Picture(
             resident=cache.slot_of >= 0,
+            layers=[self._layer(layer) for layer in range(len(cache.slot_of))],
             running=dict(Counter(request.task for request in scheduler.running)),
             waiting=dict(Counter(request.task for request in scheduler.waiting)),
             kv_used=1 - pool.available / pool.blocks,
@@ -73,6 +79,10 @@ class Served:
             resident_bytes=resident_bytes(),
             peak_bytes=resident_bytes(peak=True),
         )
+
+    def _layer(self, layer: int) -> dict[Phase, LayerCounters]:
+        counted = self.assembly.metrics.layers
+        return {phase: copy(counted.get((phase, layer), NOTHING)) for phase in PHASES}
 
 
 def _numbers(counters: PhaseCounters) -> dict[str, float]:

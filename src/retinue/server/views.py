@@ -1,10 +1,12 @@
 """What the server tells of itself in JSON, from the last picture alone."""
 
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
 from retinue.server.served import Picture, Served
+from retinue.server.tally import Tally, TaskTally
 
 Json = dict[str, Any]
 
@@ -20,13 +22,18 @@ def experts_view(served: Served) -> Json:
         "total": facts.total_experts,
         "phases": {"prefill": _phase(picture.prefill), "decode": _phase(picture.decode)},
         "layers": [
-            {"layer": layer, "resident": np.flatnonzero(there).tolist()}
+            {
+                "layer": layer,
+                "resident": np.flatnonzero(there).tolist(),
+                "prefill": _phase(asdict(picture.layers[layer]["prefill"])),
+                "decode": _phase(asdict(picture.layers[layer]["decode"])),
+            }
             for layer, there in enumerate(picture.resident)
         ],
     }
 
 
-def state_view(served: Served) -> Json:
+def state_view(served: Served, tally: Tally) -> Json:
     """`/v1/state`: the server at a glance, small enough to be asked for each second."""
     picture, split = served.picture, served.assembly.split
     parts = {part: getattr(split, part) for part in ("fixed", "kv", "workspace", "experts")}
@@ -39,22 +46,36 @@ def state_view(served: Served) -> Json:
             "peak_bytes": picture.peak_bytes,
             "parts": parts,
         },
-        "tasks": _tasks(picture),
+        "tokens_per_s": tally.tokens_per_s,
+        "running": sum(picture.running.values()),
+        "waiting": sum(picture.waiting.values()),
+        "tasks": _tasks(picture, tally),
+        "phases": {"prefill": _phase(picture.prefill), "decode": _phase(picture.decode)},
         "kv_used": picture.kv_used,
-        "experts": [_bits(there) for there in picture.resident],
+        "experts": [_layer(picture, layer) for layer in range(len(picture.resident))],
     }
 
 
-def _tasks(picture: Picture) -> list[Json]:
-    names = sorted({*picture.running, *picture.waiting}, key=str)
-    return [
-        {
-            "task": name,
-            "running": picture.running.get(name, 0),
-            "waiting": picture.waiting.get(name, 0),
-        }
-        for name in names
-    ]
+def _tasks(picture: Picture, tally: Tally) -> list[Json]:
+    names = sorted({*picture.running, *picture.waiting, *tally.tasks}, key=str)
+    found = []
+    for name in names:
+        done = tally.tasks.get(name, TaskTally())
+        now = {"running": picture.running.get(name, 0), "waiting": picture.waiting.get(name, 0)}
+        found.append({"task": name} | now | asdict(done) | {"degraded_share": done.degraded_share})
+    return found
+
+
+def _layer(picture: Picture, layer: int) -> Json:
+    """One layer of the map: `resident` has a digit for each expert, 1 for one in memory."""
+    resident = "".join("1" if each else "0" for each in picture.resident[layer].tolist())
+    phases = picture.layers[layer]
+    return {
+        "layer": layer,
+        "resident": resident,
+        "prefill": _phase(asdict(phases["prefill"])),
+        "decode": _phase(asdict(phases["decode"])),
+    }
 
 
 def _phase(counters: dict[str, float]) -> Json:
@@ -64,8 +85,3 @@ def _phase(counters: dict[str, float]) -> Json:
         "hit_rate": counters["hits"] / asked if asked else None,
         "degraded_share": counters["degraded_weight"] / routed if routed else 0.0,
     }
-
-
-def _bits(there: Any) -> str:
-    """One digit an expert: 1 is resident."""
-    return "".join("1" if each else "0" for each in there.tolist())
