@@ -36,7 +36,8 @@ LAYERS: dict[str, set[str]] = {
     "model": {"", "policy", "memory"},
     "engine": {"", "policy", "memory", "model"},
     "train": {"", "policy", "memory", "model"},
-    "cli": {"", "policy", "memory", "model", "engine", "train"},
+    "server": {"", "policy", "memory", "model", "engine"},
+    "cli": {"", "policy", "memory", "model", "engine", "server", "train"},
 }
 # Among the modules beside the folders, each may import those to its left.
 FOUNDATION = ("errors", "types", "config", "metrics", "trace")

@@ -10,8 +10,10 @@ from retinue import __version__
 from retinue.cli.options import (
     ENGINE,
     MODEL_HELP,
+    QUEUE,
     ROOM,
     SAMPLING,
+    SERVER,
     add_config_options,
     config_from,
     new_verb,
@@ -23,7 +25,7 @@ from retinue.memory.home import find_here
 from retinue.memory.process import prepare
 
 # verbs that need a model loaded
-LOADING = ("run", "bench", "eval", "profile", "trace", "train-predictor")
+LOADING = ("run", "serve", "bench", "eval", "profile", "trace", "train-predictor")
 
 
 def build_parser() -> ArgumentParser:
@@ -35,6 +37,7 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--version", action="version", version=f"retinue {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     _add_run(verbs)
+    _add_serve(verbs)
     _add_plan(verbs)
     _add_doctor(verbs)
     _add_bench(verbs)
@@ -65,6 +68,17 @@ def _add_run(verbs: object) -> None:
     run.add_argument("--ignore-eos", action="store_true", help="go on after an end token")
     run.add_argument("--system", metavar="TEXT", help="of the chat: the role that the model plays")
     add_config_options(run, (*ENGINE, "infer_task", *SAMPLING))
+
+
+def _add_serve(verbs: object) -> None:
+    serve = new_verb(
+        verbs,
+        "serve",
+        "HTTP server in the OpenAI form",
+        "retinue serve sample --memory 1GiB --port 8000",
+    )
+    serve.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    add_config_options(serve, (*ENGINE, "infer_task", *QUEUE, *SERVER, *SAMPLING))
 
 
 def _add_plan(verbs: object) -> None:
