@@ -35,6 +35,7 @@ from retinue.model.runner import Runner
 from retinue.model.step import Steps
 from retinue.model.survey import survey_abilities
 from retinue.policy.base import Order, Policies
+from retinue.policy.classify.classifiers import Classifier, classifier
 from retinue.policy.presets import Preset
 from retinue.policy.profile import Profile
 from retinue.types import BLOCK_TOKENS, Facts
@@ -60,6 +61,7 @@ class Assembly:
     host: ExpertHost
     engine: Engine
     residents: Residents | None
+    classifier: Classifier  # of requests without a task; knows none where the preset asks for none
     metrics: Metrics
     load_s: float
     notes: list[str]
@@ -93,7 +95,7 @@ def assemble(reserved: Reserved) -> Assembly:
         reader, metrics = Reader(), Metrics()
         undo.callback(reader.close)
         load_dense(network, reader)
-        mover = Mover(reader)
+        mover = Mover(reader, bytes_per_s=config.read_bytes_per_s)
         undo.callback(mover.close)
         host = _host(network, tier, mover, policies, metrics)
         if config.self_check:
@@ -109,11 +111,13 @@ def assemble(reserved: Reserved) -> Assembly:
         engine = Engine(runner, scheduler, facts.vocab_size, end_tokens(network))
         tokenizer = load_tokenizer(folder)
         residents = _residents(host, policies, known, network, config)
+        by_task = known if policies.placement.by_task else None
+        infers = classifier(config.infer_task, by_task, tokenizer and tokenizer.decode)
         undo.pop_all()
     notes += [reader.note] if reader.note else []
     notes += abilities.notes
     notes += [BLIND] if policies.predictor.needs and not host.sees_ahead else []
-    notes += [APPROXIMATE] if not reserved.preset.exact else []
+    notes += [APPROXIMATE] if not policies.exact else []
     notes += _precision_notes(network, facts, limits, config)
     load_s = reserved.seconds + time.perf_counter() - started
     return Assembly(
@@ -130,6 +134,7 @@ def assemble(reserved: Reserved) -> Assembly:
         host,
         engine,
         residents,
+        infers,
         metrics,
         load_s,
         notes,
