@@ -12,6 +12,7 @@ MODEL_HELP = (
 )
 ROOM = ("memory", "experts", "context", "kv_tokens", "chunk", "batch")
 ENGINE = (*ROOM, "preset", "task", "profile", "precision", "threads", "self_check", "eager")
+QUEUE = ("order", "first_token_deadline", "token_deadline", "queue")
 SAMPLING = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop")
 
 
@@ -54,13 +55,14 @@ def _kind(name: str) -> Any:
         "kv_tokens",
         "batch",
         "chunk",
+        "queue",
         "threads",
         "max_new_tokens",
         "top_k",
         "seed",
     ):
         return int
-    if name in ("temperature", "top_p", "min_p"):
+    if name in ("temperature", "top_p", "min_p", "first_token_deadline", "token_deadline"):
         return float
     return str
 
