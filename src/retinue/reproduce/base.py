@@ -17,7 +17,7 @@ class Column:
     """A column of an experiment's table: the key of its rows, a heading, and how to write it.
 
     form: a format such as `.3f`; `bytes` for a size. low, high: the keys of an interval that is
-    written behind the value.
+    written below the value.
     """
 
     key: str

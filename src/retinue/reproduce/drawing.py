@@ -14,14 +14,14 @@ import numpy as np
 
 from retinue.reproduce.base import Chart, Series
 
-WIDTH, HEIGHT = 7.2, 3.7  # inches
+WIDTH, HEIGHT = 5.4, 3.5  # inches
 INK, FAINT = "#1c2733", "#c9d1d9"
 # Okabe and Ito's colours, which people with any kind of colour vision can tell apart.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#1c2733")
 MARKERS = "osD^vPX*"
 DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
 HATCHES = ("", "//", "..", "xx", "\\\\", "++")
-STYLE = {
+STYLE: Any = {
     "svg.hashsalt": "retinue",
     "svg.fonttype": "none",
     "font.family": "sans-serif",

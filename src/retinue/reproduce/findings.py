@@ -99,7 +99,7 @@ def _table(columns: Sequence[Column], rows: Sequence[Row]) -> Table:
 
 
 def cell(column: Column, row: Row) -> str:
-    """One value as people read it, with its interval behind it; empty where there is none."""
+    """One value as people read it, its interval on a second line; empty where there is none."""
     value = row.get(column.key)
     if value is None:
         return ""
@@ -107,7 +107,7 @@ def cell(column: Column, row: Row) -> str:
     text = _written(value, column.form)
     if low is None or high is None or low == high:
         return text
-    return f"{text} ({_written(low, column.form)} to {_written(high, column.form)})"
+    return f"{text}\n{_written(low, column.form)} to {_written(high, column.form)}"
 
 
 def _written(value: Any, form: str) -> str:

@@ -73,8 +73,9 @@ class Ledger:
             ) from error
         for key, value in self._setting.items():
             if setting.get(key) != value:
+                was = setting.get(key)
                 raise UsageError(
-                    f"`{file}` was measured with another {key}: `{setting.get(key)}`, not `{value}`",
+                    f"`{file}` was measured with another {key}: `{was}`, not `{value}`",
                     hint="use another `--out`, or start again with `--fresh`",
                 )
         return entry

@@ -18,11 +18,11 @@ from retinue.types import Facts
 NAME = "memory"
 SHARES = (60, 100)
 BASE_TOKENS, BASE_BATCH = 512, 4
-LENGTHS = (128, 512, 1024, 2048, 4096, 8192)
-BATCHES = (1, 4, 8, 16)
+LENGTHS = (128, 512, 2047, 8191)
+BATCHES = (4, 16)
 LONGEST = 1 << 24  # tokens; where the search ends
 PARTS = ("fixed", "kv", "workspace", "experts")
-PRESET = "popular"  # fixed, so that each share is what stays in memory
+PRESET = "popular"  # what stays in memory is the share, whatever the prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +37,9 @@ class Point:
 def run(bench: Workbench) -> list[Row]:
     """Rows of `what` length and batch, and two of what equal memory holds."""
     base = min(BASE_TOKENS, bench.facts.max_context - 1)
-    lengths = [tokens for tokens in LENGTHS if tokens < bench.facts.max_context]
-    lengths += [bench.facts.max_context - 1] * (bench.facts.max_context - 1 < LENGTHS[-1])
+    longest = bench.facts.max_context - 1
+    lengths = list(dict.fromkeys(min(tokens, longest) for tokens in LENGTHS))
+    lengths = lengths[-2:] if bench.settings.quick else lengths
     points = [("length", Point(share, tokens, 1)) for share in SHARES for tokens in lengths]
     points += [("batch", Point(share, base, batch)) for share in SHARES for batch in BATCHES]
     rows = []
@@ -63,16 +64,13 @@ def total(limits: Split) -> int:
 
 def _measured(bench: Workbench, what: str, point: Point) -> list[Row]:
     limits = computed(bench.facts, bench.config, point)
-    # The preset and its profile only matter in that nothing is fetched: on demand, with all.
-    preset = PRESET if point.share < 100 else "on-demand"
     config = replace(
         bench.config,
-        preset=preset,
+        preset=PRESET,
         experts=f"{point.share}%",
         context=point.tokens + 1,
         kv_tokens=point.batch * (point.tokens + 1),
         batch=point.batch,
-        profile=bench.config.profile if point.share < 100 else None,
     )
     load = Load(str(bench.folder), config, point.tokens, point.batch)
     row: Row = {"what": what, **asdict(point), "computed": total(limits)}
@@ -89,18 +87,18 @@ def _equal(bench: Workbench, base: int) -> list[Row]:
     few, whole = SHARES
     found: list[Row] = []
     one = total(computed(bench.facts, bench.config, Point(whole, base, 1)))
-    reached = _most(lambda tokens: fits(Point(few, tokens, 1), one), base)
+    reached = most(lambda tokens: fits(Point(few, tokens, 1), one), base)
     own = bench.facts.max_context
     row: Row = {"what": "equal length", "from": base, "to": reached, "factor": reached / base}
     found.append(row | {"limit_bytes": one, "own_limit": own})
     four = total(computed(bench.facts, bench.config, Point(whole, base, BASE_BATCH)))
-    reached = _most(lambda batch: fits(Point(few, base, batch), four), BASE_BATCH)
+    reached = most(lambda batch: fits(Point(few, base, batch), four), BASE_BATCH)
     row = {"what": "equal batch", "from": BASE_BATCH, "to": reached}
     found.append(row | {"factor": reached / BASE_BATCH, "limit_bytes": four})
     return found
 
 
-def _most(fits: Callable[[int], bool], least: int) -> int:
+def most(fits: Callable[[int], bool], least: int) -> int:
     """The largest count that fits; it is monotone, and `least` does."""
     low, high = least, least
     while high < LONGEST and fits(high * 2):

@@ -3,6 +3,7 @@
 import multiprocessing
 import random
 import signal
+import sys
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from threading import Event
@@ -38,6 +39,7 @@ def measure_peak(load: Load, stop: Event) -> int:
             if stop.is_set():
                 raise Cancelled("stopped")
         found = ours.recv()
+        process.join()
     except EOFError as error:
         raise RetinueError("a process that measured memory has died") from error
     finally:
@@ -51,6 +53,7 @@ def measure_peak(load: Load, stop: Event) -> int:
 def _work(load: Load, answer: Connection) -> None:
     # The terminal sends its interrupts to all: who started this process decides.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # an end that cleans up
     try:
         answer.send(_peak(load))
     except RetinueError as error:

@@ -11,7 +11,10 @@ from html import escape
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Cells as they are to be read; `numeric` columns stand to the right."""
+    """Cells as they are to be read; `numeric` columns stand to the right.
+
+    A second line in a cell is written in small.
+    """
 
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -108,14 +111,20 @@ def _table(table: Table) -> str:
     lines = []
     for row in table.rows:
         cells = "".join(
-            f"<td{_side(right)}>{escape(cell)}</td>"
+            f"<td{_side(right)}>{_two_lines(cell)}</td>"
             for cell, right in zip(row, table.numeric, strict=True)
         )
         lines.append(f"<tr>{cells}</tr>")
     body = f"<thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody>"
     count = f"{len(table.rows)} rows"
     scroll = f'<div class="scroll" tabindex="0"><table>{body}</table></div>'
-    return f"<details open><summary>{count}</summary>{scroll}</details>"
+    return f'<details open=""><summary>{count}</summary>{scroll}</details>'
+
+
+def _two_lines(cell: str) -> str:
+    """What follows a line's end, such as an interval, in small."""
+    first, _, rest = cell.partition("\n")
+    return escape(first) + (f"<small>{escape(rest)}</small>" if rest else "")
 
 
 def _side(right: bool) -> str:
@@ -181,6 +190,7 @@ th { text-align: left; font-weight: 600; border-bottom: 1px solid var(--ink); }
 th, td { padding: .28rem .6rem .28rem 0; white-space: nowrap; vertical-align: top; }
 td { border-bottom: 1px solid var(--line); }
 .number { text-align: right; }
+td small { display: block; color: var(--soft); font-size: .72rem; line-height: 1.1; }
 @media (max-width: 42rem) {
   main { padding: 1.25rem 1rem 3rem; }
   .both { grid-template-columns: 1fr; gap: .75rem; }

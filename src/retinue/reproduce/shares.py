@@ -66,10 +66,10 @@ def _plain(bench: Workbench) -> list[Row]:
 
 def _cell(bench: Workbench, method: Method, share: int) -> list[Row]:
     plain, answers = bench.plain, bench.plain_answers  # before this model is opened
+    row: Row = {"method": method.label, "share": share, "exact": method.exact}
     with bench.opened(preset=method.preset, experts=f"{share}%", **method.settings) as llm:
-        result = evaluate(llm.assembly, bench.texts, bench.check, plain)
-        row: Row = {"method": method.label, "share": share, "exact": method.exact}
-        row |= _quality(result) | _residency(llm)
+        row |= _quality(evaluate(llm.assembly, bench.texts, bench.check, plain))
+        row |= _residency(llm)
         ours = bench.answers(llm)
     return [row | _speed(ours) | _meaning(bench, ours, answers)]
 
@@ -113,7 +113,7 @@ def _speed(answers: Sequence[Answer]) -> dict[str, Value]:
 
 def _meaning(bench: Workbench, ours: Sequence[Answer], plain: Sequence[Answer]) -> dict[str, Value]:
     texts = [answer.text for answer in plain]
-    if bench.embed is None or not any(texts):
+    if not any(texts) or bench.embed is None:
         return {}
     found = mean(similarities(bench.embed, [answer.text for answer in ours], texts))
     return {

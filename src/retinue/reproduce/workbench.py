@@ -18,8 +18,9 @@ from retinue.config import Config
 from retinue.engine.evaluate import score_plain
 from retinue.engine.llm import LLM
 from retinue.engine.tasks import TaskIds
-from retinue.errors import Cancelled
+from retinue.errors import Cancelled, DoesNotFit
 from retinue.model.scoring import Scored
+from retinue.policy.presets import preset
 from retinue.reproduce.base import Experiment, Row
 from retinue.reproduce.ledger import Ledger
 from retinue.reproduce.similarity import Embed, embedder
@@ -35,10 +36,11 @@ class Settings:
     answers_per_task: int
     answer_tokens: int
     repeats: int  # of what is timed
+    quick: bool = False
 
 
-FULL = Settings((20, 40, 60, 80), 6, 1, 48, 5)
-QUICK = Settings((20, 40, 60), 2, 1, 24, 2)
+FULL = Settings((20, 40, 60, 80), 6, 1, 32, 3)
+QUICK = Settings((20, 40), 1, 1, 12, 1, quick=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,12 +67,19 @@ class Workbench:
     stop: Event = field(default_factory=Event)
 
     def once(self, experiment: str, key: str, measure: Callable[[], list[Row]]) -> list[Row]:
-        """The rows of one cell: those of the ledger, or what `measure` gives, which is kept."""
+        """The rows of one cell: those of the ledger, or what `measure` gives, which is kept.
+
+        None where the model does not fit that way: a small share may be less than one token needs.
+        """
         cells = self.ledger.entry(experiment).cells
         if key not in cells:
             self.check()
             started = time.perf_counter()
-            cells[key] = measure()
+            try:
+                cells[key] = measure()
+            except DoesNotFit as error:
+                self.say(f"{experiment}: {key} is left out: {error}")
+                cells[key] = []
             self.ledger.keep(experiment)
             self.say(f"{experiment}: {key} ({time.perf_counter() - started:.1f} s)")
         return cells[key]
@@ -88,8 +97,14 @@ class Workbench:
 
     @contextmanager
     def opened(self, **settings: Any) -> Iterator[LLM]:
-        """The model under the bench's configuration with some `settings` of `Config` changed."""
-        with LLM.from_config(self.folder, replace(self.config, **settings)) as llm:
+        """The model under the bench's configuration with some `settings` of `Config` changed.
+
+        The profile is left out where the preset reads none.
+        """
+        config = replace(self.config, **settings)
+        if not preset(config.preset).build().placement.needs_profile:
+            config = replace(config, profile=None)
+        with LLM.from_config(self.folder, config) as llm:
             self.watched(llm)
             yield llm
 
