@@ -35,11 +35,12 @@ LAYERS: dict[str, set[str]] = {
     "memory": {"", "policy"},
     "model": {"", "policy", "memory"},
     "engine": {"", "policy", "memory", "model"},
-    "reproduce": {"", "policy", "memory", "model", "engine"},
-    "cli": {"", "policy", "memory", "model", "engine", "reproduce"},
+    "train": {"", "policy", "memory", "model"},
+    "reproduce": {"", "policy", "memory", "model", "engine", "train"},
+    "cli": {"", "policy", "memory", "model", "engine", "train", "reproduce"},
 }
 # Among the modules beside the folders, each may import those to its left.
-FOUNDATION = ("errors", "types", "config", "metrics")
+FOUNDATION = ("errors", "types", "config", "metrics", "trace")
 # From a lower layer, these see only some modules.
 NARROW = {("memory", "policy"): {"retinue.policy.base"}}
 # The package itself only hands out names, `__main__` is the command line under another name.

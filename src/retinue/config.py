@@ -23,7 +23,10 @@ ENVIRONMENT_KEYS = (
     "batch",
     "chunk",
     "preset",
+    "fetch_above",
+    "read_limit",
     "task",
+    "infer_task",
     "precision",
     "threads",
     "self_check",
@@ -31,6 +34,7 @@ ENVIRONMENT_KEYS = (
 )
 AS_IS = "as-is"
 PRECISIONS = (AS_IS, "int8", "int4")
+CLASSIFIERS = ("learned", "keywords", "none")
 ORDERS = ("fcfs", "shortest", "emoe")
 
 _UNITS = {"": 1, "B": 1}
@@ -87,8 +91,20 @@ class Config:
     batch: int | None = _option(None, "requests that run at once (default: 1, in Python 8)", "N")
     chunk: int = _option(2048, "tokens of prompts that one pass takes at most", "TOKENS")
     preset: str = _option("auto", "a named combination of policies, see `retinue presets`", "NAME")
+    fetch_above: float | None = _option(
+        None,
+        "in presets that replace missing experts: fetch those whose share of the token's routing"
+        " weight is above W (1: never, 0: always, which is exact; default: the preset's own)",
+        "W",
+    )
+    read_limit: str | int | None = _option(
+        None, "read at most so much a second, as a slower disk would", "SIZE"
+    )
     task: str | None = _option(
         None, "the kind of work that a request belongs to, for presets that know tasks", "NAME"
+    )
+    infer_task: str = _option(
+        "learned", "finds the task where none is given: learned, keywords or none", "NAME"
     )
     profile: str | None = _option(
         None, "what `retinue profile` wrote; default: what it remembered of this model", "FILE"
@@ -124,12 +140,24 @@ class Config:
                 f"unknown precision: `{self.precision}`",
                 hint=f"this version serves: {', '.join(PRECISIONS)}",
             )
+        if self.infer_task not in CLASSIFIERS:
+            raise UsageError(
+                f"infer_task is unknown: `{self.infer_task}`",
+                hint=f"this version knows: {', '.join(CLASSIFIERS)}",
+            )
         if self.order not in ORDERS:
             raise UsageError(f"unknown order: `{self.order}`", hint=f"one of {', '.join(ORDERS)}")
         for name in ("context", "threads", "kv_tokens", "batch", "chunk", "queue"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name} is out of range: `{value}`", hint="1 or more")
+        share = self.fetch_above
+        if share is not None and not 0 <= share <= 1:
+            raise UsageError(f"fetch_above is out of range: `{share}`", hint="from 0 to 1")
+        if self.read_bytes_per_s is not None and self.read_bytes_per_s < 1:
+            raise UsageError(
+                f"read_limit is out of range: `{self.read_limit}`", hint="such as 300MB"
+            )
         self.sampling()
         self.deadline(None)
 
@@ -143,6 +171,11 @@ class Config:
         if self.first_token_deadline is None and self.token_deadline is None:
             return None
         return Deadline(self.first_token_deadline, self.token_deadline)
+
+    @property
+    def read_bytes_per_s(self) -> int | None:
+        """What `read_limit` says."""
+        return None if self.read_limit is None else parse_size(self.read_limit)
 
     def room(self) -> dict[str, Any]:
         """What `memory.budget.split` is asked for under this configuration."""

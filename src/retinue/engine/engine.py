@@ -138,15 +138,16 @@ class Engine:
 
         If it fails for several requests, each one gets a pass of its own.
         """
-        requests = [request for request, _ in parts]
+        requests, host = [request for request, _ in parts], self._runner.host
         # A pass stops in its middle if nobody wants it any more.
-        self._runner.host.stop = lambda: all(request.cancelled.is_set() for request in requests)
+        host.stop = lambda: all(request.cancelled.is_set() for request in requests)
         try:
             started = self.scheduler.clock()
-            read = self._runner.host.begin([request.task for request in self.scheduler.running])
+            read = host.begin([request.task for request in self.scheduler.running])
             begun_s = self.scheduler.clock() - started
             logits, counters = self._runner.run([segment for _, segment in parts], phase)
-            self._runner.host.metrics.charge(bytes_read=read, seconds=begun_s)
+            self.scheduler.passed(phase, counters, read, begun_s)
+            host.metrics.charge(bytes_read=read, seconds=begun_s)
         except Cancelled:
             for request in requests:
                 self._end(request, State.CANCELLED)
@@ -163,6 +164,9 @@ class Engine:
                     self._end(request, State.FAILED)
             raise
         else:
+            for request, usage in zip(requests, host.accounts.usages, strict=False):
+                request.usage = usage if request.usage is None else request.usage.plus(usage)
+                host.metrics.account(request.task, usage)
             for row, (request, segment) in enumerate(parts):
                 count = len(segment.tokens)
                 request.costs.of(phase).add(counters, tokens=count)
@@ -211,6 +215,8 @@ class Engine:
         else:
             intact = state is State.DONE or (state is State.CANCELLED and not _is_lost(request))
             self.scheduler.leave(request, intact=intact)
+        if state is State.DONE:
+            self.scheduler.order.ended(request)
         request.end(state, reason or ENDED_BY[state], error)
         request.tell(request.text.finish())
 

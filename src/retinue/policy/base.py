@@ -12,6 +12,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from retinue.metrics import PhaseCounters
 from retinue.types import Deadline, Demand, FloatArray, IntArray, Phase, Want
 
 BoolArray = npt.NDArray[np.bool_]
@@ -248,6 +249,18 @@ class Order(Protocol):
         """
         ...
 
+    def passed(self, phase: Phase, cost: PhaseCounters) -> None:
+        """See what a pass has cost."""
+        ...
+
+    def loaded(self, bytes_read: int, seconds: float) -> None:
+        """See what changing the resident experts before a pass has cost."""
+        ...
+
+    def ended(self, job: Job) -> None:
+        """See a request that was answered to its end."""
+        ...
+
 
 class NoPredictor:
     """Forecasts nothing."""
@@ -289,15 +302,20 @@ class NoPlacement:
 
 @dataclass(frozen=True, slots=True)
 class Policies:
-    """One answer per question: what a preset is made of."""
+    """One answer per question: what a preset is made of.
+
+    `fetch_above` is for a routing that replaces missing experts: one whose share of its token's
+    routing weight is above it is fetched instead. 1: none, 0: all, which is exact.
+    """
 
     evictor: Evictor
     predictor: Predictor
     miss: MissHandler
     routing: Routing = field(default_factory=OwnRouting)
     placement: Placement = field(default_factory=NoPlacement)
+    fetch_above: float = 1.0
 
     @property
     def exact(self) -> bool:
         """Whether the output is that of the plain model."""
-        return self.miss.exact and self.routing.exact
+        return self.miss.exact and (self.routing.exact or self.fetch_above == 0)
