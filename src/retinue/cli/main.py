@@ -46,6 +46,7 @@ def build_parser() -> ArgumentParser:
     _add_profile(verbs)
     _add_train_predictor(verbs)
     _add_eval(verbs)
+    _add_reproduce(verbs)
     new_verb(verbs, "presets", "every preset with its source and parts", "retinue presets --json")
     new_verb(verbs, "list", "the models in the hub's cache", "retinue list --json")
     _add_rm(verbs)
@@ -244,6 +245,25 @@ def _add_eval(verbs: object) -> None:
     # One text after the other, each with its own task.
     unused = ("task", "batch", "kv_tokens")
     add_config_options(evaluation, tuple(name for name in ENGINE if name not in unused))
+
+
+def _add_reproduce(verbs: object) -> None:
+    reproduction = new_verb(
+        verbs,
+        "reproduce",
+        "a paper's evaluation on this model: a page with plots, and JSON; resumed",
+        "retinue reproduce emoe sample --out emoe-report --quick",
+    )
+    reproduction.add_argument("name", metavar="NAME", help="the paper: emoe (2503.06823)")
+    _add_texts(reproduction)
+    reproduction.add_argument(
+        "--out", metavar="DIR", help="for the report and what was measured (default: retinue-NAME)"
+    )
+    reproduction.add_argument("--only", metavar="NAMES", help="experiments, with commas between")
+    reproduction.add_argument("--quick", action="store_true", help="fewer texts, shares, repeats")
+    reproduction.add_argument("--fresh", action="store_true", help="measure again what is there")
+    names = ("memory", "context", "profile", "precision", "threads", "self_check")
+    add_config_options(reproduction, names)
 
 
 def _add_texts(parser: ArgumentParser) -> None:
