@@ -15,6 +15,7 @@ ENGINE = (
     *(*ROOM, "preset", "fetch_above", "task", "profile"),
     *("precision", "threads", "read_limit", "self_check", "eager"),
 )
+QUEUE = ("order", "first_token_deadline", "token_deadline", "queue")
 SAMPLING = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop")
 
 
@@ -57,13 +58,17 @@ def _kind(name: str) -> Any:
         "kv_tokens",
         "batch",
         "chunk",
+        "queue",
         "threads",
         "max_new_tokens",
         "top_k",
         "seed",
     ):
         return int
-    if name in ("temperature", "top_p", "min_p", "fetch_above"):
+    if name in (
+        *("temperature", "top_p", "min_p"),
+        *("fetch_above", "first_token_deadline", "token_deadline"),
+    ):
         return float
     return str
 

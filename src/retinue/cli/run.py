@@ -88,9 +88,12 @@ def _prompt(options: Namespace) -> Prompt | None:
 def _answer(llm: LLM, prompt: Prompt, params: SamplingParams, speeds: Speeds | None) -> int:
     """Stream the answer; with `speeds`, say nothing on stdout but the JSON at the end."""
     output: Output | None = None
-    watch = watching(llm)
+    watch, told = watching(llm), llm.config.task is not None
     with cancel_on(llm.cancel, signal.SIGINT, signal.SIGTERM) as came:
         for output in llm.stream(prompt, params):
+            if not told and output.task is not None:
+                note(f"task: {output.task} (inferred from the prompt; `--task NAME` says another)")
+            told = True
             if speeds is None:
                 print(output.delta, end="", flush=True)
             if watch is not None and (slow := watch.during()):
