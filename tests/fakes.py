@@ -18,6 +18,7 @@ from retinue.errors import Cancelled
 from retinue.metrics import Metrics, PhaseCounters
 from retinue.model.kv import Segment
 from retinue.model.kv import Sequence as Memory
+from retinue.policy.base import Running
 from retinue.types import BLOCK_TOKENS, SamplingParams
 
 VOCABULARY, CONTEXT, CHUNK, BATCH, END = 100, 32, 4, 3, 50
@@ -50,10 +51,10 @@ class Host:
     def __init__(self) -> None:
         self.cache, self.metrics, self.closed = Books(), Metrics(), False
         self.stop: Callable[[], bool] = lambda: False
-        self.tasks: list[list[str | None]] = []  # of those that ran, before each pass
+        self.running: list[list[Running]] = []  # before each pass
 
-    def begin(self, tasks: list[str | None]) -> int:
-        self.tasks.append(tasks)
+    def begin(self, running: list[Running]) -> int:
+        self.running.append(running)
         return 0
 
     def close(self) -> None:

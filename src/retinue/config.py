@@ -24,6 +24,8 @@ ENVIRONMENT_KEYS = (
     "chunk",
     "preset",
     "task",
+    "period",
+    "forecaster",
     "precision",
     "threads",
     "self_check",
@@ -92,6 +94,14 @@ class Config:
     profile: str | None = _option(
         None, "what `retinue profile` wrote; default: what it remembered of this model", "FILE"
     )
+    period: int | None = _option(
+        None,
+        "prompts between two forecasts of presets that make them (default: the profile's)",
+        "P",
+    )
+    forecaster: str | None = _option(
+        None, "who forecasts for presets that ask (default: the preset's)", "NAME"
+    )
     precision: str = _option(AS_IS, "of weights in memory: as-is, int8 or int4", "NAME")
     threads: int | None = _option(None, "cores that may be used", "N")
     self_check: bool = _option(True, "compare with the reference at load")
@@ -110,7 +120,7 @@ class Config:
                 f"unknown precision: `{self.precision}`",
                 hint=f"this version serves: {', '.join(PRECISIONS)}",
             )
-        for name in ("context", "threads", "kv_tokens", "batch", "chunk"):
+        for name in ("context", "threads", "kv_tokens", "batch", "chunk", "period"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name} is out of range: `{value}`", hint="1 or more")

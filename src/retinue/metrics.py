@@ -80,6 +80,9 @@ class Metrics:
     now: PhaseCounters = field(default_factory=PhaseCounters)
     total: Costs = field(default_factory=Costs)
     phase: Phase = "prefill"
+    refreshes: int = 0  # times that the resident set was chosen anew, without the first
+    refresh_s: float = 0.0  # what that took, forecasts and reads included
+    refresh_bytes: int = 0
 
     def begin(self, phase: Phase) -> PhaseCounters:
         """A pass of `phase` starts; returns its counters."""

@@ -11,7 +11,18 @@ MODEL_HELP = (
     " or `sample`, the small trained model that ships along"
 )
 ROOM = ("memory", "experts", "context", "kv_tokens", "chunk", "batch")
-ENGINE = (*ROOM, "preset", "task", "profile", "precision", "threads", "self_check", "eager")
+ENGINE = (
+    *ROOM,
+    "preset",
+    "task",
+    "profile",
+    "period",
+    "forecaster",
+    "precision",
+    "threads",
+    "self_check",
+    "eager",
+)
 SAMPLING = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop")
 
 
@@ -55,6 +66,7 @@ def _kind(name: str) -> Any:
         "batch",
         "chunk",
         "threads",
+        "period",
         "max_new_tokens",
         "top_k",
         "seed",

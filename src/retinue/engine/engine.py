@@ -15,6 +15,7 @@ from retinue.errors import Cancelled, RetinueError, UsageError
 from retinue.metrics import PhaseCounters
 from retinue.model.experts import ExpertHost
 from retinue.model.kv import Segment, Sequence
+from retinue.policy.base import Running
 from retinue.types import FinishReason, Phase
 
 Part = tuple[Request, Segment]
@@ -140,7 +141,9 @@ class Engine:
         self._runner.host.stop = lambda: all(request.cancelled.is_set() for request in requests)
         try:
             started = time.perf_counter()
-            read = self._runner.host.begin([request.task for request in self.scheduler.running])
+            read = self._runner.host.begin([_running(each) for each in self.scheduler.running])
+            for each in self.scheduler.running:
+                each.begun = True
             begun_s = time.perf_counter() - started
             logits, counters = self._runner.run([segment for _, segment in parts], phase)
             self._runner.host.metrics.charge(bytes_read=read, seconds=begun_s)
@@ -219,6 +222,12 @@ ENDED_BY: dict[State, FinishReason] = {State.CANCELLED: "cancelled", State.FAILE
 def _is_lost(request: Request) -> bool:
     """Whether a pass that stopped in its middle has damaged a cache of the model's own."""
     return request.sequence is not None and request.sequence.own is not None
+
+
+def _running(request: Request) -> Running:
+    """What is known of `request` before a pass."""
+    limit = request.params.max_new_tokens
+    return Running(request.task, len(request.prompt), limit, new=not request.begun)
 
 
 def _segment(request: Request, tokens: list[int]) -> Segment:

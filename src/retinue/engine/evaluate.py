@@ -14,6 +14,7 @@ from retinue.engine.assembly import Assembly
 from retinue.engine.replay import Replay
 from retinue.engine.tasks import TaskIds
 from retinue.model.scoring import Scored, Scorer
+from retinue.policy.base import Running
 from retinue.policy.profile import Profile, TaskCounts
 
 
@@ -157,15 +158,20 @@ def _restricted(
 ) -> tuple[list[Scored], _Cost]:
     residents = assembly.residents
     assert residents is not None
-    residents.begin([texts[0].task])  # the first placement is not the pass's
+    residents.begin([_running(texts[0], new=False)])  # the first placement is not the pass's
     before = residents.bytes_read
     scored = []
     for text in texts:
-        residents.begin([text.task])
+        residents.begin([_running(text, new=True)])
         scored.append(_score(scorer, text, advance))
     counters = scorer.costs
     read = residents.bytes_read - before
     return scored, _Cost(counters.degraded_share, counters.rerouted, 0, read)
+
+
+def _running(text: TaskIds, *, new: bool) -> Running:
+    """A text as a request: its continuation is the answer."""
+    return Running(text.task, len(text.ids) - text.scored, text.scored, new=new)
 
 
 def _compare(scored: Sequence[Scored], plain: Sequence[Scored]) -> TaskScore:
