@@ -12,6 +12,7 @@ from retinue.engine.tables import Tables
 from retinue.errors import ReadError
 from retinue.metrics import Metrics
 from retinue.policy.base import Placement, Running
+from retinue.policy.place.drift import Drift
 from retinue.policy.place.emoe import Emoe
 from retinue.policy.place.popular import Popular, PopularByTask
 from retinue.policy.profile import Profile, TaskCounts
@@ -181,3 +182,47 @@ def test_a_refresh_that_failed_is_tried_again() -> None:
     rig.cache.broken = False
     rig.begin("sql+")
     assert rig.cache.sets == [[0, 1]] * 2
+
+
+def used(*experts: int) -> np.ndarray:
+    table = np.zeros(SHAPE, dtype=np.float32)
+    table[:, list(experts)] = 7
+    return table
+
+
+def test_what_is_served_worse_than_promised_is_forecast_early_but_not_ever() -> None:
+    rig = Rig(Emoe(), period=40)
+    rig.begin("sql+")
+    rig.host.observe("sql", used(0, 1))  # as promised
+    rig.forecast.now["sql"] = (2, 3)
+    for _ in range(4):
+        rig.begin("sql+")
+    assert rig.cache.sets == [[0, 1]] * 2
+    rig.host.observe("sql", used(2, 3))
+    rig.begin("sql")
+    assert rig.cache.sets == [[0, 1]] * 2  # no other prompt comes
+    rig.begin("sql+")
+    assert rig.cache.sets == [[2, 3]] * 2
+    rig.forecast.now["sql"] = (4, 5)
+    rig.host.observe("sql", used(4, 5))
+    for _ in range(3):
+        rig.begin("sql+")
+        assert rig.cache.sets == [[2, 3]] * 2  # a tenth of the period has not passed
+    rig.begin("sql+")
+    assert rig.cache.sets == [[4, 5]] * 2
+
+
+def test_drift_is_what_was_promised_and_not_served() -> None:
+    drift = Drift(decay=0.5, limit=0.2)
+    resident = np.array([[True, True, False, False]] * 2)
+    promised = np.array([[0.6, 0.2, 0.2, 0.0]] * 2)  # 0.8 of it there
+    drift.observe(promised, np.array([[1, 1, 2, 0]] * 2), resident)  # 0.5: 0.3 missed, halved
+    assert not drift.due
+    drift.observe(promised, np.array([[1, 1, 2, 0]] * 2), resident)  # 0.225
+    assert drift.due
+    drift.observe(promised, np.array([[4, 0, 0, 0]] * 2), resident)  # better than promised
+    assert not drift.due
+    drift.observe(promised, np.array([[0, 0, 0, 1]] * 2), resident)
+    assert drift.due
+    drift.reset()
+    assert not drift.due

@@ -1,9 +1,10 @@
 """Keeps the experts of a placement in memory, and changes them with what runs and what is forecast.
 
 It is asked before every step. When other requests run than before, their set is placed; every
-`period` prompts the forecaster is asked anew (eMoE, arXiv 2503.06823, section 4.1). The first set
-comes from the profile and is within the budget, where the paper begins with everything loaded.
-Only what a new set lacks is read. Nothing else loads or evicts while a preset restricts routers.
+`period` prompts the forecaster is asked anew (eMoE, arXiv 2503.06823, section 4.1), and earlier
+where prompts are served clearly worse than it said. The first set comes from the profile and is
+within the budget, where the paper begins with everything loaded. Only what a new set lacks is
+read. Nothing else loads or evicts while a preset restricts routers.
 """
 
 import logging
@@ -19,6 +20,7 @@ from retinue.errors import UsageError
 from retinue.model.experts import ExpertHost
 from retinue.model.profiles import find_profile
 from retinue.policy.base import BoolArray, Placement, Policies, Running, Stock
+from retinue.policy.place.drift import EARLIEST, Drift
 from retinue.policy.predict.forecasters import forecaster
 from retinue.policy.profile import Profile
 from retinue.types import Facts, FloatArray
@@ -83,6 +85,7 @@ class Residents:
         self._host, self._placement, self._tables = host, placement, tables
         self._there, self._period = there, period
         self._since = 0  # prompts since the forecaster was asked
+        self._drift = Drift()
         self._placed: list[Running] | None = None  # what the set was placed for
         self._said: set[str | None] = set()
         self.bytes_read = 0  # by all changes
@@ -102,12 +105,13 @@ class Residents:
         """
         started, before = time.perf_counter(), self.bytes_read
         fresh = sum(request.new for request in running)
-        due = self._placement.periodic and fresh > 0 and self._since >= self._period
+        due = fresh > 0 and self._due
         key = self._key(running)
         if key != self._placed or due:
             self._name_unknown(running)
             if due:
                 self._tables.renew()
+                self._drift.reset()
                 self._since = 0
             self._change(running, key)
             metrics = self._host.metrics
@@ -119,7 +123,16 @@ class Residents:
 
     def observe(self, task: str | None, used: FloatArray) -> None:
         """A prompt of `task` was read; `used` [layers, experts] is what its own routers chose."""
+        self._drift.observe(self._tables.shares(task), used, self._host.cache.slot_of >= 0)
         self._tables.observe(task, used)
+
+    @property
+    def _due(self) -> bool:
+        """Whether the forecaster is to be asked anew before the next prompt."""
+        if not self._placement.periodic:
+            return False
+        early = self._drift.due and self._since * EARLIEST >= self._period
+        return early or self._since >= self._period
 
     @contextmanager
     def away(self) -> Iterator[None]:

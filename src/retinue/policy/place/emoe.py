@@ -46,14 +46,14 @@ class Emoe:
     def place(self, stock: Stock, running: Sequence[Running], known: Known) -> BoolArray:
         """The set for the requests that run; without any, by popularity over all tasks."""
         scores = needs(running, known, stock.there.shape)
-        nothing = ~scores.any(axis=1)
+        nothing: BoolArray = ~scores.astype(bool).any(axis=1)
         if nothing.any():
             scores[nothing] = known.shares(None)[nothing]
-        kept = nothing & stock.resident.any(axis=1)
+        kept: BoolArray = nothing & stock.resident.any(axis=1)
         wanted = stock.resident & kept[:, None]
         rest = replace(
             stock,
-            slots=stock.slots - np.count_nonzero(wanted),
+            slots=stock.slots - int(wanted.sum()),
             there=stock.there & ~kept[:, None],
         )
         return wanted | self._split(scores + self._worth * stock.resident, rest)
