@@ -4,6 +4,7 @@ Its next token follows from all tokens of a sequence as the pool holds them. So 
 given to the wrong request, overwritten, or counted as computed when it was not, shows in answers.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ from retinue.errors import Cancelled
 from retinue.metrics import Metrics, PhaseCounters
 from retinue.model.kv import Segment
 from retinue.model.kv import Sequence as Memory
-from retinue.policy.base import Running
+from retinue.policy.base import Order, Running
 from retinue.types import BLOCK_TOKENS, SamplingParams
 
 VOCABULARY, CONTEXT, CHUNK, BATCH, END = 100, 32, 4, 3, 50
@@ -123,6 +124,8 @@ def make(
     following: Next = counting,
     apart: bool = False,
     cohort: Cohort = ALL,
+    order: Order | None = None,
+    clock: Callable[[], float] = time.perf_counter,
     **fields: Any,
 ) -> tuple[Engine, Network]:
     """An engine over a fake network; `fields` are those of Limits."""
@@ -131,7 +134,7 @@ def make(
     limits = Limits(**({"context": CONTEXT, "chunk": CHUNK, "batch": BATCH} | fields))
     engine = Engine(
         network,  # type: ignore[arg-type]
-        Scheduler(BlockPool(blocks), limits, cohort),
+        Scheduler(BlockPool(blocks), limits, cohort, order, clock),
         vocabulary=VOCABULARY,
         end_tokens=frozenset([END]),
     )

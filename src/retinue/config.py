@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from retinue.errors import UsageError
-from retinue.types import SamplingParams
+from retinue.types import Deadline, SamplingParams
 
 ENVIRONMENT_PREFIX = "RETINUE_"
 ENVIRONMENT_KEYS = (
@@ -33,6 +33,7 @@ ENVIRONMENT_KEYS = (
 )
 AS_IS = "as-is"
 PRECISIONS = (AS_IS, "int8", "int4")
+ORDERS = ("fcfs", "shortest", "emoe")
 
 _UNITS = {"": 1, "B": 1}
 _UNITS |= {f"{letter}B": 1000**n for n, letter in enumerate("KMGT", 1)}
@@ -102,6 +103,19 @@ class Config:
     forecaster: str | None = _option(
         None, "who forecasts for presets that ask (default: the preset's)", "NAME"
     )
+    order: str = _option(
+        "emoe",
+        "who goes first: emoe (by deadlines; without any, by arrival), shortest, fcfs",
+        "NAME",
+    )
+    first_token_deadline: float | None = _option(
+        None, "of every request: its first token is due so long after its arrival", "SECONDS"
+    )
+    token_deadline: float | None = _option(
+        None, "of every request: each token is due so long after the one before", "SECONDS"
+    )
+    deadlines: Mapping[str, Deadline] = field(default_factory=dict)  # by task, in a file only
+    queue: int = _option(1024, "requests that wait at most; more are refused", "N")
     precision: str = _option(AS_IS, "of weights in memory: as-is, int8 or int4", "NAME")
     threads: int | None = _option(None, "cores that may be used", "N")
     self_check: bool = _option(True, "compare with the reference at load")
@@ -120,11 +134,25 @@ class Config:
                 f"unknown precision: `{self.precision}`",
                 hint=f"this version serves: {', '.join(PRECISIONS)}",
             )
-        for name in ("context", "threads", "kv_tokens", "batch", "chunk", "period"):
+        if self.order not in ORDERS:
+            raise UsageError(f"unknown order: `{self.order}`", hint=f"one of {', '.join(ORDERS)}")
+        for name in ("context", "threads", "kv_tokens", "batch", "chunk", "queue", "period"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name} is out of range: `{value}`", hint="1 or more")
         self.sampling()
+        self.deadline(None)
+
+    def deadline(self, task: str | None) -> Deadline | None:
+        """What a request of `task` is promised: its own line of `deadlines`, else that of all.
+
+        None: nothing. Raises UsageError for seconds that are out of range.
+        """
+        if task is not None and task in self.deadlines:
+            return self.deadlines[task]
+        if self.first_token_deadline is None and self.token_deadline is None:
+            return None
+        return Deadline(self.first_token_deadline, self.token_deadline)
 
     def room(self) -> dict[str, Any]:
         """What `memory.budget.split` is asked for under this configuration."""
@@ -186,13 +214,22 @@ def _coerce(key: str, kind: object, value: Any) -> Any:
             raise ValueError(value)
         if kind in (int, int | None):
             return _integer(value)
-        if kind is float:
+        if kind in (float, float | None):
             return float(value)
+        if key == "deadlines":
+            return {str(task): _deadline(given) for task, given in value.items()}
         if key == "stop":
             return (value,) if isinstance(value, str) else tuple(str(item) for item in value)
         return value if isinstance(value, (str, int)) else str(value)
-    except (TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError) as error:
         raise UsageError(f"{key} has the wrong type: `{value}`") from error
+
+
+def _deadline(given: Any) -> Deadline:
+    """A deadline from a file: `{first_token_s: 2, between_tokens_s: 0.5}`."""
+    if isinstance(given, Deadline):
+        return given
+    return Deadline(**{str(key): float(value) for key, value in given.items()})
 
 
 def _integer(value: Any) -> int:

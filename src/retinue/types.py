@@ -90,6 +90,23 @@ def _check(name: str, value: object, valid: bool, allowed: str) -> None:
 
 
 @dataclass(frozen=True, slots=True)
+class Deadline:
+    """By when tokens are due, in seconds; None: whenever they come.
+
+    `first_token_s` counts from the arrival to the first token, `between_tokens_s` from each token
+    to the next one.
+    """
+
+    first_token_s: float | None = None
+    between_tokens_s: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("first_token_s", "between_tokens_s"):
+            value = getattr(self, name)
+            _check(name, value, value is None or 0 < value < math.inf, "seconds, above 0")
+
+
+@dataclass(frozen=True, slots=True)
 class TokenLogprob:
     """One new token with its log-probability and the most likely alternatives."""
 

@@ -23,6 +23,7 @@ ENGINE = (
     "self_check",
     "eager",
 )
+QUEUE = ("order", "first_token_deadline", "token_deadline", "queue")
 SAMPLING = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop")
 
 
@@ -65,6 +66,7 @@ def _kind(name: str) -> Any:
         "kv_tokens",
         "batch",
         "chunk",
+        "queue",
         "threads",
         "period",
         "max_new_tokens",
@@ -72,7 +74,7 @@ def _kind(name: str) -> Any:
         "seed",
     ):
         return int
-    if name in ("temperature", "top_p", "min_p"):
+    if name in ("temperature", "top_p", "min_p", "first_token_deadline", "token_deadline"):
         return float
     return str
 

@@ -171,6 +171,7 @@ def _scheduler(
         config.batch or 1,
         whole_prompts=not abilities.chunked_prefill,
         sharing=store.packable,
+        queue=config.queue,
     )
     return Scheduler(BlockPool(store.tokens // BLOCK_TOKENS), bounds, cohort)
 

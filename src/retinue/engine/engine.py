@@ -3,7 +3,6 @@
 One thread calls `step`; `cancel` may come from any. The engine knows neither files nor slots.
 """
 
-import time
 from collections.abc import Sequence as Items
 from typing import Protocol
 
@@ -48,9 +47,13 @@ class Engine:
         self.scheduler, self.limits = scheduler, scheduler.limits
 
     def add(self, request: Request) -> None:
-        """Queue `request`. Raises UsageError for a prompt that can never run."""
+        """Queue `request`.
+
+        Raises UsageError for a prompt that can never run, and Overloaded when it would wait too
+        long: past its deadline, or behind more than may wait.
+        """
         self.check(request.prompt)
-        self.scheduler.waiting.append(request)
+        self.scheduler.add(request)
 
     def check(self, prompt: list[int]) -> None:
         """Raise UsageError for a prompt that can never run."""
@@ -140,11 +143,11 @@ class Engine:
         # A pass stops in its middle if nobody wants it any more.
         self._runner.host.stop = lambda: all(request.cancelled.is_set() for request in requests)
         try:
-            started = time.perf_counter()
+            started = self.scheduler.clock()
             read = self._runner.host.begin([_running(each) for each in self.scheduler.running])
             for each in self.scheduler.running:
                 each.begun = True
-            begun_s = time.perf_counter() - started
+            begun_s = self.scheduler.clock() - started
             logits, counters = self._runner.run([segment for _, segment in parts], phase)
             self._runner.host.metrics.charge(bytes_read=read, seconds=begun_s)
         except Cancelled:
@@ -186,8 +189,7 @@ class Engine:
             token = request.forced[count]
         else:
             token = request.sampler.choose(logits, request.prompt, request.token_ids)
-        if count == 0:
-            request.first_token_s = time.perf_counter() - request.arrived
+        request.token_came(self.scheduler.clock())
         request.token_ids.append(token)
         if (logprob := request.sampler.logprob(logits, token)) is not None:
             request.logprobs.append(logprob)

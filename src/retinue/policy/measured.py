@@ -133,7 +133,7 @@ def rounded_length(tokens: int) -> int:
     """`tokens`, to two digits where it is long: so that a profile does not grow for ever."""
     if tokens <= EXACT_LENGTHS:
         return tokens
-    unit = 10 ** (len(str(tokens)) - 2)
+    unit = int(10 ** (len(str(tokens)) - 2))
     return round(tokens / unit) * unit
 
 
@@ -192,8 +192,13 @@ def periods_from(content: Any) -> Periods:
 
 def costs_from(content: Any) -> MachineCosts:
     """The part in a JSON document. Raises KeyError, TypeError or ValueError for what is none."""
-    names = ("base_s", "token_s", "load_base_s", "load_s")
-    return MachineCosts(*(float(content[name]) for name in names), machine=str(content["machine"]))
+    return MachineCosts(
+        float(content["base_s"]),
+        float(content["token_s"]),
+        float(content["load_base_s"]),
+        float(content["load_s"]),
+        str(content["machine"]),
+    )
 
 
 def counts_from(content: Any) -> dict[int, int]:
