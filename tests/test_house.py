@@ -35,7 +35,8 @@ LAYERS: dict[str, set[str]] = {
     "memory": {"", "policy"},
     "model": {"", "policy", "memory"},
     "engine": {"", "policy", "memory", "model"},
-    "cli": {"", "policy", "memory", "model", "engine"},
+    "train": {"", "policy", "memory", "model"},
+    "cli": {"", "policy", "memory", "model", "engine", "train"},
 }
 # Among the modules beside the folders, each may import those to its left.
 FOUNDATION = ("errors", "types", "config", "metrics")

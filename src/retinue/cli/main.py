@@ -22,7 +22,7 @@ from retinue.memory.budget import fits_whole
 from retinue.memory.home import find_here
 from retinue.memory.process import prepare
 
-LOADING = ("run", "bench", "eval", "profile")  # verbs that need a model loaded
+LOADING = ("run", "bench", "eval", "profile", "train-predictor")  # verbs that need a model loaded
 
 
 def build_parser() -> ArgumentParser:
@@ -39,6 +39,7 @@ def build_parser() -> ArgumentParser:
     _add_bench(verbs)
     _add_pack(verbs)
     _add_profile(verbs)
+    _add_train_predictor(verbs)
     _add_eval(verbs)
     new_verb(verbs, "presets", "every preset with its source and parts", "retinue presets --json")
     new_verb(verbs, "list", "the models in the hub's cache", "retinue list --json")
@@ -138,6 +139,22 @@ def _add_profile(verbs: object) -> None:
     )
 
 
+def _add_train_predictor(verbs: object) -> None:
+    training = new_verb(
+        verbs,
+        "train-predictor",
+        "learn which experts the next prompts use; scored on texts that are held out",
+        "retinue train-predictor sample --kind all",
+    )
+    _add_texts(training)
+    training.add_argument("--kind", choices=("emoe-a", "emoe-l", "all"), default="all")
+    training.add_argument("--epochs", type=int, metavar="N", help="how often each text is learnt")
+    training.add_argument("--out", metavar="FILE", help="write there, not to the cache folder")
+    add_config_options(
+        training, ("memory", "experts", "context", "precision", "threads", "self_check", "seed")
+    )
+
+
 def _add_eval(verbs: object) -> None:
     evaluation = new_verb(
         verbs,
@@ -180,7 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     try:
         prepare(resident=_lies_in_memory(options))
-        verb = importlib.import_module(f"retinue.cli.{options.verb}")
+        verb = importlib.import_module(f"retinue.cli.{options.verb.replace('-', '_')}")
         code = int(verb.execute(options))
         print(end="", flush=True)
         return code

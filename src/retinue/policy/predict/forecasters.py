@@ -1,10 +1,12 @@
 """Every forecaster of a prompt's experts by its name."""
 
 from collections.abc import Callable
-from typing import Any
 
 from retinue.errors import Refused, UsageError
 from retinue.policy.base import Forecaster, Popularity
+from retinue.policy.predict.emoe_all import EmoeAll
+from retinue.policy.predict.emoe_layerwise import EmoeLayerwise
+from retinue.policy.predict.learned import Learned
 from retinue.policy.predict.own_prefill import OwnPrefill
 from retinue.policy.predict.previous_prompt import PreviousPrompt
 from retinue.policy.predict.running_mean import RunningMean
@@ -16,20 +18,26 @@ _PLAIN: dict[str, Callable[[Popularity], Forecaster]] = {
     "previous-prompt": PreviousPrompt,
     "own-prefill": OwnPrefill,
 }
-LEARNED = ("emoe-a", "emoe-l")
+_LEARNED: dict[str, Callable[[Popularity, Learned], Forecaster]] = {
+    "emoe-a": EmoeAll,
+    "emoe-l": EmoeLayerwise,
+}
+LEARNED = tuple(_LEARNED)
 NAMES = (*_PLAIN, *LEARNED)
 
 
-def forecaster(name: str, profile: Popularity, learned: Any | None) -> Forecaster:
+def forecaster(name: str, profile: Popularity, learned: Learned | None) -> Forecaster:
     """A fresh forecaster called `name`; `learned` is what `retinue train-predictor` made, if any.
 
-    Raises UsageError for an unknown name, Refused for a learned one without its weights.
+    Raises UsageError for an unknown name, Refused for a learned one without its network.
     """
     if name in _PLAIN:
         return _PLAIN[name](profile)
-    if name not in LEARNED:
+    if name not in _LEARNED:
         raise UsageError(f"unknown forecaster: `{name}`", hint=f"known: {', '.join(NAMES)}")
-    raise Refused(
-        f"the forecaster `{name}` is learned, and nothing has been learned for this model",
-        hint="train it with `retinue train-predictor MODEL --data FILE`",
-    )
+    if learned is None or name not in learned.networks:
+        raise Refused(
+            f"the forecaster `{name}` has to be trained, which nobody did for this model",
+            hint=f"`retinue train-predictor MODEL --data FILE --kind {name}`",
+        )
+    return _LEARNED[name](profile, learned)
