@@ -17,6 +17,7 @@ from retinue.engine.request import Request, new_request
 from retinue.engine.scheduler import Limits, Scheduler
 from retinue.errors import Cancelled
 from retinue.metrics import Metrics, PhaseCounters
+from retinue.model.accounts import Accounts
 from retinue.model.kv import Segment
 from retinue.model.kv import Sequence as Memory
 from retinue.policy.base import Order, Running
@@ -51,6 +52,7 @@ class Books:
 class Host:
     def __init__(self) -> None:
         self.cache, self.metrics, self.closed = Books(), Metrics(), False
+        self.accounts = Accounts(layers=1, experts=1)
         self.stop: Callable[[], bool] = lambda: False
         self.running: list[list[Running]] = []  # before each pass
 

@@ -30,7 +30,8 @@ class Cache:
         self.slot_of = np.full(SHAPE, -1)
         self.broken = False
 
-    def place(self, wanted: np.ndarray) -> int:
+    def place(self, wanted: np.ndarray, popularity: np.ndarray) -> int:
+        assert popularity.shape == SHAPE
         if self.broken:
             raise ReadError("the disk is gone")
         read = np.count_nonzero(wanted & (self.slot_of < 0))
@@ -76,7 +77,10 @@ class Rig:
         self.cache, self.metrics, self.forecast = Cache(), Metrics(), Forecast()
         self.forecast.now = {"sql": (0, 1), "json": (2, 3)}
         self.host: Any = SimpleNamespace(
-            cache=self.cache, metrics=self.metrics, restriction=SimpleNamespace(active=False)
+            cache=self.cache,
+            metrics=self.metrics,
+            restriction=SimpleNamespace(active=False),
+            place=self.cache.place,
         )
         tables = Tables(SHAPE, profile(), self.forecast)
         there = np.ones(SHAPE, dtype=bool)

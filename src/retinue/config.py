@@ -23,6 +23,8 @@ ENVIRONMENT_KEYS = (
     "batch",
     "chunk",
     "preset",
+    "fetch_above",
+    "read_limit",
     "task",
     "period",
     "forecaster",
@@ -89,6 +91,15 @@ class Config:
     batch: int | None = _option(None, "requests that run at once (default: 1, in Python 8)", "N")
     chunk: int = _option(2048, "tokens of prompts that one pass takes at most", "TOKENS")
     preset: str = _option("auto", "a named combination of policies, see `retinue presets`", "NAME")
+    fetch_above: float | None = _option(
+        None,
+        "in presets that replace missing experts: fetch those whose share of the token's routing"
+        " weight is above W (1: never, 0: always, which is exact; default: the preset's own)",
+        "W",
+    )
+    read_limit: str | int | None = _option(
+        None, "read at most so much a second, as a slower disk would", "SIZE"
+    )
     task: str | None = _option(
         None, "the kind of work that a request belongs to, for presets that know tasks", "NAME"
     )
@@ -140,6 +151,13 @@ class Config:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name} is out of range: `{value}`", hint="1 or more")
+        share = self.fetch_above
+        if share is not None and not 0 <= share <= 1:
+            raise UsageError(f"fetch_above is out of range: `{share}`", hint="from 0 to 1")
+        if self.read_limit is not None and parse_size(self.read_limit) < 1:
+            raise UsageError(
+                f"read_limit is out of range: `{self.read_limit}`", hint="such as 300MB"
+            )
         self.sampling()
         self.deadline(None)
 

@@ -12,16 +12,8 @@ MODEL_HELP = (
 )
 ROOM = ("memory", "experts", "context", "kv_tokens", "chunk", "batch")
 ENGINE = (
-    *ROOM,
-    "preset",
-    "task",
-    "profile",
-    "period",
-    "forecaster",
-    "precision",
-    "threads",
-    "self_check",
-    "eager",
+    *(*ROOM, "preset", "fetch_above", "task", "profile", "period", "forecaster"),
+    *("precision", "threads", "read_limit", "self_check", "eager"),
 )
 QUEUE = ("order", "first_token_deadline", "token_deadline", "queue")
 SAMPLING = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop")
@@ -74,7 +66,14 @@ def _kind(name: str) -> Any:
         "seed",
     ):
         return int
-    if name in ("temperature", "top_p", "min_p", "first_token_deadline", "token_deadline"):
+    if name in (
+        "temperature",
+        "top_p",
+        "min_p",
+        "fetch_above",
+        "first_token_deadline",
+        "token_deadline",
+    ):
         return float
     return str
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from retinue.engine.blocks import Table
 from retinue.engine.text import TextStream
 from retinue.errors import RetinueError
-from retinue.metrics import Costs
+from retinue.metrics import Costs, Usage
 from retinue.types import Deadline, FinishReason, SamplingParams, TokenLogprob
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ class Request:
     table: Table | None = None
     sequence: "Sequence | None" = None
     costs: Costs = field(default_factory=Costs)
+    usage: Usage | None = None  # what the routers chose for it, where the host keeps accounts
     first_token_s: float = 0.0
     longest_gap_s: float = 0.0  # between two tokens
     last_token_at: float = 0.0  # when the last one came

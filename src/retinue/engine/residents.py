@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from retinue.config import Config
 from retinue.engine.tables import Tables
 from retinue.errors import UsageError
@@ -157,7 +159,8 @@ class Residents:
         cache = self._host.cache
         stock = Stock(cache.slots, cache.top_k, self._there, cache.slot_of >= 0)
         wanted = self._placement.place(stock, running, self._tables)
-        self.bytes_read += cache.place(wanted)
+        known = [self._tables.shares(request.task) for request in running or (Running(None),)]
+        self.bytes_read += self._host.place(wanted, np.mean(known, axis=0))
         self._placed = key
 
     def _name_unknown(self, running: Sequence[Running]) -> None:

@@ -324,7 +324,11 @@ class NoPlacement:
 
 @dataclass(frozen=True, slots=True)
 class Policies:
-    """One answer per question: what a preset is made of."""
+    """One answer per question: what a preset is made of.
+
+    `fetch_above` is for a routing that replaces missing experts: one whose share of its token's
+    routing weight is above it is fetched instead. 1: none, 0: all, which is exact.
+    """
 
     evictor: Evictor
     predictor: Predictor
@@ -332,8 +336,9 @@ class Policies:
     routing: Routing = field(default_factory=OwnRouting)
     placement: Placement = field(default_factory=NoPlacement)
     forecaster: str = "popularity"  # whom a periodic placement asks, by its name
+    fetch_above: float = 1.0
 
     @property
     def exact(self) -> bool:
         """Whether the output is that of the plain model."""
-        return self.miss.exact and self.routing.exact
+        return self.miss.exact and (self.routing.exact or self.fetch_above == 0)
