@@ -39,7 +39,7 @@ LAYERS: dict[str, set[str]] = {
     "cli": {"", "policy", "memory", "model", "engine", "train"},
 }
 # Among the modules beside the folders, each may import those to its left.
-FOUNDATION = ("errors", "types", "config", "metrics")
+FOUNDATION = ("errors", "types", "config", "metrics", "trace")
 # From a lower layer, these see only some modules.
 NARROW = {("memory", "policy"): {"retinue.policy.base"}}
 # The package itself only hands out names, `__main__` is the command line under another name.

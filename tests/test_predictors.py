@@ -222,6 +222,26 @@ def test_training_by_the_command_line(call: Call, olmoe: Path, texts: Path, tmp_
     assert list(read_predictor(out).networks) == ["emoe-l"]
 
 
+def test_a_trace_teaches_what_its_texts_teach(
+    call: Call, olmoe: Path, texts: Path, tmp_path: Path
+) -> None:
+    trace, direct, out = (tmp_path / name for name in ("a.trace", "direct.npz", "out.npz"))
+    few = ("--epochs", 1, "--kind", "emoe-a")
+    detail = ("--detail", "histogram")
+    assert call("trace", olmoe, "--data", texts, "--out", trace, *detail, *TINY).code == 0
+    assert call("train-predictor", olmoe, "--data", texts, *few, "--out", direct, *TINY).code == 0
+    done = call("train-predictor", olmoe, "--trace", trace, *few, "--out", out)
+    assert done.code == 0, done.err
+    assert out.read_bytes() == direct.read_bytes()
+    done = call("train-predictor", "sample", "--trace", trace, *few, "--out", out)
+    assert done.code == 2
+    assert "is of another model" in done.err
+    for option in (("--data", texts), ("--per-task", 2), ("--threads", 1), ("--no-self-check",)):
+        done = call("train-predictor", olmoe, "--trace", trace, *option)
+        assert done.code == 2
+        assert "is of no use with `--trace`" in done.err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

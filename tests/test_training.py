@@ -1,19 +1,16 @@
 """Training of predictors: what can be learnt is learnt, and scored on what was not seen."""
 
 import itertools
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-import models
 from retinue.errors import UsageError
-from retinue.model.scoring import Scorer
-from retinue.model.survey import survey
 from retinue.policy.predict.forecasters import forecaster
 from retinue.policy.predict.network import Network, shapes
 from retinue.policy.predict.shares import shares_of
+from retinue.trace import Routed, TraceHead
 from retinue.train.fit import fit
 from retinue.train.network import fresh, logits
 from retinue.train.predictors import train
@@ -22,10 +19,9 @@ from retinue.train.texts import (
     Counted,
     RoutedText,
     divide,
+    from_trace,
     in_blocks,
     mixed,
-    record,
-    rows_with_experts,
 )
 
 LAYERS, EXPERTS = 3, 4
@@ -158,36 +154,31 @@ def test_popularity_without_a_text() -> None:
     assert counted.without(texts[0], None)[1].tolist() == [0, 0.5, 0.5, 0]
     # of the task's only text there is no rest: all others count
     assert counted.without(texts[2], "b")[1].tolist() == [0.5, 0, 0.5, 0]
-    assert rows_with_experts(texts).tolist() == ROWS.tolist()
 
 
-def test_the_routing_of_a_text_is_recorded_in_two_parts(olmoe: Path) -> None:
-    ids = models.prompt_of(14)
-    with models.open_llm(olmoe) as llm:
-        parts = llm.assembly
-        scorer = Scorer(parts.network, parts.host, parts.mover, parts.metrics)
-        shape = (models.LAYERS, models.EXPERTS)
-        found = list(record(scorer, [("a", ids, 4), ("b", ids, 9)], shape))
-    assert [t.task for t in found] == ["a", "b"]
-    assert found[0].whole == pytest.approx(found[1].whole, abs=1e-5)
-    sums = [found[0].prompt.sum(axis=1), found[0].answer.sum(axis=1)]
-    assert (sums[0] > sums[1]).all(), "ten tokens weigh more than four"
-    assert (found[1].prompt.sum(axis=1) < found[1].answer.sum(axis=1)).all()
+def test_requests_of_a_trace_with_both_parts_are_texts() -> None:
+    head = TraceHead("by-hand", LAYERS, EXPERTS, 1, (1, 2), "histogram")
+    sums = np.arange(16, dtype=np.float32).reshape(2, 2, EXPERTS)
+    requests = [Routed("a", 3, 0, sums), Routed(None, 3, 2, sums), Routed("b", 0, 2, sums)]
+    (found,) = from_trace(head, requests)
+    assert found.task is None
+    assert found.prompt.tolist() == [[0] * 4, [0, 1, 2, 3], [4, 5, 6, 7]]
+    assert found.answer.tolist() == [[0] * 4, [8, 9, 10, 11], [12, 13, 14, 15]]
 
 
-def test_training_scores_what_it_did_not_see(olmoe: Path) -> None:
-    shape = (models.LAYERS, models.EXPERTS)
+def test_training_scores_what_it_did_not_see() -> None:
+    shape = (LAYERS, EXPERTS)
     random = np.random.default_rng(0)
     texts = [
         RoutedText(task, *random.random((2, *shape)).astype(np.float32))
-        for task in ("a", "b")
+        for task in ("a", "b", None)
         for _ in range(6)
     ]
+    head = TraceHead("by-hand", LAYERS, EXPERTS, 1, (0, 2))
     ticks: list[int] = []
-    made = train(
-        survey(olmoe), texts, ["emoe-l"], epochs=2, seed=0, advance=lambda: ticks.append(1)
-    )
-    assert (len(ticks), made.held_out, made.learned.texts) == (4, 2, 12)
+    made = train(head, texts, ["emoe-l"], epochs=2, seed=0, advance=lambda: ticks.append(1))
+    assert (len(ticks), made.held_out, made.learned.texts) == (4, 3, 18)
+    assert made.learned.rows.tolist() == [0, 2]
     assert made.learned.tasks == ("a", "b")
     assert list(made.learned.networks) == ["emoe-l"]
     for scores in made.scores.values():

@@ -22,7 +22,8 @@ from retinue.memory.budget import fits_whole
 from retinue.memory.home import find_here
 from retinue.memory.process import prepare
 
-LOADING = ("run", "bench", "eval", "profile", "train-predictor")  # verbs that need a model loaded
+# verbs that need a model loaded
+LOADING = ("run", "bench", "eval", "profile", "trace", "train-predictor")
 
 
 def build_parser() -> ArgumentParser:
@@ -38,6 +39,7 @@ def build_parser() -> ArgumentParser:
     _add_doctor(verbs)
     _add_bench(verbs)
     _add_pack(verbs)
+    _add_trace(verbs)
     _add_profile(verbs)
     _add_train_predictor(verbs)
     _add_eval(verbs)
@@ -62,7 +64,7 @@ def _add_run(verbs: object) -> None:
     run.add_argument("--logprobs", type=int, metavar="N", help="with --json: N alternatives each")
     run.add_argument("--ignore-eos", action="store_true", help="go on after an end token")
     run.add_argument("--system", metavar="TEXT", help="of the chat: the role that the model plays")
-    add_config_options(run, ENGINE + SAMPLING)
+    add_config_options(run, (*ENGINE, "infer_task", *SAMPLING))
 
 
 def _add_plan(verbs: object) -> None:
@@ -87,10 +89,8 @@ def _add_doctor(verbs: object) -> None:
     doctor.add_argument(
         "--verify", action="store_true", help="read all of a pack and compare its checksums"
     )
-    add_config_options(
-        doctor,
-        tuple(name for name in ENGINE if name not in ("task", "profile", "period", "forecaster")),
-    )
+    unused = ("task", "profile", "period", "forecaster", "fetch_above", "read_limit")
+    add_config_options(doctor, tuple(name for name in ENGINE if name not in unused))
 
 
 def _add_bench(verbs: object) -> None:
@@ -124,6 +124,27 @@ def _add_pack(verbs: object) -> None:
     add_config_options(pack, ("memory", "precision", "threads"))
 
 
+def _add_trace(verbs: object) -> None:
+    trace = new_verb(
+        verbs,
+        "trace",
+        "run texts, record which experts every token chose",
+        "retinue trace ./OLMoE-1B-7B --data tasks.jsonl --per-task 20 --out routing.trace",
+    )
+    _add_texts(trace)
+    trace.add_argument("--out", metavar="FILE", required=True, help="where to write the trace")
+    trace.add_argument("--merge", metavar="FILE", help="a trace whose requests come first")
+    trace.add_argument(
+        "--detail",
+        choices=("tokens", "histogram"),
+        default="tokens",
+        help="every token's experts and weights, or their sums by expert (default: tokens)",
+    )
+    add_config_options(
+        trace, ("memory", "experts", "context", "precision", "threads", "self_check")
+    )
+
+
 def _add_profile(verbs: object) -> None:
     profile = new_verb(
         verbs,
@@ -147,6 +168,9 @@ def _add_train_predictor(verbs: object) -> None:
         "retinue train-predictor sample --kind all",
     )
     _add_texts(training)
+    training.add_argument(
+        "--trace", metavar="FILE", help="of `retinue trace`, in place of running texts"
+    )
     training.add_argument("--kind", choices=("emoe-a", "emoe-l", "all"), default="all")
     training.add_argument("--epochs", type=int, metavar="N", help="how often each text is learnt")
     training.add_argument("--out", metavar="FILE", help="write there, not to the cache folder")

@@ -8,31 +8,35 @@ from typing import Any
 
 from retinue.cli.measure import bar, measured
 from retinue.cli.options import config_from
-from retinue.cli.terminal import audience, emit_json, table
+from retinue.cli.terminal import audience, emit_json, note, table
 from retinue.config import Config
+from retinue.engine.tracing import record, trace_head
 from retinue.errors import UsageError
+from retinue.memory.home import locate
 from retinue.model.predictors import default_predictor, write_predictor
-from retinue.model.scoring import Scorer
+from retinue.model.survey import survey
+from retinue.trace import Trace, TraceHead
 from retinue.train.fit import EPOCHS
 from retinue.train.predictors import Training, train
 from retinue.train.scores import RESIDENT, Score
-from retinue.train.texts import RoutedText, record
-from retinue.types import Facts
+from retinue.train.texts import RoutedText, from_trace
+
+RUNNING = ("memory", "experts", "context", "precision", "threads", "self_check")
 
 
 def execute(options: Namespace) -> int:
     """Record the texts' routing, train on it and write the predictor; returns the exit code."""
     epochs = EPOCHS if options.epochs is None else options.epochs
-    seed = 0 if options.seed is None else options.seed
+    config = replace(config_from(options), preset="auto", task=None, profile=None)
+    seed = config.seed or 0
     for name, value, least in (("epochs", epochs, 1), ("seed", seed, 0)):
         if value < least:
             raise UsageError(f"{name} is out of range: `{value}`", hint=f"{least} or more")
     kinds = ("emoe-a", "emoe-l") if options.kind == "all" else (options.kind,)
-    config = replace(config_from(options), preset="auto", task=None, profile=None)
-    folder, facts, texts = _recorded(options, config)
+    folder, head, texts = _traced(options, config) if options.trace else _run(options, config)
     started = time.perf_counter()
     with bar(2 * epochs * len(kinds), "epoch") as advance:
-        made = train(facts, texts, kinds, epochs=epochs, seed=seed, advance=advance)
+        made = train(head, texts, kinds, epochs=epochs, seed=seed, advance=advance)
     train_s = time.perf_counter() - started
     file = Path(options.out) if options.out else default_predictor(folder)
     write_predictor(made.learned, file)
@@ -57,18 +61,34 @@ def execute(options: Namespace) -> int:
     return 0
 
 
-def _recorded(options: Namespace, config: Config) -> tuple[Path, Facts, list[RoutedText]]:
-    """The checkpoint's folder, what it is, and how it routes the texts; it is closed again."""
-    with measured(options, config) as (assembly, ids):
-        scorer = Scorer(assembly.network, assembly.host, assembly.mover, assembly.metrics)
-        shape = (assembly.facts.layers, assembly.facts.experts_per_layer)
-        given = ((text.task, text.ids, text.scored) for text in ids)
-        texts = []
-        with bar(len(ids)) as advance:
-            for text in record(scorer, given, shape):
-                texts.append(text)
-                advance()
-        return assembly.folder, assembly.facts, texts
+def _run(options: Namespace, config: Config) -> tuple[Path, TraceHead, list[RoutedText]]:
+    """The checkpoint's folder, and how it routes the texts; it is closed again."""
+    with measured(options, config) as (assembly, ids), bar(len(ids)) as advance:
+        head = trace_head(assembly, "histogram")
+        return assembly.folder, head, list(from_trace(head, record(assembly, head, ids, advance)))
+
+
+def _traced(options: Namespace, config: Config) -> tuple[Path, TraceHead, list[RoutedText]]:
+    """The same from a trace of the model. Raises UsageError for another model's."""
+    for name in ("data", "per_task", *RUNNING):
+        if getattr(options, name) is not None:
+            flag = "--" + name.replace("_", "-")
+            raise UsageError(
+                f"`{flag}` is of no use with `--trace`, which runs no texts",
+                hint="leave one of both out",
+            )
+    trace, folder = Trace(Path(options.trace)), locate(options.model, note)
+    facts, head = survey(folder, config.precision), trace.head
+    if (head.layers, head.experts, head.top_k) != (
+        facts.layers,
+        facts.experts_per_layer,
+        facts.top_k,
+    ):
+        raise UsageError(
+            f"the trace `{trace.file}` is of another model: `{head.model}`",
+            hint="record one of this model with `retinue trace`",
+        )
+    return folder, head, list(from_trace(head, trace))
 
 
 def _as_dict(found: Score) -> dict[str, Any]:

@@ -37,8 +37,9 @@ class _Pairs:
         self._random = np.random.default_rng(seed)
         self._prompts = np.stack([shares_of(text.prompt) for text in texts])
         self._wholes = np.stack([shares_of(text.whole) for text in texts])
-        names = np.array([text.task for text in texts])
-        self._own = {task: np.flatnonzero(names == task) for task in tasks}
+        self._own: dict[str | None, list[int]] = {}
+        for at, text in enumerate(texts):
+            self._own.setdefault(text.task, []).append(at)
 
     def draw(self, layerwise: bool) -> tuple[torch.Tensor, ...]:
         """What was seen, what the profile says, the task's row, and what is to be forecast."""
@@ -54,7 +55,7 @@ class _Pairs:
             truth = self._random.random((BATCH, 1, 1))
             own = truth * target + (1 - truth) * prior
             seen = np.where(np.arange(seen.shape[1])[:, None] == self._rows[0], seen, own)
-        rows = [self._tasks.index(self._texts[text].task) for text in at]
+        rows = [self._row(self._texts[text].task) for text in at]
         row = np.where(known, rows, len(self._tasks))
         return (
             *(self._tensor(part) for part in (seen, prior)),
@@ -62,13 +63,16 @@ class _Pairs:
             self._tensor(target),
         )
 
+    def _row(self, task: str | None) -> int:
+        return len(self._tasks) if task is None else self._tasks.index(task)
+
     def _prior(self, at: int, known: bool) -> Shares:
         text = self._texts[at]
         return self._counted.without(text, text.task if known else None)
 
     def _before(self, at: int, same: bool) -> int:
-        choice = self._own[self._texts[at].task] if same else np.arange(len(self._texts))
-        return int(self._random.choice(choice))
+        choice = self._own[self._texts[at].task] if same else range(len(self._texts))
+        return choice[int(self._random.integers(len(choice)))]
 
     def _tensor(self, shares: Shares) -> torch.Tensor:
         return torch.tensor(shares[:, self._rows], dtype=torch.float32)

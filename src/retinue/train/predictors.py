@@ -3,9 +3,12 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from retinue.policy.base import Popularity
 from retinue.policy.predict.forecasters import LEARNED, NAMES, forecaster
 from retinue.policy.predict.learned import LAYERWISE, Learned
+from retinue.trace import TraceHead
 from retinue.train.fit import fit
 from retinue.train.scores import Score, score
 from retinue.train.texts import (
@@ -14,9 +17,7 @@ from retinue.train.texts import (
     divide,
     in_blocks,
     mixed,
-    rows_with_experts,
 )
-from retinue.types import Facts
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +33,7 @@ class Training:
 
 
 def train(
-    facts: Facts,
+    head: TraceHead,
     texts: Sequence[RoutedText],
     kinds: Sequence[str],
     *,
@@ -45,9 +46,10 @@ def train(
     Raises UsageError where a task has too few texts.
     """
     part, held = divide(texts, seed)
+    rows = np.array(head.routed)
 
     def learn(given: Sequence[RoutedText]) -> Learned:
-        tasks, rows = sorted({text.task for text in given}), rows_with_experts(given)
+        tasks = sorted({text.task for text in given if text.task is not None})
         networks = {
             kind: fit(
                 given,
@@ -60,8 +62,8 @@ def train(
             )
             for kind in kinds
         }
-        shape = (facts.layers, facts.experts_per_layer, facts.top_k)
-        return Learned(facts.name, *shape, rows, tuple(tasks), len(given), {}, networks)
+        shape = (head.layers, head.experts, head.top_k)
+        return Learned(head.model, *shape, rows, tuple(tasks), len(given), {}, networks)
 
     scores = _compare(learn(part), Counted(part), held, seed)
     covered = {name: found.covered for name, found in scores["mixed"].items()}

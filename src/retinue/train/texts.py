@@ -1,14 +1,13 @@
-"""Texts as the routing that they caused: recorded, divided, in the order of a server's day."""
+"""Texts as the routing that they caused: counted, divided, in the order of a server's day."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from retinue.errors import UsageError
-from retinue.model.scoring import LayerRouting, Scorer
 from retinue.policy.predict.shares import Shares, shares_of
+from retinue.trace import Routed, TraceHead
 from retinue.types import FloatArray
 
 HELD_OUT = 0.2  # of each task's texts
@@ -18,7 +17,7 @@ HELD_OUT = 0.2  # of each task's texts
 class RoutedText:
     """Routing weight of one text, summed over its tokens: [layers, experts] each."""
 
-    task: str
+    task: str | None
     prompt: FloatArray
     answer: FloatArray
 
@@ -33,7 +32,7 @@ class Counted:
 
     def __init__(self, texts: Sequence[RoutedText]) -> None:
         assert texts, "no texts to count"
-        self._sums: dict[str, FloatArray] = {}
+        self._sums: dict[str | None, FloatArray] = {}
         for text in texts:
             self._sums[text.task] = self._sums.get(text.task, 0) + text.whole
         self._all: FloatArray = sum(self._sums.values(), np.zeros_like(texts[0].whole))
@@ -51,27 +50,12 @@ class Counted:
         return np.asarray(np.where(alone, everyone, shares_of(rest)))
 
 
-def record(
-    scorer: Scorer, texts: Iterable[tuple[str, list[int], int]], shape: tuple[int, int]
-) -> Iterator[RoutedText]:
-    """Run `texts`, each a task, its ids and how many of these are the answer, in their order.
-
-    shape: layers and experts. Raises what `Scorer.score` raises.
-    """
-    with scorer.recording(next_scores=False) as routing:
-        for task, ids, scored in texts:
-            scorer.score(ids, 1)
-            parts = np.zeros((2, *shape), dtype=np.float32)
-            for layer in routing:
-                _count(parts, layer, len(ids) - scored)
-            yield RoutedText(task, *parts)
-
-
-def _count(parts: FloatArray, routing: LayerRouting, prompt_tokens: int) -> None:
-    for part, rows in zip(parts, (slice(prompt_tokens), slice(prompt_tokens, None)), strict=True):
-        experts, weights = routing.experts[rows], routing.weights[rows]
-        valid = experts < part.shape[1]
-        np.add.at(part[routing.layer], experts[valid], weights[valid])
+def from_trace(head: TraceHead, requests: Iterable[Routed]) -> Iterator[RoutedText]:
+    """The requests of a trace that have both a prompt and an answer, in their order."""
+    for request in requests:
+        if request.prompt_tokens and request.answer_tokens:
+            prompt, answer = request.used(head), request.used(head, answer=True)
+            yield RoutedText(request.task, prompt, answer)
 
 
 def divide(texts: Sequence[RoutedText], seed: int) -> tuple[list[RoutedText], list[RoutedText]]:
@@ -86,8 +70,8 @@ def divide(texts: Sequence[RoutedText], seed: int) -> tuple[list[RoutedText], li
         count = max(1, round(HELD_OUT * len(own)))
         if len(own) - count < 2:
             raise UsageError(
-                f"too few texts of `{task}` to learn from: {len(own)}",
-                hint="give at least 3 of each task",
+                f"too few texts {f'of `{task}`' if task else 'without a task'}: {len(own)}",
+                hint="give at least 3 of each task to learn from",
             )
         held.update(random.permutation(own)[:count].tolist())
     learn = [text for at, text in enumerate(texts) if at not in held]
@@ -101,12 +85,12 @@ def mixed(texts: Sequence[RoutedText], seed: int) -> list[RoutedText]:
     here from those that have texts left. How many come at once, Poisson there, changes no order.
     """
     random = np.random.default_rng(seed)
-    left: dict[str, list[RoutedText]] = {}
+    left: dict[str | None, list[RoutedText]] = {}
     for at in random.permutation(len(texts)).tolist():
         left.setdefault(texts[at].task, []).append(texts[at])
     order = []
     while left:
-        task = sorted(left)[int(random.integers(len(left)))]
+        task = sorted(left, key=str)[int(random.integers(len(left)))]
         order.append(left[task].pop())
         if not left[task]:
             del left[task]
@@ -115,9 +99,4 @@ def mixed(texts: Sequence[RoutedText], seed: int) -> list[RoutedText]:
 
 def in_blocks(texts: Sequence[RoutedText]) -> list[RoutedText]:
     """All texts of one task, then all of the next."""
-    return sorted(texts, key=lambda text: text.task)
-
-
-def rows_with_experts(texts: Sequence[RoutedText]) -> npt.NDArray[np.int64]:
-    """The decoder layers that have experts."""
-    return np.flatnonzero(sum(text.whole.sum(axis=1) for text in texts))
+    return sorted(texts, key=lambda text: str(text.task))
