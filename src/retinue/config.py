@@ -27,6 +27,8 @@ ENVIRONMENT_KEYS = (
     "fetch_above",
     "read_limit",
     "task",
+    "period",
+    "forecaster",
     "infer_task",
     "precision",
     "threads",
@@ -111,6 +113,14 @@ class Config:
     profile: str | None = _option(
         None, "what `retinue profile` wrote; default: what it remembered of this model", "FILE"
     )
+    period: int | None = _option(
+        None,
+        "prompts between two forecasts of presets that make them (default: the profile's)",
+        "P",
+    )
+    forecaster: str | None = _option(
+        None, "who forecasts for presets that ask (default: the preset's)", "NAME"
+    )
     order: str = _option(
         "emoe",
         "who goes first: emoe (by deadlines; without any, by arrival), shortest, fcfs",
@@ -166,7 +176,7 @@ class Config:
             raise UsageError(f"unknown order: `{self.order}`", hint=f"one of {', '.join(ORDERS)}")
         for name in (
             *("context", "threads", "kv_tokens", "batch", "chunk"),
-            *("queue", "choices", "max_prompt"),
+            *("queue", "choices", "max_prompt", "period"),
         ):
             value = getattr(self, name)
             if value is not None and value < 1:

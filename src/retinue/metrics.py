@@ -146,6 +146,9 @@ class Metrics:
     total: Costs = field(default_factory=Costs)
     phase: Phase = "prefill"
     layers: dict[tuple[Phase, int], LayerCounters] = field(default_factory=dict)
+    refreshes: int = 0  # times that the resident set was chosen anew, without the first
+    refresh_s: float = 0.0  # what that took, forecasts and reads included
+    refresh_bytes: int = 0
     _tasks: dict[str | None, Usage] = field(default_factory=dict)
 
     @property

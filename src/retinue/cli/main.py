@@ -104,7 +104,7 @@ def _add_doctor(verbs: object) -> None:
     doctor.add_argument(
         "--verify", action="store_true", help="read all of a pack and compare its checksums"
     )
-    unused = ("task", "profile", "fetch_above", "read_limit")
+    unused = ("task", "profile", "period", "forecaster", "fetch_above", "read_limit")
     add_config_options(doctor, tuple(name for name in ENGINE if name not in unused))
 
 

@@ -12,7 +12,7 @@ from retinue.engine.cohort import Cohort
 from retinue.engine.engine import Engine
 from retinue.engine.ordering import order_of
 from retinue.engine.reserve import Reserved
-from retinue.engine.residents import Residents, known_beforehand
+from retinue.engine.residents import Residents, known_beforehand, residents_of
 from retinue.engine.scheduler import Limits, Scheduler
 from retinue.memory.budget import Split
 from retinue.memory.cache import ExpertCache
@@ -211,6 +211,6 @@ def _residents(
     """The set that stays, loaded and serving, if the preset has one."""
     if not policies.placement.fixed:
         return None
-    residents = Residents(host, policies.placement, known, network.experts.there)
+    residents = residents_of(host, policies, known, network.experts.there, config)
     residents.start(config.task)
     return residents

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from functools import partial
 
 from retinue.config import format_size
+from retinue.engine.tasks import TaskIds
+from retinue.policy.base import Running
 from retinue.reproduce.base import NOTHING_YET, Chart, Column, Experiment, Row, Series, number
 from retinue.reproduce.workbench import Workbench
 
@@ -30,12 +32,12 @@ def _cell(bench: Workbench, share: int) -> list[Row]:
     with bench.opened(preset=PRESET, experts=f"{share}%") as llm:
         residents = llm.assembly.residents
         assert residents is not None
-        residents.begin([bench.texts[0].task])
+        residents.begin([_running(bench.texts[0])])
         before = bench.texts[0].task
         for text in bench.texts[1:]:
             bench.check()
             started = time.perf_counter()
-            read = residents.begin([text.task])
+            read = residents.begin([_running(text)])
             if text.task != before:
                 seconds.append(time.perf_counter() - started)
                 moved.append(read)
@@ -102,3 +104,8 @@ EXPERIMENT = Experiment(
     verdict=verdict,
     notes=("Seconds are a median with the least and the most.",),
 )
+
+
+def _running(text: TaskIds) -> Running:
+    """A text as a request: its continuation is the answer."""
+    return Running(text.task, len(text.ids) - text.scored, text.scored, new=True)
