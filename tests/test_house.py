@@ -36,8 +36,9 @@ LAYERS: dict[str, set[str]] = {
     "model": {"", "policy", "memory"},
     "engine": {"", "policy", "memory", "model"},
     "train": {"", "policy", "memory", "model"},
+    "server": {"", "policy", "memory", "model", "engine"},
     "reproduce": {"", "policy", "memory", "model", "engine", "train"},
-    "cli": {"", "policy", "memory", "model", "engine", "train", "reproduce"},
+    "cli": {"", "policy", "memory", "model", "engine", "server", "train", "reproduce"},
 }
 # Among the modules beside the folders, each may import those to its left.
 FOUNDATION = ("errors", "types", "config", "metrics", "trace")
