@@ -23,7 +23,11 @@ ENVIRONMENT_KEYS = (
     "batch",
     "chunk",
     "preset",
+    "fetch_above",
+    "read_limit",
     "task",
+    "period",
+    "forecaster",
     "precision",
     "threads",
     "self_check",
@@ -87,11 +91,28 @@ class Config:
     batch: int | None = _option(None, "requests that run at once (default: 1, in Python 8)", "N")
     chunk: int = _option(2048, "tokens of prompts that one pass takes at most", "TOKENS")
     preset: str = _option("auto", "a named combination of policies, see `retinue presets`", "NAME")
+    fetch_above: float | None = _option(
+        None,
+        "in presets that replace missing experts: fetch those whose share of the token's routing"
+        " weight is above W (1: never, 0: always, which is exact; default: the preset's own)",
+        "W",
+    )
+    read_limit: str | int | None = _option(
+        None, "read at most so much a second, as a slower disk would", "SIZE"
+    )
     task: str | None = _option(
         None, "the kind of work that a request belongs to, for presets that know tasks", "NAME"
     )
     profile: str | None = _option(
         None, "what `retinue profile` wrote; default: what it remembered of this model", "FILE"
+    )
+    period: int | None = _option(
+        None,
+        "prompts between two forecasts of presets that make them (default: the profile's)",
+        "P",
+    )
+    forecaster: str | None = _option(
+        None, "who forecasts for presets that ask (default: the preset's)", "NAME"
     )
     order: str = _option(
         "emoe",
@@ -126,10 +147,17 @@ class Config:
             )
         if self.order not in ORDERS:
             raise UsageError(f"unknown order: `{self.order}`", hint=f"one of {', '.join(ORDERS)}")
-        for name in ("context", "threads", "kv_tokens", "batch", "chunk", "queue"):
+        for name in ("context", "threads", "kv_tokens", "batch", "chunk", "queue", "period"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name} is out of range: `{value}`", hint="1 or more")
+        share = self.fetch_above
+        if share is not None and not 0 <= share <= 1:
+            raise UsageError(f"fetch_above is out of range: `{share}`", hint="from 0 to 1")
+        if self.read_limit is not None and parse_size(self.read_limit) < 1:
+            raise UsageError(
+                f"read_limit is out of range: `{self.read_limit}`", hint="such as 300MB"
+            )
         self.sampling()
         self.deadline(None)
 

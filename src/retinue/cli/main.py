@@ -89,7 +89,10 @@ def _add_doctor(verbs: object) -> None:
     doctor.add_argument(
         "--verify", action="store_true", help="read all of a pack and compare its checksums"
     )
-    add_config_options(doctor, tuple(name for name in ENGINE if name not in ("task", "profile")))
+    add_config_options(
+        doctor,
+        tuple(name for name in ENGINE if name not in ("task", "profile", "period", "forecaster")),
+    )
 
 
 def _add_bench(verbs: object) -> None:

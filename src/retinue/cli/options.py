@@ -11,7 +11,10 @@ MODEL_HELP = (
     " or `sample`, the small trained model that ships along"
 )
 ROOM = ("memory", "experts", "context", "kv_tokens", "chunk", "batch")
-ENGINE = (*ROOM, "preset", "task", "profile", "precision", "threads", "self_check", "eager")
+ENGINE = (
+    *(*ROOM, "preset", "fetch_above", "task", "profile", "period", "forecaster"),
+    *("precision", "threads", "read_limit", "self_check", "eager"),
+)
 QUEUE = ("order", "first_token_deadline", "token_deadline", "queue")
 SAMPLING = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop")
 
@@ -57,12 +60,20 @@ def _kind(name: str) -> Any:
         "chunk",
         "queue",
         "threads",
+        "period",
         "max_new_tokens",
         "top_k",
         "seed",
     ):
         return int
-    if name in ("temperature", "top_p", "min_p", "first_token_deadline", "token_deadline"):
+    if name in (
+        "temperature",
+        "top_p",
+        "min_p",
+        "fetch_above",
+        "first_token_deadline",
+        "token_deadline",
+    ):
         return float
     return str
 

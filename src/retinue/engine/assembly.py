@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from retinue.config import Config
+from retinue.config import Config, parse_size
 from retinue.engine.blocks import BlockPool
 from retinue.engine.cohort import Cohort
 from retinue.engine.engine import Engine
 from retinue.engine.reserve import Reserved
-from retinue.engine.residents import Residents, known_beforehand
+from retinue.engine.residents import Residents, known_beforehand, residents_of
 from retinue.engine.scheduler import Limits, Scheduler
 from retinue.memory.budget import Split
 from retinue.memory.cache import ExpertCache
@@ -92,7 +92,8 @@ def assemble(reserved: Reserved) -> Assembly:
         reader, metrics = Reader(), Metrics()
         undo.callback(reader.close)
         load_dense(network, reader)
-        mover = Mover(reader)
+        limit = None if config.read_limit is None else parse_size(config.read_limit)
+        mover = Mover(reader, bytes_per_s=limit)
         undo.callback(mover.close)
         host = _host(network, tier, mover, policies, metrics)
         if config.self_check:
@@ -111,7 +112,7 @@ def assemble(reserved: Reserved) -> Assembly:
     notes += [reader.note] if reader.note else []
     notes += abilities.notes
     notes += [BLIND] if policies.predictor.needs and not host.sees_ahead else []
-    notes += [APPROXIMATE] if not reserved.preset.exact else []
+    notes += [APPROXIMATE] if not policies.exact else []
     notes += _precision_notes(network, facts, limits, config)
     load_s = reserved.seconds + time.perf_counter() - started
     return Assembly(
@@ -204,6 +205,6 @@ def _residents(
     """The set that stays, loaded and serving, if the preset has one."""
     if not policies.placement.fixed:
         return None
-    residents = Residents(host, policies.placement, known, network.experts.there)
+    residents = residents_of(host, policies, known, network.experts.there, config)
     residents.start(config.task)
     return residents

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from retinue.engine.blocks import Table
 from retinue.engine.text import TextStream
 from retinue.errors import RetinueError
-from retinue.metrics import Costs
+from retinue.metrics import Costs, Usage
 from retinue.types import Deadline, FinishReason, SamplingParams, TokenLogprob
 
 if TYPE_CHECKING:
@@ -57,9 +57,11 @@ class Request:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     done: int = 0  # tokens of prompt and answer whose keys and values are computed
     reused: int = 0  # of those, computed for another request
+    begun: bool = False  # whether it was counted among those that run
     table: Table | None = None
     sequence: "Sequence | None" = None
     costs: Costs = field(default_factory=Costs)
+    usage: Usage | None = None  # what the routers chose for it, where the host keeps accounts
     first_token_s: float = 0.0
     longest_gap_s: float = 0.0  # between two tokens
     last_token_at: float = 0.0  # when the last one came

@@ -10,6 +10,7 @@ from retinue.policy.evict.pace import Pace
 from retinue.policy.evict.recency import Recency
 from retinue.policy.miss.fetch import FetchAll
 from retinue.policy.place.chance import Chance
+from retinue.policy.place.emoe import Emoe
 from retinue.policy.place.popular import Popular, PopularByTask
 from retinue.policy.predict.next_gate import NextGate
 from retinue.policy.predict.whole_layer import WholeLayer
@@ -91,6 +92,15 @@ PRESETS = {
             f"{_RULE}; popularity is the profile's, not a predictor's; requests of several tasks"
             " that run at once share the slots by the sum of their tasks' shares",
             lambda: _rerouted(PopularByTask()),
+        ),
+        Preset(
+            "emoe",
+            False,
+            "eMoE, 2503.06823",
+            (*_REROUTED, "place: emoe", "forecast: popularity"),
+            f"{_RULE}; starts with the profile's most popular experts instead of all; a set changes"
+            " between steps, so that no layer waits for another one's reads",
+            lambda: _rerouted(Emoe()),
         ),
         Preset(
             "random",
