@@ -12,7 +12,7 @@ from retinue.engine.cohort import Cohort
 from retinue.engine.engine import Engine
 from retinue.engine.ordering import order_of
 from retinue.engine.reserve import Reserved
-from retinue.engine.residents import Residents, known_beforehand, residents_of
+from retinue.engine.residents import Beforehand, Residents, known_beforehand, residents_of
 from retinue.engine.scheduler import Limits, Scheduler
 from retinue.memory.budget import Split
 from retinue.memory.cache import ExpertCache
@@ -37,7 +37,6 @@ from retinue.model.survey import survey_abilities
 from retinue.policy.base import Order, Policies
 from retinue.policy.classify.classifiers import Classifier, classifier
 from retinue.policy.presets import Preset
-from retinue.policy.profile import Profile
 from retinue.types import BLOCK_TOKENS, Facts
 
 BLIND = "no look-ahead: some routers of this model cannot be asked"
@@ -88,7 +87,7 @@ def assemble(reserved: Reserved) -> Assembly:
     use_threads(threads)
     with ExitStack() as undo:
         undo.callback(reserved.release)
-        known = known_beforehand(folder, facts, policies.placement, config)
+        known = known_beforehand(folder, facts, policies, config)
         network = build(open_checkpoint(folder), config.precision)
         network.model.set_experts_implementation(IMPLEMENTATION)
         abilities = survey_abilities(network)
@@ -206,11 +205,11 @@ def _host(
 
 
 def _residents(
-    host: ExpertHost, policies: Policies, known: Profile | None, network: Network, config: Config
+    host: ExpertHost, policies: Policies, known: Beforehand, network: Network, config: Config
 ) -> Residents | None:
     """The set that stays, loaded and serving, if the preset has one."""
     if not policies.placement.fixed:
         return None
-    residents = residents_of(host, policies, known, network.experts.there, config)
+    residents = residents_of(host, policies.placement, known, network.experts.there, config)
     residents.start(config.task)
     return residents

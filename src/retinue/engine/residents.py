@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +20,12 @@ from retinue.config import Config
 from retinue.engine.tables import Tables
 from retinue.errors import UsageError
 from retinue.model.experts import ExpertHost
+from retinue.model.predictors import find_predictor
 from retinue.model.profiles import find_profile
-from retinue.policy.base import BoolArray, Placement, Policies, Running, Stock
+from retinue.policy.base import BoolArray, Forecaster, Placement, Policies, Running, Stock
 from retinue.policy.place.drift import EARLIEST, Drift
-from retinue.policy.predict.forecasters import forecaster
+from retinue.policy.predict.forecasters import LEARNED, forecaster
+from retinue.policy.predict.own_prefill import OwnPrefill
 from retinue.policy.profile import Profile
 from retinue.types import Facts, FloatArray
 
@@ -32,45 +34,56 @@ log = logging.getLogger("retinue")
 PERIOD = 40  # prompts between two refreshes where the profile says nothing, as in the paper
 
 
-def known_beforehand(
-    folder: Path, facts: Facts, placement: Placement, config: Config
-) -> Profile | None:
-    """The profile that `placement` needs, before anything is loaded.
+@dataclass(frozen=True, slots=True)
+class Beforehand:
+    """What a placement goes by: what was learnt of the model, and who forecasts."""
 
-    Raises Unsupported where there is no profile, UsageError for one that is damaged, another
-    model's, or read by nobody, and for other settings that the preset does not use.
+    profile: Profile | None = None
+    forecaster: Forecaster | None = None
+
+
+def known_beforehand(folder: Path, facts: Facts, policies: Policies, config: Config) -> Beforehand:
+    """The profile and the forecaster that the policies need, before anything is loaded.
+
+    Raises Refused where there is no profile, or no predictor for a forecaster that is learnt;
+    UsageError for one that is damaged, another model's, or read by nobody, for an unknown
+    forecaster, and for other settings that the preset does not use.
     """
-    if not placement.periodic:
+    if not policies.placement.periodic:
         for name in ("period", "forecaster"):
             if (value := getattr(config, name)) is not None:
                 raise UsageError(
                     f"the preset `{config.preset}` forecasts nothing: `--{name} {value}`",
                     hint=f"leave `--{name}` out, or use `--preset emoe`",
                 )
-    if placement.needs_profile:
-        return find_profile(folder, facts, config.profile)
+    if policies.placement.needs_profile:
+        profile = find_profile(folder, facts, config.profile)
+        if not policies.placement.periodic:
+            return Beforehand(profile)
+        name = config.forecaster or policies.forecaster
+        learned = find_predictor(folder, facts) if name in LEARNED else None
+        made = forecaster(name, profile, learned)
+        if isinstance(made, OwnPrefill) and config.period is not None:
+            raise UsageError(
+                f"`--forecaster {name}` looks at each prompt: `--period {config.period}`",
+                hint="leave `--period` out",
+            )
+        return Beforehand(profile, made)
     if config.profile is not None:
         raise UsageError(
             f"the preset `{config.preset}` reads no profile: `{config.profile}`",
             hint="leave `--profile` out, or use a preset that does, such as `popular`",
         )
-    return None
+    return Beforehand()
 
 
 def residents_of(
-    host: ExpertHost, policies: Policies, known: Profile | None, there: BoolArray, config: Config
+    host: ExpertHost, placement: Placement, known: Beforehand, there: BoolArray, config: Config
 ) -> "Residents":
-    """The set of a preset that has one; `there` [layers, experts]: which experts the model has.
-
-    Raises UsageError for an unknown forecaster, Refused for one that is not to be had.
-    """
-    forecasts, period = None, 0
-    if policies.placement.periodic:
-        assert known is not None, "only a profile says what to start with"
-        forecasts = forecaster(config.forecaster or policies.forecaster, known, None)
-        period = config.period or known.period or PERIOD
-    tables = Tables((there.shape[0], there.shape[1]), known, forecasts)
-    return Residents(host, policies.placement, tables, there, period)
+    """The set of a preset that has one; `there` [layers, experts]: which experts the model has."""
+    period = config.period or (known.profile.period if known.profile else None) or PERIOD
+    tables = Tables((there.shape[0], there.shape[1]), known.profile, known.forecaster)
+    return Residents(host, placement, tables, there, period)
 
 
 class Residents:
@@ -82,7 +95,7 @@ class Residents:
         placement: Placement,
         tables: Tables,
         there: BoolArray,
-        period: int = 0,
+        period: int = PERIOD,
     ) -> None:
         self._host, self._placement, self._tables = host, placement, tables
         self._there, self._period = there, period
@@ -127,12 +140,16 @@ class Residents:
         """A prompt of `task` was read; `used` [layers, experts] is what its own routers chose."""
         self._drift.observe(self._tables.shares(task), used, self._host.cache.slot_of >= 0)
         self._tables.observe(task, used)
+        if self._tables.own:
+            self._placed = None  # its answer has a set of its own
 
     @property
     def _due(self) -> bool:
         """Whether the forecaster is to be asked anew before the next prompt."""
         if not self._placement.periodic:
             return False
+        if self._tables.own:
+            return True
         early = self._drift.due and self._since * EARLIEST >= self._period
         return early or self._since >= self._period
 

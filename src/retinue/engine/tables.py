@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from retinue.policy.base import BoolArray, Forecaster
+from retinue.policy.predict.own_prefill import OwnPrefill
 from retinue.policy.profile import Profile
 from retinue.types import FloatArray
 
@@ -50,8 +51,18 @@ class Tables:
         lengths = None if self._profile is None else self._profile.output_tokens(task)
         return 0.0 if lengths is None else lengths.mean
 
+    @property
+    def own(self) -> bool:
+        """Whether each prompt's answer has a table of its own, from `observe` to `renew`."""
+        return isinstance(self._forecaster, OwnPrefill)
+
     def observe(self, task: str | None, used: FloatArray) -> None:
-        """Tell the forecaster what a prompt of `task` used: `[layers, experts]`, summed weights."""
+        """Tell the forecaster what a prompt of `task` used: `[layers, experts]`, summed weights.
+
+        Of several prompts of a task that answer at once, the last one's own table counts.
+        """
+        if isinstance(self._forecaster, OwnPrefill):
+            self._kept[task] = self._forecaster.own(task, used)
         if self._forecaster is not None:
             self._forecaster.observe(task, used)
 

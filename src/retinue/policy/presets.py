@@ -1,7 +1,7 @@
 """Every preset: a named combination of policies, with its source and how we deviate from it."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from retinue.errors import UsageError
@@ -97,10 +97,12 @@ PRESETS = {
             "emoe",
             False,
             "eMoE, 2503.06823",
-            (*_REROUTED, "place: emoe", "forecast: popularity"),
+            (*_REROUTED, "place: emoe", "forecast: running-mean"),
             f"{_RULE}; starts with the profile's most popular experts instead of all; a set changes"
-            " between steps, so that no layer waits for another one's reads",
-            lambda: _rerouted(Emoe()),
+            " between steps, so that no layer waits for another one's reads; forecasts by a running"
+            " mean of the task's prompts, which serves as well or better (`--forecaster emoe-a` and"
+            " `emoe-l` are the paper's)",
+            lambda: replace(_rerouted(Emoe()), forecaster="running-mean"),
         ),
         Preset(
             "random",
