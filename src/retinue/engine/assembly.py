@@ -103,14 +103,14 @@ def assemble(reserved: Reserved) -> Assembly:
         if facts.plain_bytes and host.cache.holds_everything and not policies.placement.fixed:
             host.cache.place(network.experts.there)  # encoded once, here, and not while it answers
         store = _store(network, limits, abilities)
-        order = order_of(config, facts, known, policies.placement, host.cache)
+        order = order_of(config, facts, known.profile, policies.placement, host.cache)
         scheduler = _scheduler(facts, limits, config, abilities, store, order)
         steps = None if config.eager else _steps(network, host, store, abilities, notes)
         runner = Runner(network, host, mover, metrics, store, steps)
         engine = Engine(runner, scheduler, facts.vocab_size, end_tokens(network))
         tokenizer = load_tokenizer(folder)
         residents = _residents(host, policies, known, network, config)
-        by_task = known if policies.placement.by_task else None
+        by_task = known.profile if policies.placement.by_task else None
         infers = classifier(config.infer_task, by_task, tokenizer and tokenizer.decode)
         undo.pop_all()
     notes += [reader.note] if reader.note else []

@@ -1,5 +1,6 @@
 """How well the experts of a prompt are forecast, by who forecasts them."""
 
+from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 
@@ -23,8 +24,8 @@ def run(bench: Workbench) -> list[Row]:
 
 
 def _scores(bench: Workbench) -> list[Row]:
-    counts = [sum(text.task == task for text in bench.texts) for task in bench.tasks]
-    if min(counts) < LEAST_TEXTS:
+    counted = Counter(text.task for text in bench.texts).values()
+    if min(counted) < LEAST_TEXTS:
         bench.say(f"{NAME}: left out, it takes {LEAST_TEXTS} texts of each task")
         return []
     with bench.opened(preset="auto", experts="100%") as llm:
@@ -34,8 +35,10 @@ def _scores(bench: Workbench) -> list[Row]:
     made = train(head, texts, LEARNED, epochs=epochs, seed=0, advance=bench.check)
     scores = made.scores["mixed"]
     learnt = len(texts) - made.held_out
-    return [_row(name, found) | {"texts": made.held_out, "learnt": learnt, "epochs": epochs}
-            for name, found in scores.items()]
+    return [
+        _row(name, found) | {"texts": made.held_out, "learnt": learnt, "epochs": epochs}
+        for name, found in scores.items()
+    ]
 
 
 def _row(name: str, found: Score) -> Row:
@@ -55,12 +58,15 @@ def charts(rows: Sequence[Row]) -> list[Chart]:
         return []
     names = [str(row["forecaster"]).replace("-", "\n") for row in rows]
     bars = [
-        Series(key, names, [number(row, key) for row in rows]) for key in ("precision", "recall", "f1")
+        Series(key, names, [number(row, key) for row in rows])
+        for key in ("precision", "recall", "f1")
     ]
     shares = [100 * share for share in RESIDENT]
     lines = [
         Series(
-            str(row["forecaster"]), shares, [number(row, f"covered_{share:.0f}") for share in shares]
+            str(row["forecaster"]),
+            shares,
+            [number(row, f"covered_{share:.0f}") for share in shares],
         )
         for row in rows
     ]
