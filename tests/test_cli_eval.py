@@ -18,8 +18,8 @@ from test_cli_signals import stop, wait_for
 
 # The contract: scripts outside the project rely on these.
 KEYS = {"tasks", "nll", "nll_plain", "agreement", "degraded_share", "misses", "fetched"}
-KEYS |= {"bytes_read"}
-TASK_KEYS = {"nll", "nll_plain", "agreement", "tokens"}
+KEYS |= {"bytes_read", "degraded_by_layer"}
+TASK_KEYS = {"nll", "nll_plain", "agreement", "tokens", "degraded_share"}
 FEW = ("--per-task", 1, "--threads", 1, *MEMORY)
 TINY = ("--threads", 1, *MEMORY)
 
@@ -67,6 +67,25 @@ def test_the_profile_that_ships_works_at_once(call: Call) -> None:
     losses = [document["nll"] for document in found.values()]
     assert losses == sorted(losses)
     assert len({document["nll_plain"] for document in found.values()}) == 1
+
+
+def test_fetching_a_little_buys_most_of_the_quality(call: Call) -> None:
+    """Against `on-demand` with as many slots: most of the loss is gone for few of the bytes."""
+    evaluation = ("eval", "sample", "--experts", "40%", *FEW, "--json")
+    exact = call(*evaluation, "--preset", "on-demand").document
+    found = [
+        call(*evaluation, "--preset", "popular-by-task", "--fetch-above", above).document
+        for above in (1, 0.3, 0)
+    ]
+    added = [document["nll"] / document["nll_plain"] - 1 for document in found]
+    assert added[1] < added[0] / 5
+    assert found[1]["bytes_read"] < exact["bytes_read"] / 5
+    assert 0 < found[1]["fetched"] < found[1]["misses"]
+    assert added[2] == found[2]["degraded_share"] == 0
+    assert found[2]["agreement"] == 1
+    assert found[2]["fetched"] == found[2]["misses"]
+    assert len(found[1]["degraded_by_layer"]) == 8
+    refused(call(*evaluation, "--fetch-above", 0.3), 2, "`auto` is exact")
 
 
 def test_an_exact_preset_for_people(call: Call) -> None:

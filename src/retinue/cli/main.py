@@ -10,8 +10,10 @@ from retinue import __version__
 from retinue.cli.options import (
     ENGINE,
     MODEL_HELP,
+    QUEUE,
     ROOM,
     SAMPLING,
+    SERVER,
     add_config_options,
     config_from,
     new_verb,
@@ -23,7 +25,7 @@ from retinue.memory.home import find_here
 from retinue.memory.process import prepare
 
 # verbs that need a model loaded
-LOADING = ("run", "bench", "eval", "profile", "trace", "train-predictor")
+LOADING = ("run", "serve", "bench", "eval", "profile", "trace", "train-predictor")
 
 
 def build_parser() -> ArgumentParser:
@@ -35,6 +37,7 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--version", action="version", version=f"retinue {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     _add_run(verbs)
+    _add_serve(verbs)
     _add_plan(verbs)
     _add_doctor(verbs)
     _add_bench(verbs)
@@ -43,6 +46,7 @@ def build_parser() -> ArgumentParser:
     _add_profile(verbs)
     _add_train_predictor(verbs)
     _add_eval(verbs)
+    _add_reproduce(verbs)
     new_verb(verbs, "presets", "every preset with its source and parts", "retinue presets --json")
     new_verb(verbs, "list", "the models in the hub's cache", "retinue list --json")
     _add_rm(verbs)
@@ -67,6 +71,17 @@ def _add_run(verbs: object) -> None:
     add_config_options(run, (*ENGINE, "infer_task", *SAMPLING))
 
 
+def _add_serve(verbs: object) -> None:
+    serve = new_verb(
+        verbs,
+        "serve",
+        "HTTP server in the OpenAI form",
+        "retinue serve sample --memory 1GiB --port 8000",
+    )
+    serve.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    add_config_options(serve, (*ENGINE, "infer_task", *QUEUE, *SERVER, *SAMPLING))
+
+
 def _add_plan(verbs: object) -> None:
     plan = new_verb(
         verbs,
@@ -89,7 +104,7 @@ def _add_doctor(verbs: object) -> None:
     doctor.add_argument(
         "--verify", action="store_true", help="read all of a pack and compare its checksums"
     )
-    unused = ("task", "profile", "fetch_above", "read_limit")
+    unused = ("task", "profile", "period", "forecaster", "fetch_above", "read_limit")
     add_config_options(doctor, tuple(name for name in ENGINE if name not in unused))
 
 
@@ -230,6 +245,25 @@ def _add_eval(verbs: object) -> None:
     # One text after the other, each with its own task.
     unused = ("task", "batch", "kv_tokens")
     add_config_options(evaluation, tuple(name for name in ENGINE if name not in unused))
+
+
+def _add_reproduce(verbs: object) -> None:
+    reproduction = new_verb(
+        verbs,
+        "reproduce",
+        "a paper's evaluation on this model: a page with plots, and JSON; resumed",
+        "retinue reproduce emoe sample --out emoe-report --quick",
+    )
+    reproduction.add_argument("name", metavar="NAME", help="the paper: emoe (2503.06823)")
+    _add_texts(reproduction)
+    reproduction.add_argument(
+        "--out", metavar="DIR", help="for the report and what was measured (default: retinue-NAME)"
+    )
+    reproduction.add_argument("--only", metavar="NAMES", help="experiments, with commas between")
+    reproduction.add_argument("--quick", action="store_true", help="fewer texts, shares, repeats")
+    reproduction.add_argument("--fresh", action="store_true", help="measure again what is there")
+    names = ("memory", "context", "profile", "precision", "threads", "self_check")
+    add_config_options(reproduction, names)
 
 
 def _add_texts(parser: ArgumentParser) -> None:

@@ -16,6 +16,7 @@ from retinue.engine.replay import Replay
 from retinue.engine.tasks import TaskIds
 from retinue.metrics import Usage
 from retinue.model.scoring import Scored, Scorer
+from retinue.policy.base import Running
 from retinue.types import IntArray
 
 
@@ -174,17 +175,23 @@ def _restricted(
 ) -> tuple[list[Scored], Cost]:
     residents = assembly.residents
     assert residents is not None
-    residents.begin([texts[0].task])  # the first placement is not the pass's
+    residents.begin([_running(texts[0], new=False)])  # the first placement is not the pass's
     before = residents.bytes_read
     scored, used = [], dict[str, Usage]()
     for text in texts:
-        residents.begin([text.task])
+        residents.begin([_running(text, new=True)])
         scored.append(_score(scorer, text, advance))
         (usage,) = assembly.host.accounts.usages
+        residents.observe(text.task, usage.used)
         used[text.task] = used[text.task].plus(usage) if text.task in used else usage
     counters = scorer.costs
     read = residents.bytes_read - before + counters.fetched_bytes
     return scored, Cost(counters.missed, counters.fetched, read, used)
+
+
+def _running(text: TaskIds, *, new: bool) -> Running:
+    """A text as a request: its continuation is the answer."""
+    return Running(text.task, len(text.ids) - text.scored, text.scored, new=new)
 
 
 def _compare(scored: Sequence[Scored], plain: Sequence[Scored], degraded: float) -> TaskScore:
