@@ -7,6 +7,7 @@ from retinue.engine.cohort import Cohort
 from retinue.engine.engine import Engine
 from retinue.engine.request import Request, State
 from retinue.errors import Overloaded, ReadError, UsageError
+from retinue.policy.base import Running
 from retinue.policy.order.emoe import Emoe
 from retinue.policy.order.estimate import Estimate
 from retinue.types import BLOCK_TOKENS, Deadline
@@ -126,8 +127,10 @@ def test_the_network_hears_of_the_work_before_each_pass() -> None:
     for request, task in zip(requests, ("math", None, "code"), strict=True):
         request.task = task
     finish(engine, *requests)
-    tasks = [["math", None], ["math", None], [None, "code"], [None, "code"]]
-    assert runner.host.tasks[:3] == tasks[:3]
+    first = [Running("math", 1, 2, new=True), Running(None, 1, 3, new=True)]
+    later = [Running("math", 1, 2), Running(None, 1, 3)]
+    third = [Running(None, 1, 3), Running("code", 1, 1, new=True)]
+    assert runner.host.running[:3] == [first, later, third]
 
 
 # --- sequences that are kept whole
