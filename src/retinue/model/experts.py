@@ -26,7 +26,7 @@ from retinue.model.kernels import ExpertKernel
 from retinue.model.restriction import Restriction
 from retinue.model.routing import Router
 from retinue.model.work import NativeWork, Work
-from retinue.policy.base import Ahead, BoolArray, Choice, Policies
+from retinue.policy.base import Ahead, BoolArray, Choice, Policies, Running
 from retinue.policy.miss.book import Books, Served, Shares
 from retinue.types import Demand, FloatArray, IntArray, Phase
 
@@ -41,7 +41,8 @@ WAIT_S = 0.1  # how often a stalled layer looks whether its request was cancelle
 class ExpertHost:
     """Runs the experts of one model out of one cache. `stop` is asked once a layer and in waits.
 
-    `begin` is told the tasks of the requests that run, before a step; returns bytes it read.
+    `begin` is told of the requests that run, before a step; returns the bytes that it read.
+    `observe` is told what a prompt used when it is done: its task, [layers, experts] of weight.
     `restriction` stands between the routers and an approximate preset's routing; while it is
     active, `books` say who serves and what is fetched. Raises Unsupported where the routers do not
     obey it. `accounts` say what the last pass was for each of its requests.
@@ -60,7 +61,8 @@ class ExpertHost:
         self.cache, self.metrics = cache, metrics
         self.kernels = kernels or {}
         self.stop: Callable[[], bool] = lambda: False
-        self.begin: Callable[[Sequence[str | None]], int] = lambda tasks: 0
+        self.begin: Callable[[Sequence[Running]], int] = lambda running: 0
+        self.observe: Callable[[str | None, FloatArray], None] = lambda task, used: None
         self.watch: Watch | None = None
         self.restriction: Restriction | None = None
         self.accounts = Accounts(*cache.slot_of.shape)
@@ -139,7 +141,8 @@ class ExpertHost:
         if self.restriction is not None:
             self.restriction.close()
         self.watch = None
-        self.begin = lambda tasks: 0
+        self.begin = lambda running: 0
+        self.observe = lambda task, used: None
         self.stop = lambda: False
 
     def run(
@@ -166,12 +169,12 @@ class ExpertHost:
         if self.accounts.on:
             self.accounts.choose(layer, index.numpy(), weights.float().numpy())
         if settled:
-            self.metrics.now.hits += len(work.experts)
+            self.metrics.count(layer, len(work.experts))
             return self._run_resident(layer, work)
         demand = work.demand(layer)
         cache.begin_layer(layer)
         slots = cache.lookup(layer, demand.experts)
-        self._count(slots)
+        self._count(layer, slots)
         self.metrics.now.repeated += _repeated(cache, demand)
         with cache.lease(layer, demand.experts) as lease:
             missing = self._start_reads(demand, slots, hidden)
@@ -204,7 +207,7 @@ class ExpertHost:
         there = experts < self.cache.experts
         if not there.all():
             experts = experts[there]
-        self.metrics.now.hits += len(set(experts.tolist()))
+        self.metrics.count(layer, len(set(experts.tolist())))
         self.cache.mark_used(layer, experts)
         slots = self.cache.use(layer, experts)
         ranks = np.flatnonzero(there)
@@ -322,13 +325,12 @@ class ExpertHost:
         rerouted = self.restriction.take(layer) if self.restriction is not None else None
         counters, accounts = self.metrics.now, self.accounts
         if rerouted is None or served is None:  # they did not come from a router: none is replaced
-            counters.hits += len(experts)
+            self.metrics.count(layer, len(experts))
             return
-        self._count(self.cache.lookup(layer, np.unique(rerouted.chosen)))
+        self._count(layer, self.cache.lookup(layer, np.unique(rerouted.chosen)))
         weights = rerouted.weights.sum(axis=1)
         degraded = (rerouted.weights * rerouted.replaced).sum(axis=1)
-        counters.routed_weight += float(weights.sum())
-        counters.degraded_weight += float(degraded.sum())
+        self.metrics.count_weight(layer, float(weights.sum()), float(degraded.sum()))
         counters.rerouted += int(np.count_nonzero(rerouted.replaced))
         counters.missed += int(served.missed.sum())
         counters.fetched += len(served.fetched)
@@ -337,12 +339,9 @@ class ExpertHost:
         accounts.serve(layer, weights, degraded)
         accounts.miss(served.missed, served.reads)
 
-    def _count(self, slots: IntArray) -> None:
-        counters = self.metrics.now
+    def _count(self, layer: int, slots: IntArray) -> None:
         hits, pending = int((slots >= 0).sum()), int((slots == LOADING).sum())
-        counters.hits += hits
-        counters.pending += pending
-        counters.misses += len(slots) - hits - pending
+        self.metrics.count(layer, hits, pending, len(slots) - hits - pending)
 
 
 def _repeated(cache: ExpertCache, demand: Demand) -> int:
