@@ -54,7 +54,9 @@ def _cell(bench: Workbench, forecaster: str, period: int) -> list[Row]:
 def charts(rows: Sequence[Row]) -> list[Chart]:
     """Loss over the period."""
     lines = lines_by(rows, "forecaster", "period", "added")
-    chart = Chart("Loss added by the period", "prompts between two forecasts", "nats a token", lines)
+    chart = Chart(
+        "Loss added by the period", "prompts between two forecasts", "nats a token", lines
+    )
     return [chart] if lines else []
 
 

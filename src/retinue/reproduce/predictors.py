@@ -34,8 +34,10 @@ def _scores(bench: Workbench) -> list[Row]:
     made = train(head, texts, LEARNED, epochs=epochs, seed=0, advance=bench.check)
     scores = made.scores["mixed"]
     learnt = len(texts) - made.held_out
-    return [_row(name, found) | {"texts": made.held_out, "learnt": learnt, "epochs": epochs}
-            for name, found in scores.items()]
+    return [
+        _row(name, found) | {"texts": made.held_out, "learnt": learnt, "epochs": epochs}
+        for name, found in scores.items()
+    ]
 
 
 def _row(name: str, found: Score) -> Row:
@@ -55,12 +57,15 @@ def charts(rows: Sequence[Row]) -> list[Chart]:
         return []
     names = [str(row["forecaster"]).replace("-", "\n") for row in rows]
     bars = [
-        Series(key, names, [number(row, key) for row in rows]) for key in ("precision", "recall", "f1")
+        Series(key, names, [number(row, key) for row in rows])
+        for key in ("precision", "recall", "f1")
     ]
     shares = [100 * share for share in RESIDENT]
     lines = [
         Series(
-            str(row["forecaster"]), shares, [number(row, f"covered_{share:.0f}") for share in shares]
+            str(row["forecaster"]),
+            shares,
+            [number(row, f"covered_{share:.0f}") for share in shares],
         )
         for row in rows
     ]
