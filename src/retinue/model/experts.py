@@ -57,6 +57,7 @@ class ExpertHost:
         self.stop: Callable[[], bool] = lambda: False
         self.begin: Callable[[Sequence[str | None]], int] = lambda tasks: 0
         self.watch: Watch | None = None
+        self.last_missed = np.full_like(cache.last_used, -1)  # step, when it was asked for
         self.restriction: Restriction | None = None
         if not policies.routing.exact:
             self.restriction = Restriction(routers, modules, policies.routing, self._resident)
@@ -125,7 +126,7 @@ class ExpertHost:
         demand = work.demand(layer)
         cache.begin_layer(layer)
         slots = cache.lookup(layer, demand.experts)
-        self._count(layer, slots)
+        self._count(layer, demand.experts, slots)
         self.metrics.now.repeated += cache.count_repeated(demand)
         with cache.lease(layer, demand.experts) as lease:
             missing = self._start_reads(demand, slots, hidden)
@@ -257,11 +258,12 @@ class ExpertHost:
         if rerouted is None:  # these did not come from a router: nothing was replaced
             self.metrics.count(layer, len(experts))
             return
-        self._count(layer, self.cache.lookup(layer, rerouted.experts))
+        self._count(layer, rerouted.experts, self.cache.lookup(layer, rerouted.experts))
         self.metrics.count_weight(layer, rerouted.weight, rerouted.degraded)
         self.metrics.now.rerouted += rerouted.missing
 
-    def _count(self, layer: int, slots: IntArray) -> None:
+    def _count(self, layer: int, experts: IntArray, slots: IntArray) -> None:
+        self.last_missed[layer, experts[slots < 0]] = self.cache.step
         hits, pending = int((slots >= 0).sum()), int((slots == LOADING).sum())
         self.metrics.count(layer, hits, pending, len(slots) - hits - pending)
 

@@ -27,6 +27,7 @@ from retinue.server.bridge import Bridge, Call
 from retinue.server.deliver import ClientLeft, Delivery
 from retinue.server.gate import Gate
 from retinue.server.metrics import ServerMetrics
+from retinue.server.page import add_page
 from retinue.server.problem import Problem, problem_of
 from retinue.server.prompts import chat_ids, check_length, prompt_ids
 from retinue.server.schema import UNSERVED, ChatBody, Common, CompletionBody, ErrorDocument
@@ -131,6 +132,7 @@ def create_app(server: Server) -> FastAPI:
     app.add_exception_handler(Exception, _on_problem)
     _add_inference(app, server)
     _add_views(app, server)
+    add_page(app)
     return app
 
 

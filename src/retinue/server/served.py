@@ -16,6 +16,7 @@ from retinue.engine.request import Request
 from retinue.memory.machine import resident_bytes
 from retinue.metrics import LayerCounters, PhaseCounters
 from retinue.policy.base import BoolArray
+from retinue.server.activity import Activity
 from retinue.types import Phase
 
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
@@ -28,6 +29,7 @@ class Picture:
     """How the engine stood at one moment. Nobody changes it."""
 
     resident: BoolArray  # [layers, experts]
+    activity: list[str]  # a layer each, a character an expert
     layers: list[dict[Phase, LayerCounters]]
     running: dict[str | None, int]  # requests, by task
     waiting: dict[str | None, int]
@@ -48,6 +50,7 @@ class Served:
         self.engine = self.assembly.engine
         self.tokenizer: Any | None = self.llm.tokenizer
         self.loaded_at = int(time.time())
+        self._activity = Activity(self.assembly.network.experts.there, self.assembly.preset.exact)
         self.picture = self._take()
 
     def infer(self, ids: list[int]) -> str | None:
@@ -70,6 +73,9 @@ class Served:
         pool = scheduler.pool
         return Picture(
             resident=cache.slot_of >= 0,
+            activity=self._activity.rows(
+                cache.slot_of >= 0, cache.last_used, self.assembly.host.last_missed, cache.step
+            ),
             layers=[self._layer(layer) for layer in range(len(cache.slot_of))],
             running=dict(Counter(request.task for request in scheduler.running)),
             waiting=dict(Counter(request.task for request in scheduler.waiting)),
