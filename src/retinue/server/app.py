@@ -125,7 +125,7 @@ def create_app(server: Server) -> FastAPI:
     app.add_exception_handler(Problem, _on_problem)
     app.add_exception_handler(RetinueError, _on_problem)
     app.add_exception_handler(RequestValidationError, _on_invalid)
-    for kind in (404, 405, HTTPException):
+    for kind in (400, 404, 405, HTTPException):
         app.add_exception_handler(kind, _on_http)
     app.add_exception_handler(ClientLeft, _on_left)
     app.add_exception_handler(Exception, _on_problem)

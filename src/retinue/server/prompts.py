@@ -46,7 +46,7 @@ def check_length(count: int, asked: int | None, context: int, longest: int | Non
         raise Problem(400, text, param="prompt", code=code)
     if count + (asked or 1) > context:
         text = (
-            f"the prompt has {count} tokens and its answer may have {asked or 1}:"
+            f"the prompt has {count} tokens and its answer may have {asked or 1} (max_tokens):"
             f" the context has {context}"
         )
         raise Problem(400, text, param="max_tokens" if count < context else "prompt", code=code)
