@@ -27,12 +27,12 @@ WAIT_S = 20.0  # for what has to happen; never reached
 
 
 class Characters:
-    """A tokenizer whose token n is the character chr(n + 32), without a chat template."""
+    """A tokenizer whose token n is the character chr(n + 32); others wrap around."""
 
     chat_template = None
 
     def __call__(self, text: str) -> dict[str, list[int]]:
-        return {"input_ids": [ord(letter) - 32 for letter in text]}
+        return {"input_ids": [(ord(letter) - 32) % fakes.VOCABULARY for letter in text]}
 
     def decode(self, ids: list[int], *, skip_special_tokens: bool = False) -> str:
         return "".join(chr(token + 32) for token in ids)
@@ -85,6 +85,11 @@ class Running:
 
     def call(self, work: Any) -> Any:
         return asyncio.run_coroutine_threadsafe(work, self.loop).result(WAIT_S)
+
+    @property
+    def left(self) -> int:
+        """Requests under way whose client has left."""
+        return sum(request.cancelled.is_set() for request in list(self.server.bridge._seats))
 
     def client(self) -> httpx.Client:
         return httpx.Client(base_url=self.url, timeout=WAIT_S)

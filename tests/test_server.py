@@ -65,12 +65,10 @@ def test_a_completion(client: httpx.Client) -> None:
 def test_a_chat(client: httpx.Client) -> None:
     answer = client.post("/v1/chat/completions", json=CHAT).json()
     assert answer["object"] == "chat.completion"
-    message = {
-        "role": "assistant",
-        "content": "kl\x0bm"[:0] + answer["choices"][0]["message"]["content"],
-    }
-    assert answer["choices"][0]["message"] == message | {"refusal": None}
-    assert len(message["content"]) == 4
+    (choice,) = answer["choices"]
+    # Without a template the messages are lines; the end of the last is an `n` to this tokenizer.
+    message = {"role": "assistant", "content": "opqr", "refusal": None}
+    assert choice == {"index": 0, "message": message, "logprobs": None, "finish_reason": "length"}
 
 
 def test_answers_have_names_of_their_own(client: httpx.Client) -> None:
@@ -149,7 +147,7 @@ def test_logprobs_of_a_stream_are_those_of_the_whole(client: httpx.Client) -> No
 
 def test_penalties_and_biases_reach_the_sampler(client: httpx.Client) -> None:
     """The network gives 5 to the next letter and 0 to all others."""
-    assert complete(client, logit_bias={"10": 6}).json()["choices"][0]["text"] == "*+*"[:1] * 3
+    assert complete(client, logit_bias={"10": 6}).json()["choices"][0]["text"] == "***"
     assert complete(client, logit_bias={"35": -100}).json()["choices"][0]["text"][0] != "C"
 
 
@@ -324,6 +322,7 @@ def test_a_client_that_leaves_is_forgotten(stream: bool) -> None:
             client.post("/v1/completions", json=TEXT | {"stream": stream}, timeout=0.2)
         assert it.server.bridge.under_way == 1
         client.close()
+        it.until(lambda: it.left == 1)
         served.gate.set()
         it.idle()
         assert it.server.metrics.tally.tasks[None].cancelled == 1
@@ -340,6 +339,7 @@ def test_one_that_waits_may_leave_too() -> None:
         it.until(lambda: it.server.bridge.under_way == 1)
         with it.client() as other, pytest.raises(httpx.ReadTimeout):
             other.post("/v1/completions", json=TEXT, timeout=0.2)
+        it.until(lambda: it.left == 1)
         served.gate.set()
         first.join()
         it.idle()
