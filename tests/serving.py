@@ -1,6 +1,7 @@
 """A server on a thread of its own, around the counting network of `fakes` or a real model."""
 
 import asyncio
+import json
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +24,8 @@ from retinue.server.served import draw
 
 NAME = "counter"
 CONTEXT = 96
+CHAT = {"model": NAME, "messages": [{"role": "user", "content": "!"}], "max_tokens": 4}
+TEXT = {"model": NAME, "prompt": "AB", "max_tokens": 3}
 WAIT_S = 20.0  # for what has to happen; never reached
 
 
@@ -47,7 +50,7 @@ class FakeServed:
         self.gate = threading.Event()
         self.gate.set()
         self.network.before = lambda: self.gate.wait(WAIT_S)
-        self.closed = False
+        self.closed, self.inferred = False, None
         facts = SimpleNamespace(name=NAME, total_experts=4)
         preset = SimpleNamespace(name="auto", exact=True)
         parts = dict.fromkeys(("budget", "fixed", "kv", "workspace", "experts"), 1)
@@ -61,8 +64,8 @@ class FakeServed:
         )
         self.picture = draw(self.assembly)
 
-    def infer(self, ids: list[int]) -> str | None:
-        return None
+    def task_of(self, prompt: Any, ids: list[int]) -> str | None:
+        return self.inferred
 
     def stepped(self, moved: list[Request]) -> None:
         self.picture = draw(self.assembly)
@@ -141,3 +144,24 @@ def ready(served: FakeServed | None = None, **fields: Any) -> Iterator[Running]:
     with running(lambda: served, **fields) as it:
         it.until(lambda: it.server.bridge.phase == "ready")
         yield it
+
+
+def complete(client: httpx.Client, **fields: Any) -> httpx.Response:
+    return client.post("/v1/completions", json=TEXT | fields)
+
+
+def refused(response: httpx.Response, status: int, param: str | None = None) -> str:
+    """The message of a refusal in OpenAI's shape."""
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["param"] == param
+    return str(error["message"])
+
+
+def events(response: httpx.Response) -> list[Any]:
+    """What a stream said; `[DONE]` as a text."""
+    lines = [line for line in response.text.split("\n\n") if line]
+    assert all(line.startswith("data: ") for line in lines)
+    data = [line.removeprefix("data: ") for line in lines]
+    return [item if item == "[DONE]" else json.loads(item) for item in data]

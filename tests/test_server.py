@@ -1,18 +1,13 @@
-"""The server over real sockets, around a network that counts: who is answered, and who refused."""
+"""What the server answers and what it refuses, around a network that counts."""
 
 import json
-import threading
 from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import pytest
 
-from retinue.errors import CheckpointError
-from serving import NAME, FakeServed, Running, ready, running
-
-CHAT = {"model": NAME, "messages": [{"role": "user", "content": "!"}], "max_tokens": 4}
-TEXT = {"model": NAME, "prompt": "AB", "max_tokens": 3}
+from serving import CHAT, NAME, TEXT, FakeServed, Running, complete, events, ready, refused
 
 
 @pytest.fixture(scope="module")
@@ -26,27 +21,6 @@ def client(shared: Running) -> Iterator[httpx.Client]:
     with shared.client() as client:
         yield client
     shared.idle()
-
-
-def complete(client: httpx.Client, **fields: Any) -> httpx.Response:
-    return client.post("/v1/completions", json=TEXT | fields)
-
-
-def refused(response: httpx.Response, status: int, param: str | None = None) -> str:
-    """The message of a refusal in OpenAI's shape."""
-    assert response.status_code == status, response.text
-    error = response.json()["error"]
-    assert set(error) == {"message", "type", "param", "code"}
-    assert error["param"] == param
-    return str(error["message"])
-
-
-def events(response: httpx.Response) -> list[Any]:
-    """What a stream said; `[DONE]` as a text."""
-    lines = [line for line in response.text.split("\n\n") if line]
-    assert all(line.startswith("data: ") for line in lines)
-    data = [line.removeprefix("data: ") for line in lines]
-    return [item if item == "[DONE]" else json.loads(item) for item in data]
 
 
 # --- answers
@@ -279,182 +253,6 @@ def test_long_bodies_are_not_read(client: httpx.Client) -> None:
     kind = {"Content-Type": "application/json"}
     pieces = iter([b" " * 3000, b" " * 3000])  # of a length that nobody announces
     refused(client.post("/v1/completions", content=pieces, headers=kind), 413)
-
-
-# --- who comes and goes
-
-
-def test_health_answers_while_the_model_loads() -> None:
-    loaded, served = threading.Event(), FakeServed()
-
-    def load() -> FakeServed:
-        loaded.wait()
-        return served
-
-    with running(load) as it, it.client() as client:
-        assert client.get("/health").status_code == 503
-        response = complete(client)
-        assert "loading" in refused(response, 503)
-        assert response.headers["Retry-After"] == "1"
-        assert client.get("/version").status_code == 200
-        assert client.get("/metrics").status_code == 200
-        loaded.set()
-        it.until(lambda: client.get("/health").status_code == 200)
-        assert complete(client).status_code == 200
-    assert served.closed
-
-
-def test_a_model_that_cannot_be_loaded_ends_the_server() -> None:
-    def load() -> FakeServed:
-        raise CheckpointError("damaged")
-
-    with running(load) as it:
-        it.thread.join(20)
-    assert isinstance(it.server.bridge.failure, CheckpointError)
-
-
-@pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_leaves_is_forgotten(stream: bool) -> None:
-    served = FakeServed()
-    with ready(served) as it, it.client() as client:
-        served.gate.clear()
-        with pytest.raises(httpx.ReadTimeout):
-            client.post("/v1/completions", json=TEXT | {"stream": stream}, timeout=0.2)
-        assert it.server.bridge.under_way == 1
-        client.close()
-        it.until(lambda: it.left == 1)
-        served.gate.set()
-        it.idle()
-        assert it.server.metrics.tally.tasks[None].cancelled == 1
-        with it.client() as other:
-            assert complete(other).json()["choices"][0]["text"] == "CDE"
-
-
-def test_one_that_waits_may_leave_too() -> None:
-    served = FakeServed(batch=1)
-    with ready(served) as it, it.client() as client:
-        served.gate.clear()
-        first = threading.Thread(target=lambda: complete(client))
-        first.start()
-        it.until(lambda: it.server.bridge.under_way == 1)
-        with it.client() as other, pytest.raises(httpx.ReadTimeout):
-            other.post("/v1/completions", json=TEXT, timeout=0.2)
-        it.until(lambda: it.left == 1)
-        served.gate.set()
-        first.join()
-        it.idle()
-    assert it.server.metrics.tally.tasks[None].answered == 1
-
-
-def test_a_full_queue_refuses() -> None:
-    served = FakeServed()
-    with ready(served, queue=0) as it, it.client() as client:
-        response = complete(client, n=4)
-        assert response.headers["Retry-After"] == "1"
-        assert "queue" in refused(response, 429)
-        assert complete(client, n=3).status_code == 200
-        it.idle()
-
-
-@pytest.mark.parametrize("stream", [False, True])
-def test_a_request_has_a_time_limit(stream: bool) -> None:
-    served = FakeServed()
-    with ready(served, time_limit=0.2) as it, it.client() as client:
-        pause = threading.Event()
-        served.network.before = lambda: pause.wait(0.05)
-        response = complete(client, max_tokens=60, stream=stream)
-        if stream:
-            assert events(response)[-1]["error"]["code"] == "time_limit"
-        else:
-            assert "0.2 s" in refused(response, 408)
-        it.idle()
-
-
-def test_a_fault_fails_its_requests_and_the_server_goes_on() -> None:
-    served = FakeServed()
-    with ready(served) as it, it.client() as client:
-
-        def fail() -> None:
-            raise ZeroDivisionError
-
-        served.network.before = fail
-        assert "log" in refused(complete(client), 500)
-        served.network.before = lambda: None
-        assert complete(client).status_code == 200
-        it.idle()
-
-
-def test_stopping_finishes_what_runs_and_refuses_what_waits() -> None:
-    served = FakeServed(batch=1)
-    answers: list[httpx.Response] = []
-    with ready(served) as it, it.client() as client:
-        served.gate.clear()
-        first = threading.Thread(target=lambda: answers.append(complete(client)))
-        first.start()
-        it.until(lambda: bool(served.network.runs))
-        second = threading.Thread(target=lambda: answers.append(complete(client)))
-        second.start()
-        it.until(lambda: it.server.bridge.under_way == 2)
-        stopper = threading.Thread(target=lambda: it.stop(20))
-        stopper.start()
-        it.until(lambda: client.get("/health").status_code == 503)
-        assert "stopping" in refused(complete(client), 503)
-        served.gate.set()
-        for thread in (first, second, stopper, it.thread):
-            thread.join(20)
-    assert sorted(answer.status_code for answer in answers) == [200, 503]
-    assert served.closed
-
-
-def test_after_the_grace_what_runs_is_ended() -> None:
-    served = FakeServed()
-    pause = threading.Event()
-    served.network.before = lambda: pause.wait(0.05)
-    answers: list[httpx.Response] = []
-    with ready(served) as it, it.client() as client:
-        thread = threading.Thread(target=lambda: answers.append(complete(client, max_tokens=90)))
-        thread.start()
-        it.until(lambda: bool(served.network.runs))
-        it.stop(0.1)
-        thread.join(20)
-    assert "stopping" in refused(answers[0], 503)
-
-
-# --- keys and tasks
-
-
-def test_keys() -> None:
-    keys = {"two": {"task": "chat"}, "three": {}}
-    with ready(api_key="one", keys=keys) as it, it.client() as client:
-        assert client.get("/health").status_code == 200
-        assert "needed" in refused(client.get("/v1/models"), 401)
-        for wrong in ("Bearer on", "Bearer onee", "one", "Basic one", "Bearer \xe9"):
-            head = {"Authorization": wrong.encode("latin-1")}
-            response = client.get("/v1/models", headers=head)
-            assert "wrong" in refused(response, 401)
-            assert response.headers["WWW-Authenticate"] == "Bearer"
-        for right in ("one", "two", "three"):
-            head = {"Authorization": f"Bearer {right}"}
-            answer = client.post("/v1/completions", json=TEXT, headers=head)
-            assert answer.json()["retinue"]["task"] == keys.get(right, {}).get("task")
-
-
-def test_the_task_of_a_request() -> None:
-    """The body says most, then the header, the key, the route, the server's own."""
-    config = {"task": "own", "keys": {"k": {"task": "keyed"}, "x": {}}}
-    config |= {"routes": {"/code": {"task": "routed"}}}
-    with ready(**config) as it, it.client() as client:
-
-        def task(path: str = "", key: str = "x", header: str = "", **fields: Any) -> Any:
-            head = {"Authorization": f"Bearer {key}", "X-Retinue-Task": header}
-            answer = client.post(f"{path}/v1/completions", json=TEXT | fields, headers=head)
-            return answer.json()["retinue"]["task"]
-
-        assert task() == "own"
-        assert task("/code") == "routed"
-        assert task("/code", "k") == "keyed"
-        assert task("/code", "k", "headed") == "headed"
-        assert task("/code", "k", "headed", task="said") == "said"
 
 
 # --- what the server tells of itself

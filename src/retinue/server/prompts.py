@@ -9,6 +9,11 @@ from retinue.server.problem import Problem
 from retinue.server.schema import ChatMessage
 
 
+def chat_text(messages: Sequence[ChatMessage]) -> str:
+    """All that was said, for those who ask what it is about."""
+    return "\n".join(message.text for message in messages)
+
+
 def chat_ids(tokenizer: Any | None, messages: Sequence[ChatMessage]) -> list[int]:
     """The conversation under the model's chat template. Raises Problem where it has no place."""
     if tokenizer is None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retinue.config import Config
-from retinue.engine.llm import LLM
+from retinue.engine.llm import LLM, Prompt
 from retinue.engine.request import Request
 from retinue.memory.machine import resident_bytes
 from retinue.metrics import LayerCounters, Metrics, PhaseCounters
@@ -34,6 +34,7 @@ class Picture:
     layers: list[dict[Phase, LayerCounters]]
     running: dict[str | None, int]  # requests, by task
     waiting: dict[str | None, int]
+    degraded: dict[str | None, list[float]]  # by task: the share of each layer's routing weight
     kv_used: float  # share of the blocks
     prefill: dict[str, float]  # the counters of all passes so far
     decode: dict[str, float]
@@ -53,9 +54,9 @@ class Served:
         self.loaded_at = int(time.time())
         self.picture = draw(self.assembly)
 
-    def infer(self, ids: list[int]) -> str | None:
+    def task_of(self, prompt: Prompt, ids: list[int]) -> str | None:
         """The task of a prompt that names none; None: unknown. From any thread."""
-        return None
+        return self.llm.task_of(prompt, ids)
 
     def stepped(self, moved: list[Request]) -> None:
         """See `bridge.Model`: takes a new picture now and then, and when nothing is left to do."""
@@ -77,6 +78,9 @@ def draw(assembly: "Assembly") -> Picture:
         layers=[_layer(assembly.metrics, layer) for layer in range(len(there))],
         running=dict(Counter(request.task for request in scheduler.running)),
         waiting=dict(Counter(request.task for request in scheduler.waiting)),
+        degraded={
+            task: usage.degraded_by_layer for task, usage in list(assembly.metrics.tasks.items())
+        },
         kv_used=1 - pool.available / pool.blocks,
         prefill=_numbers(total.prefill),
         decode=_numbers(total.decode),
