@@ -20,7 +20,7 @@ demo: .venv/.ready
 	@$(BIN)/python -m retinue.cli.demo
 
 test: lint
-	@$(BIN)/pytest --cov --cov-report=term:skip-covered
+	@OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses=8 --dist=loadfile --cov --cov-report=term:skip-covered
 
 lint: .venv/.ready
 	@$(BIN)/ruff check

@@ -4,6 +4,7 @@ Its next token follows from all tokens of a sequence as the pool holds them. So 
 given to the wrong request, overwritten, or counted as computed when it was not, shows in answers.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,8 +17,10 @@ from retinue.engine.request import Request, new_request
 from retinue.engine.scheduler import Limits, Scheduler
 from retinue.errors import Cancelled
 from retinue.metrics import Metrics, PhaseCounters
+from retinue.model.accounts import Accounts
 from retinue.model.kv import Segment
 from retinue.model.kv import Sequence as Memory
+from retinue.policy.base import Order
 from retinue.types import BLOCK_TOKENS, SamplingParams
 
 VOCABULARY, CONTEXT, CHUNK, BATCH, END = 100, 32, 4, 3, 50
@@ -49,6 +52,7 @@ class Books:
 class Host:
     def __init__(self) -> None:
         self.cache, self.metrics, self.closed = Books(), Metrics(), False
+        self.accounts = Accounts(layers=1, experts=1)
         self.stop: Callable[[], bool] = lambda: False
         self.tasks: list[list[str | None]] = []  # of those that ran, before each pass
 
@@ -122,6 +126,8 @@ def make(
     following: Next = counting,
     apart: bool = False,
     cohort: Cohort = ALL,
+    order: Order | None = None,
+    clock: Callable[[], float] = time.perf_counter,
     **fields: Any,
 ) -> tuple[Engine, Network]:
     """An engine over a fake network; `fields` are those of Limits."""
@@ -130,7 +136,7 @@ def make(
     limits = Limits(**({"context": CONTEXT, "chunk": CHUNK, "batch": BATCH} | fields))
     engine = Engine(
         network,  # type: ignore[arg-type]
-        Scheduler(BlockPool(blocks), limits, cohort),
+        Scheduler(BlockPool(blocks), limits, cohort, order, clock),
         vocabulary=VOCABULARY,
         end_tokens=frozenset([END]),
     )

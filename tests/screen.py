@@ -10,6 +10,8 @@ from typing import Self
 
 from command import environment
 
+PATIENCE_S = 120  # other tests run beside it
+
 
 class Screen:
     """`python -m retinue ARGUMENTS` in a terminal, to be used in a `with`."""
@@ -66,9 +68,9 @@ class Screen:
 
     def __exit__(self, *error: object) -> None:
         self.process.kill()
-        self.process.wait(30)
+        self.process.wait(PATIENCE_S)
 
     def close(self) -> int:
-        code = self.process.wait(30)
+        code = self.process.wait(PATIENCE_S)
         os.close(self._side)
         return code

@@ -36,10 +36,11 @@ LAYERS: dict[str, set[str]] = {
     "model": {"", "policy", "memory"},
     "engine": {"", "policy", "memory", "model"},
     "server": {"", "policy", "memory", "model", "engine"},
-    "cli": {"", "policy", "memory", "model", "engine", "server"},
+    "train": {"", "policy", "memory", "model"},
+    "cli": {"", "policy", "memory", "model", "engine", "server", "train"},
 }
 # Among the modules beside the folders, each may import those to its left.
-FOUNDATION = ("errors", "types", "config", "metrics")
+FOUNDATION = ("errors", "types", "config", "metrics", "trace")
 # From a lower layer, these see only some modules.
 NARROW = {("memory", "policy"): {"retinue.policy.base"}}
 # The package itself only hands out names, `__main__` is the command line under another name.

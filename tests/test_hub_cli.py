@@ -79,7 +79,7 @@ def test_interrupted_while_it_downloads(hub: Hub, tmp_path: Path) -> None:
             assert time.monotonic() < deadline
             time.sleep(0.02)
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=30)
+        out, err = process.communicate(timeout=120)
     assert (process.returncode, out) == (1, b"")
     assert b"run the same command again to go on" in err
     assert b"Traceback" not in err

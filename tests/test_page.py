@@ -44,7 +44,9 @@ def state(*rows: str, **changes: Any) -> dict[str, Any]:
 
 def task(name: str | None, **changes: int | float) -> dict[str, Any]:
     found: dict[str, Any] = dict.fromkeys(("running", "waiting", "answered"), 0)
-    found |= dict.fromkeys(("cancelled", "failed", "deadlines_met", "deadlines_missed"), 0)
+    found |= dict.fromkeys(
+        ("refused", "cancelled", "failed", "deadlines_met", "deadlines_missed"), 0
+    )
     return {"task": name, "routed_weight": 0.0, "degraded_share": 0.0} | found | changes
 
 
@@ -126,7 +128,7 @@ def cells(page: Browser) -> list[str]:
             const scale = devicePixelRatio, side = shape.side * scale;
             return Array.from(state.experts[0].map, (_, i) => {
               const x = (shape.label * scale) + i * side;
-              const data = pen.getImageData(x, 0, side - scale, side - scale).data;
+              const data = pen.getImageData(x, shape.top * scale, side - scale, side - scale).data;
               return data.filter((_, n) => n % 4 === 3).map((a) => a > 100 ? 1 : 0).join('');
             });"""
         )
@@ -145,7 +147,10 @@ def test_what_happens_is_seen(page: Browser, stub: Stub) -> None:
     before = drawn(page)
     decode = COUNTERS | {"tokens": 50, "passes": 9, "hits": 6, "misses": 2}
     decode |= {"routed_weight": 8.0, "degraded_weight": 2.0}
-    tasks = [task("sql", running=2, deadlines_met=3, deadlines_missed=1), task(None, answered=7)]
+    tasks = [
+        task("sql", running=2, deadlines_met=3, deadlines_missed=1),
+        task(None, answered=7, refused=2),
+    ]
     stub.say = 200, state(
         *("01234444", "11111111"), at_s=3.0, running=2, waiting=5, tasks=tasks,
         phases={"prefill": COUNTERS, "decode": decode},
@@ -158,7 +163,7 @@ def test_what_happens_is_seen(page: Browser, stub: Stub) -> None:
     assert (page.text("resident"), page.text("total")) == ("11", "16")
     assert (page.text("running"), page.text("waiting")) == ("2", "5")
     rows = [" ".join(row.split()) for row in page.text("tasks").splitlines()]
-    assert rows == ["sql 2 0 0 3 of 4 \u2013", "unknown 0 0 7 none due \u2013"]
+    assert rows == ["sql 2 0 0 3 of 4 \u2013", "unknown 0 0 7, 2 refused none due \u2013"]
     assert "6.00 MiB held now" in page.text("held")
     assert page.text("part-left") == "1.00 MiB"
 

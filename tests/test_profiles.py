@@ -69,7 +69,7 @@ def test_through_a_file(tmp_path: Path) -> None:
 
 def test_unknown_parts_are_ignored() -> None:
     document = profile("a").as_dict()
-    document["tasks"]["a"]["sensitivity"] = [1, 2]
+    document["tasks"]["a"]["weather"] = [1, 2]
     document["remark"] = "from later"
     assert equal(profile_from(document), profile("a"))
 

@@ -2,7 +2,6 @@
 
 import random
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -104,14 +103,16 @@ def make_plans(chance: random.Random, count: int, longest: int) -> list[Plan]:
 class Schedule:
     """Runs plans, and holds the engine to its promises after every step."""
 
-    def __init__(self, seed: int, plans: list[Plan], engine: Engine, network: Network) -> None:
+    def __init__(
+        self, seed: int, plans: list[Plan], engine: Engine, network: Network, clock: Clock
+    ) -> None:
         self.chance, self.plans, self.engine, self.network = (
             random.Random(seed),
             plans,
             engine,
             network,
         )
-        self.clock, self.ends = Clock(), 0
+        self.clock, self.ends = clock, 0
         self.of = {plan.request: plan for plan in plans}
         self.admitted: list[Request] = []
         self.waited = 0
@@ -243,16 +244,14 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_random_schedule(kind: str, ends: list[Request], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_random_schedule(kind: str, ends: list[Request]) -> None:
     """2,000 requests in the usual kind of engine, fewer in the others."""
     settings = {"blocks": POOL, "context": CONTEXT, "chunk": CHUNK, "batch": BATCH} | KINDS[kind]
-    engine, network = fakes.make(following=mixing, **settings)
+    clock = Clock()
+    engine, network = fakes.make(following=mixing, clock=clock.perf_counter, **settings)
     count = 2000 if kind == "shared blocks" else 400
     plans = make_plans(random.Random(7), count, 90 if engine.limits.whole_prompts else 350)
-    schedule = Schedule(8, plans, engine, network)
-    monkeypatch.setattr(
-        "retinue.engine.engine.time", SimpleNamespace(perf_counter=schedule.clock.perf_counter)
-    )
+    schedule = Schedule(8, plans, engine, network, clock)
     schedule.run()
 
     requests = [plan.request for plan in plans]

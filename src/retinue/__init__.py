@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         DoesNotFit,
         DownloadError,
         NotFinite,
+        Overloaded,
         ReadError,
         Refused,
         RetinueError,
@@ -27,13 +28,15 @@ if TYPE_CHECKING:
         WriteError,
     )
     from retinue.policy.presets import PRESETS
-    from retinue.types import Output, SamplingParams, Stats, TokenLogprob
+    from retinue.types import Deadline, Output, SamplingParams, Stats, TokenLogprob
 
 _HOMES = {
     "LLM": "retinue.engine.llm",
     "Config": "retinue.config",
     "PRESETS": "retinue.policy.presets",
-    **dict.fromkeys(("Output", "SamplingParams", "Stats", "TokenLogprob"), "retinue.types"),
+    **dict.fromkeys(
+        ("Deadline", "Output", "SamplingParams", "Stats", "TokenLogprob"), "retinue.types"
+    ),
     **dict.fromkeys(
         (
             "Cancelled",
@@ -41,6 +44,7 @@ _HOMES = {
             "DoesNotFit",
             "DownloadError",
             "NotFinite",
+            "Overloaded",
             "ReadError",
             "Refused",
             "RetinueError",
@@ -59,10 +63,12 @@ __all__ = [
     "Cancelled",
     "CheckpointError",
     "Config",
+    "Deadline",
     "DoesNotFit",
     "DownloadError",
     "NotFinite",
     "Output",
+    "Overloaded",
     "ReadError",
     "Refused",
     "RetinueError",

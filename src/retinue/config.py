@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from retinue.errors import UsageError
-from retinue.types import SamplingParams
+from retinue.types import Deadline, SamplingParams
 
 ENVIRONMENT_PREFIX = "RETINUE_"
 ENVIRONMENT_KEYS = (
@@ -24,7 +24,10 @@ ENVIRONMENT_KEYS = (
     "batch",
     "chunk",
     "preset",
+    "fetch_above",
+    "read_limit",
     "task",
+    "infer_task",
     "precision",
     "threads",
     "self_check",
@@ -33,6 +36,8 @@ ENVIRONMENT_KEYS = (
 )
 AS_IS = "as-is"
 PRECISIONS = (AS_IS, "int8", "int4")
+CLASSIFIERS = ("learned", "keywords", "none")
+ORDERS = ("fcfs", "shortest", "emoe")
 
 _UNITS = {"": 1, "B": 1}
 _UNITS |= {f"{letter}B": 1000**n for n, letter in enumerate("KMGT", 1)}
@@ -88,12 +93,37 @@ class Config:
     batch: int | None = _option(None, "requests that run at once (default: 1, in Python 8)", "N")
     chunk: int = _option(2048, "tokens of prompts that one pass takes at most", "TOKENS")
     preset: str = _option("auto", "a named combination of policies, see `retinue presets`", "NAME")
+    fetch_above: float | None = _option(
+        None,
+        "in presets that replace missing experts: fetch those whose share of the token's routing"
+        " weight is above W (1: never, 0: always, which is exact; default: the preset's own)",
+        "W",
+    )
+    read_limit: str | int | None = _option(
+        None, "read at most so much a second, as a slower disk would", "SIZE"
+    )
     task: str | None = _option(
         None, "the kind of work that a request belongs to, for presets that know tasks", "NAME"
+    )
+    infer_task: str = _option(
+        "learned", "finds the task where none is given: learned, keywords or none", "NAME"
     )
     profile: str | None = _option(
         None, "what `retinue profile` wrote; default: what it remembered of this model", "FILE"
     )
+    order: str = _option(
+        "emoe",
+        "who goes first: emoe (by deadlines; without any, by arrival), shortest, fcfs",
+        "NAME",
+    )
+    first_token_deadline: float | None = _option(
+        None, "of every request: its first token is due so long after its arrival", "SECONDS"
+    )
+    token_deadline: float | None = _option(
+        None, "of every request: each token is due so long after the one before", "SECONDS"
+    )
+    deadlines: Mapping[str, Deadline] = field(default_factory=dict)  # by task, in a file only
+    queue: int = _option(1024, "requests that wait at most; more are refused", "N")
     precision: str = _option(AS_IS, "of weights in memory: as-is, int8 or int4", "NAME")
     threads: int | None = _option(None, "cores that may be used", "N")
     self_check: bool = _option(True, "compare with the reference at load")
@@ -115,7 +145,6 @@ class Config:
     served_name: str | None = _option(None, "another name for the model", "NAME")
     time_limit: float = _option(600.0, "longest time for a request, in seconds", "S")
     grace: float = _option(30.0, "time for running requests when the server stops", "S")
-    queue: int = _option(256, "answers that may wait for their turn", "N")
     choices: int = _option(16, "answers that one request may ask for", "N")
     max_prompt: int | None = _option(None, "longest prompt (default: the context)", "TOKENS")
     max_body: str | int = _option("1MiB", "longest body of a request", "SIZE")
@@ -128,11 +157,35 @@ class Config:
                 f"unknown precision: `{self.precision}`",
                 hint=f"this version serves: {', '.join(PRECISIONS)}",
             )
-        for name in ("context", "threads", "kv_tokens", "batch", "chunk", "choices", "max_prompt"):
+        if self.infer_task not in CLASSIFIERS:
+            raise UsageError(
+                f"infer_task is unknown: `{self.infer_task}`",
+                hint=f"this version knows: {', '.join(CLASSIFIERS)}",
+            )
+        if self.order not in ORDERS:
+            raise UsageError(f"unknown order: `{self.order}`", hint=f"one of {', '.join(ORDERS)}")
+        counts = (
+            "context",
+            "threads",
+            "kv_tokens",
+            "batch",
+            "chunk",
+            "queue",
+            "choices",
+            "max_prompt",
+        )
+        for name in counts:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name} is out of range: `{value}`", hint="1 or more")
-        for name in ("queue", "grace", "time_limit"):
+        share = self.fetch_above
+        if share is not None and not 0 <= share <= 1:
+            raise UsageError(f"fetch_above is out of range: `{share}`", hint="from 0 to 1")
+        if self.read_bytes_per_s is not None and self.read_bytes_per_s < 1:
+            raise UsageError(
+                f"read_limit is out of range: `{self.read_limit}`", hint="such as 300MB"
+            )
+        for name in ("grace", "time_limit"):
             value = getattr(self, name)
             if not 0 <= value < math.inf:
                 raise UsageError(f"{name} is out of range: `{value}`", hint="a number, 0 or more")
@@ -141,6 +194,23 @@ class Config:
         if parse_size(self.max_body) < 1:
             raise UsageError(f"max_body is out of range: `{self.max_body}`", hint="1 byte or more")
         self.sampling()
+        self.deadline(None)
+
+    def deadline(self, task: str | None) -> Deadline | None:
+        """What a request of `task` is promised: its own line of `deadlines`, else that of all.
+
+        None: nothing. Raises UsageError for seconds that are out of range.
+        """
+        if task is not None and task in self.deadlines:
+            return self.deadlines[task]
+        if self.first_token_deadline is None and self.token_deadline is None:
+            return None
+        return Deadline(self.first_token_deadline, self.token_deadline)
+
+    @property
+    def read_bytes_per_s(self) -> int | None:
+        """What `read_limit` says."""
+        return None if self.read_limit is None else parse_size(self.read_limit)
 
     def room(self) -> dict[str, Any]:
         """What `memory.budget.split` is asked for under this configuration."""
@@ -207,10 +277,12 @@ def _coerce(key: str, kind: object, value: Any) -> Any:
             return float(value)
         if key in ("keys", "routes"):
             return _tasks(value)
+        if key == "deadlines":
+            return {str(task): _deadline(given) for task, given in value.items()}
         if key == "stop":
             return (value,) if isinstance(value, str) else tuple(str(item) for item in value)
         return value if isinstance(value, (str, int)) else str(value)
-    except (TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError) as error:
         raise UsageError(f"{key} has the wrong type: `{value}`") from error
 
 
@@ -221,6 +293,13 @@ def _tasks(value: Any) -> dict[str, dict[str, str]]:
         if given.keys() - {"task"} or not all(isinstance(task, str) for task in given.values()):
             raise ValueError(value)
     return found
+
+
+def _deadline(given: Any) -> Deadline:
+    """A deadline from a file: `{first_token_s: 2, between_tokens_s: 0.5}`."""
+    if isinstance(given, Deadline):
+        return given
+    return Deadline(**{str(key): float(value) for key, value in given.items()})
 
 
 def _integer(value: Any) -> int:

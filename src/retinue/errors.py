@@ -4,7 +4,8 @@
     ├── UsageError            a value that the caller gave is not valid               exit 2
     ├── Refused               the work cannot be done here, and nothing was started   exit 3
     │   ├── DoesNotFit        more memory is needed than the budget holds
-    │   └── Unsupported       a format, family or option that is not served
+    │   ├── Unsupported       a format, family or option that is not served
+    │   └── Overloaded        the queue is full, or the deadline would be missed: later
     ├── CheckpointError       the files are missing, damaged or lie about themselves  exit 1
     │   └── NotFinite         a weight, or what was computed from it, is NaN or infinite
     ├── DownloadError         the hub did not deliver, or there is no place for it    exit 1
@@ -49,6 +50,14 @@ class DoesNotFit(Refused):
 
 class Unsupported(Refused):
     """A format, family or option that is not served."""
+
+
+class Overloaded(Refused):
+    """A request would wait too long. `retry_after_s`: when it may be worth another try."""
+
+    def __init__(self, message: str, *, retry_after_s: float, hint: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.retry_after_s = retry_after_s
 
 
 class CheckpointError(RetinueError):

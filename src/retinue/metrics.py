@@ -1,8 +1,12 @@
 """Every counter of the engine, named once. Plain numbers, written by the engine thread."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from types import MappingProxyType
 
-from retinue.types import Phase
+import numpy as np
+
+from retinue.types import FloatArray, Phase
 
 
 @dataclass(slots=True)
@@ -26,6 +30,9 @@ class PhaseCounters:
     bytes_read: int = 0  # everything the mover read, useful or not
     used_bytes_read: int = 0  # of experts that were read and then used
     routed_weight: float = 0.0  # what the routers gave, where a policy may choose otherwise
+    missed: int = 0  # tokens' chosen experts that were not there, where others may serve
+    fetched: int = 0  # of those, read for their token, each as if it were decoded by itself
+    fetched_bytes: int = 0  # which that would have read; a pass reads an expert once for all tokens
     rerouted: int = 0  # tokens' chosen experts that another one served
     degraded_weight: float = 0.0  # of it, not served by the expert that the router chose
     stall_s: float = 0.0  # time in which a layer had nothing to compute and waited for reads
@@ -85,6 +92,50 @@ class LayerCounters:
 
 
 @dataclass(slots=True)
+class Usage:
+    """What the routers chose for one request, and how much of it others had to serve.
+
+    Where the preset is exact, only `used` is counted.
+    """
+
+    used: (
+        FloatArray  # [layers, experts], the prompt's routing weight as the routers themselves chose
+    )
+    routed: FloatArray  # [layers], all routing weight
+    degraded: FloatArray  # [layers], of it, not served by the expert that the router chose
+    missed: int = 0  # tokens' chosen experts that were not there
+    fetched: int = 0  # of those, read for their token
+
+    @classmethod
+    def none(cls, layers: int, experts: int) -> "Usage":
+        """Nothing yet."""
+        used = np.zeros((layers, experts), dtype=np.float32)
+        return cls(used, np.zeros(layers, dtype=np.float32), np.zeros(layers, dtype=np.float32))
+
+    @property
+    def degraded_share(self) -> float:
+        """The part of all routing weight that another expert served."""
+        routed = float(self.routed.sum())
+        return float(self.degraded.sum()) / routed if routed else 0.0
+
+    @property
+    def degraded_by_layer(self) -> list[float]:
+        """The same for each layer; 0 for one without routed experts."""
+        routed = np.where(self.routed > 0, self.routed, 1.0)
+        return [float(share) for share in self.degraded / routed]
+
+    def plus(self, other: "Usage") -> "Usage":
+        """Both together."""
+        return Usage(
+            self.used + other.used,
+            self.routed + other.routed,
+            self.degraded + other.degraded,
+            self.missed + other.missed,
+            self.fetched + other.fetched,
+        )
+
+
+@dataclass(slots=True)
 class Metrics:
     """`now` counts the forward pass that runs, `total` all that succeeded.
 
@@ -114,6 +165,18 @@ class Metrics:
         if key not in self.layers:
             self.layers[key] = LayerCounters()
         return self.layers[key]
+
+    _tasks: dict[str | None, Usage] = field(default_factory=dict)
+
+    @property
+    def tasks(self) -> Mapping[str | None, Usage]:
+        """What the routers chose and what was degraded, by task and layer, since the start."""
+        return MappingProxyType(self._tasks)
+
+    def account(self, task: str | None, usage: Usage) -> None:
+        """Count what a pass that succeeded did for a request of `task`."""
+        before = self._tasks.get(task)
+        self._tasks[task] = usage if before is None else before.plus(usage)
 
     def begin(self, phase: Phase) -> PhaseCounters:
         """A pass of `phase` starts; returns its counters."""

@@ -106,6 +106,23 @@ def _check(name: str, value: object, valid: bool, allowed: str) -> None:
 
 
 @dataclass(frozen=True, slots=True)
+class Deadline:
+    """By when tokens are due, in seconds; None: whenever they come.
+
+    `first_token_s` counts from the arrival to the first token, `between_tokens_s` from each token
+    to the next one.
+    """
+
+    first_token_s: float | None = None
+    between_tokens_s: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("first_token_s", "between_tokens_s"):
+            value = getattr(self, name)
+            _check(name, value, value is None or 0 < value < math.inf, "seconds, above 0")
+
+
+@dataclass(frozen=True, slots=True)
 class TokenLogprob:
     """One new token with its log-probability and the most likely alternatives."""
 
@@ -160,7 +177,10 @@ class Stats:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """An answer, whole or (from `stream`) so far; `delta` is the text that is new in this one."""
+    """An answer, whole or (from `stream`) so far; `delta` is the text that is new in this one.
+
+    `task` is the kind of work that it was served as, None where that is unknown.
+    """
 
     text: str
     token_ids: list[int]
@@ -169,6 +189,7 @@ class Output:
     delta: str = ""
     logprobs: list[TokenLogprob] | None = None
     stats: Stats = field(default_factory=Stats)
+    task: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -52,7 +52,7 @@ class _Plain:
 
 def _plain(options: Namespace, config: Config) -> _Plain:
     """Score the texts under the model of `--against`, which is closed again."""
-    config = replace(config, precision=AS_IS, preset=Config().preset)
+    config = replace(config, precision=AS_IS, preset=Config().preset, fetch_above=None)
     others = Namespace(**vars(options) | {"model": options.against})
     with measured(others, config) as (assembly, texts), bar(len(texts)) as advance:
         return _Plain([text.ids for text in texts], score_plain(assembly, texts, advance))
@@ -64,7 +64,7 @@ def _document(model: str, preset: str, result: Evaluation) -> dict[str, Any]:
         "preset": preset,
         "tasks": {name: asdict(score) for name, score in result.tasks.items()},
         **asdict(result.total),
-        "degraded_share": result.degraded_share,
+        "degraded_by_layer": result.cost.degraded_by_layer,
         "misses": result.misses,
         "fetched": result.fetched,
         "bytes_read": result.bytes_read,

@@ -10,6 +10,7 @@ from retinue import __version__
 from retinue.cli.options import (
     ENGINE,
     MODEL_HELP,
+    QUEUE,
     ROOM,
     SAMPLING,
     SERVER,
@@ -23,7 +24,8 @@ from retinue.memory.budget import fits_whole
 from retinue.memory.home import find_here
 from retinue.memory.process import prepare
 
-LOADING = ("run", "serve", "bench", "eval", "profile")  # verbs that need a model loaded
+# verbs that need a model loaded
+LOADING = ("run", "serve", "bench", "eval", "profile", "trace", "train-predictor")
 
 
 def build_parser() -> ArgumentParser:
@@ -40,7 +42,9 @@ def build_parser() -> ArgumentParser:
     _add_doctor(verbs)
     _add_bench(verbs)
     _add_pack(verbs)
+    _add_trace(verbs)
     _add_profile(verbs)
+    _add_train_predictor(verbs)
     _add_eval(verbs)
     new_verb(verbs, "presets", "every preset with its source and parts", "retinue presets --json")
     new_verb(verbs, "list", "the models in the hub's cache", "retinue list --json")
@@ -63,7 +67,7 @@ def _add_run(verbs: object) -> None:
     run.add_argument("--logprobs", type=int, metavar="N", help="with --json: N alternatives each")
     run.add_argument("--ignore-eos", action="store_true", help="go on after an end token")
     run.add_argument("--system", metavar="TEXT", help="of the chat: the role that the model plays")
-    add_config_options(run, ENGINE + SAMPLING)
+    add_config_options(run, (*ENGINE, "infer_task", *SAMPLING))
 
 
 def _add_serve(verbs: object) -> None:
@@ -74,7 +78,7 @@ def _add_serve(verbs: object) -> None:
         "retinue serve sample --memory 1GiB --port 8000",
     )
     serve.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    add_config_options(serve, ENGINE + SERVER + SAMPLING)
+    add_config_options(serve, (*ENGINE, "infer_task", *QUEUE, *SERVER, *SAMPLING))
 
 
 def _add_plan(verbs: object) -> None:
@@ -99,7 +103,8 @@ def _add_doctor(verbs: object) -> None:
     doctor.add_argument(
         "--verify", action="store_true", help="read all of a pack and compare its checksums"
     )
-    add_config_options(doctor, tuple(name for name in ENGINE if name not in ("task", "profile")))
+    unused = ("task", "profile", "fetch_above", "read_limit")
+    add_config_options(doctor, tuple(name for name in ENGINE if name not in unused))
 
 
 def _add_bench(verbs: object) -> None:
@@ -133,6 +138,27 @@ def _add_pack(verbs: object) -> None:
     add_config_options(pack, ("memory", "precision", "threads"))
 
 
+def _add_trace(verbs: object) -> None:
+    trace = new_verb(
+        verbs,
+        "trace",
+        "run texts, record which experts every token chose",
+        "retinue trace ./OLMoE-1B-7B --data tasks.jsonl --per-task 20 --out routing.trace",
+    )
+    _add_texts(trace)
+    trace.add_argument("--out", metavar="FILE", required=True, help="where to write the trace")
+    trace.add_argument("--merge", metavar="FILE", help="a trace whose requests come first")
+    trace.add_argument(
+        "--detail",
+        choices=("tokens", "histogram"),
+        default="tokens",
+        help="every token's experts and weights, or their sums by expert (default: tokens)",
+    )
+    add_config_options(
+        trace, ("memory", "experts", "context", "precision", "threads", "self_check")
+    )
+
+
 def _add_profile(verbs: object) -> None:
     profile = new_verb(
         verbs,
@@ -145,6 +171,25 @@ def _add_profile(verbs: object) -> None:
     profile.add_argument("--merge", metavar="FILE", help="a profile whose counts are added")
     add_config_options(
         profile, ("memory", "experts", "context", "precision", "threads", "self_check")
+    )
+
+
+def _add_train_predictor(verbs: object) -> None:
+    training = new_verb(
+        verbs,
+        "train-predictor",
+        "learn which experts the next prompts use; scored on texts that are held out",
+        "retinue train-predictor sample --kind all",
+    )
+    _add_texts(training)
+    training.add_argument(
+        "--trace", metavar="FILE", help="of `retinue trace`, in place of running texts"
+    )
+    training.add_argument("--kind", choices=("emoe-a", "emoe-l", "all"), default="all")
+    training.add_argument("--epochs", type=int, metavar="N", help="how often each text is learnt")
+    training.add_argument("--out", metavar="FILE", help="write there, not to the cache folder")
+    add_config_options(
+        training, ("memory", "experts", "context", "precision", "threads", "self_check", "seed")
     )
 
 
@@ -190,7 +235,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     try:
         prepare(resident=_lies_in_memory(options))
-        verb = importlib.import_module(f"retinue.cli.{options.verb}")
+        verb = importlib.import_module(f"retinue.cli.{options.verb.replace('-', '_')}")
         code = int(verb.execute(options))
         print(end="", flush=True)
         return code

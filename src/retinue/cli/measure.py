@@ -59,11 +59,11 @@ def measured(options: Namespace, config: Config) -> Iterator[tuple[Assembly, lis
 
 
 @contextmanager
-def bar(total: int) -> Iterator[Callable[[], Any]]:
-    """A progress bar over texts on stderr; yields what advances it by one."""
+def bar(total: int, unit: str = "text") -> Iterator[Callable[[], Any]]:
+    """A progress bar on stderr; yields what advances it by one."""
     from tqdm import tqdm
 
-    with tqdm(total=total, unit="text", dynamic_ncols=True, file=sys.stderr) as shown:
+    with tqdm(total=total, unit=unit, dynamic_ncols=True, file=sys.stderr) as shown:
         yield lambda: shown.update()
 
 

@@ -11,10 +11,14 @@ MODEL_HELP = (
     " or `sample`, the small trained model that ships along"
 )
 ROOM = ("memory", "experts", "context", "kv_tokens", "chunk", "batch")
-ENGINE = (*ROOM, "preset", "task", "profile", "precision", "threads", "self_check", "eager")
+ENGINE = (
+    *(*ROOM, "preset", "fetch_above", "task", "profile"),
+    *("precision", "threads", "read_limit", "self_check", "eager"),
+)
+QUEUE = ("order", "first_token_deadline", "token_deadline", "queue")
 SERVER = (
     *("host", "port", "api_key", "served_name", "time_limit", "grace"),
-    *("queue", "choices", "max_prompt", "max_body"),
+    *("choices", "max_prompt", "max_body"),
 )
 SAMPLING = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop")
 

@@ -3,7 +3,6 @@
 One thread calls `step`; `cancel` may come from any. The engine knows neither files nor slots.
 """
 
-import time
 from collections.abc import Sequence as Items
 from typing import Protocol
 
@@ -47,9 +46,13 @@ class Engine:
         self.scheduler, self.limits = scheduler, scheduler.limits
 
     def add(self, request: Request) -> None:
-        """Queue `request`. Raises UsageError for a prompt that can never run."""
+        """Queue `request`.
+
+        Raises UsageError for a prompt that can never run, and Overloaded when it would wait too
+        long: past its deadline, or behind more than may wait.
+        """
         self.check(request.prompt, request.params)
-        self.scheduler.waiting.append(request)
+        self.scheduler.add(request)
 
     def check(self, prompt: list[int], params: SamplingParams | None = None) -> None:
         """Raise UsageError for a prompt that can never run, and for a bias of no token."""
@@ -136,15 +139,16 @@ class Engine:
 
         If it fails for several requests, each one gets a pass of its own.
         """
-        requests = [request for request, _ in parts]
+        requests, host = [request for request, _ in parts], self._runner.host
         # A pass stops in its middle if nobody wants it any more.
-        self._runner.host.stop = lambda: all(request.cancelled.is_set() for request in requests)
+        host.stop = lambda: all(request.cancelled.is_set() for request in requests)
         try:
-            started = time.perf_counter()
-            read = self._runner.host.begin([request.task for request in self.scheduler.running])
-            begun_s = time.perf_counter() - started
+            started = self.scheduler.clock()
+            read = host.begin([request.task for request in self.scheduler.running])
+            begun_s = self.scheduler.clock() - started
             logits, counters = self._runner.run([segment for _, segment in parts], phase)
-            self._runner.host.metrics.charge(bytes_read=read, seconds=begun_s)
+            self.scheduler.passed(phase, counters, read, begun_s)
+            host.metrics.charge(bytes_read=read, seconds=begun_s)
         except Cancelled:
             for request in requests:
                 self._end(request, State.CANCELLED)
@@ -161,6 +165,9 @@ class Engine:
                     self._end(request, State.FAILED)
             raise
         else:
+            for request, usage in zip(requests, host.accounts.usages, strict=False):
+                request.usage = usage if request.usage is None else request.usage.plus(usage)
+                host.metrics.account(request.task, usage)
             for row, (request, segment) in enumerate(parts):
                 count = len(segment.tokens)
                 request.costs.of(phase).add(counters, tokens=count)
@@ -184,8 +191,7 @@ class Engine:
             token = request.forced[count]
         else:
             token = request.sampler.choose(logits, request.prompt, request.token_ids)
-        if count == 0:
-            request.first_token_s = time.perf_counter() - request.arrived
+        request.token_came(self.scheduler.clock())
         request.token_ids.append(token)
         if (logprob := request.sampler.logprob(logits, token)) is not None:
             request.logprobs.append(logprob)
@@ -210,6 +216,8 @@ class Engine:
         else:
             intact = state is State.DONE or (state is State.CANCELLED and not _is_lost(request))
             self.scheduler.leave(request, intact=intact)
+        if state is State.DONE:
+            self.scheduler.order.ended(request)
         request.end(state, reason or ENDED_BY[state], error)
         request.tell(request.text.finish())
 

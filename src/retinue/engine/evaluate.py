@@ -5,29 +5,34 @@ preset's. An exact preset's own pass is the plain one, since residency changes n
 would read when decoding comes from a replay of the routing.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import reduce
 
 import numpy as np
 
 from retinue.engine.assembly import Assembly
 from retinue.engine.replay import Replay
 from retinue.engine.tasks import TaskIds
+from retinue.metrics import Usage
 from retinue.model.scoring import Scored, Scorer
 from retinue.policy.profile import Profile, TaskCounts
+from retinue.types import IntArray
 
 
 @dataclass(frozen=True, slots=True)
 class TaskScore:
     """Loss in nats a token under the preset and under the plain model, over `tokens` positions.
 
-    `agreement` is the share of them at which both name the same next token.
+    `agreement` is the share of them at which both name the same next token. The degraded share is
+    of the whole texts.
     """
 
     nll: float
     nll_plain: float
     agreement: float
     tokens: int
+    degraded_share: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,18 +44,51 @@ class Evaluation:
 
     tasks: dict[str, TaskScore]
     total: TaskScore
-    degraded_share: float
-    misses: int
-    fetched: int
-    bytes_read: int
+    cost: "Cost"
+
+    @property
+    def degraded_share(self) -> float:
+        """Of all routing weight, what was not served by the expert that its router chose."""
+        return self.total.degraded_share
+
+    @property
+    def misses(self) -> int:
+        """Tokens' chosen experts that were not there."""
+        return self.cost.misses
+
+    @property
+    def fetched(self) -> int:
+        """Experts that were read, ahead or for a token that missed them."""
+        return self.cost.fetched
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of those, and of changes of the placement."""
+        return self.cost.bytes_read
 
 
 @dataclass(frozen=True, slots=True)
-class _Cost:
-    degraded_share: float
+class Cost:
+    """What a preset's pass over all texts cost; `used` says what was degraded, task by task."""
+
     misses: int
     fetched: int
     bytes_read: int
+    used: Mapping[str, Usage] = field(default_factory=dict)
+
+    @property
+    def degraded_by_layer(self) -> list[float]:
+        """Empty where the preset is exact."""
+        return self._all.degraded_by_layer if self._all is not None else []
+
+    @property
+    def degraded_share(self) -> float:
+        """Of all routing weight, over all texts."""
+        return self._all.degraded_share if self._all is not None else 0.0
+
+    @property
+    def _all(self) -> Usage | None:
+        return reduce(Usage.plus, self.used.values()) if self.used else None
 
 
 def passes(assembly: Assembly, *, against: bool = False) -> int:
@@ -89,9 +127,9 @@ def evaluate(
     tasks = {}
     for name in dict.fromkeys(text.task for text in texts):
         at = [i for i, text in enumerate(texts) if text.task == name]
-        tasks[name] = _compare([scored[i] for i in at], [plain[i] for i in at])
-    total = _compare(scored, plain)
-    return Evaluation(tasks, total, cost.degraded_share, cost.misses, cost.fetched, cost.bytes_read)
+        share = cost.used[name].degraded_share if name in cost.used else 0.0
+        tasks[name] = _compare([scored[i] for i in at], [plain[i] for i in at], share)
+    return Evaluation(tasks, _compare(scored, plain, cost.degraded_share), cost)
 
 
 def make_profile(
@@ -133,20 +171,24 @@ def _exact(
     scorer: Scorer,
     texts: Sequence[TaskIds],
     advance: Callable[[], object],
-) -> tuple[list[Scored], _Cost]:
+) -> tuple[list[Scored], Cost]:
     policies = assembly.preset.build()  # of its own: the cache's have seen the pass
-    layouts = assembly.network.experts.layouts
-    read_bytes = np.zeros(assembly.network.experts.there.shape, dtype=np.int64)
-    for layer, row in enumerate(layouts):
-        read_bytes[layer, : len(row)] = [layout.read_bytes for layout in row]
-    replay = Replay(policies, assembly.cache.slots, assembly.facts.top_k, read_bytes)
+    replay = Replay(policies, assembly.cache.slots, assembly.facts.top_k, _read_bytes(assembly))
     scored = []
     with scorer.recording(next_scores="next_scores" in policies.predictor.needs) as routing:
         for text in texts:
             scored.append(scorer.score(text.ids, text.scored))
             replay.run(routing)
             advance()
-    return scored, _Cost(0.0, replay.misses, replay.fetched, replay.bytes_read)
+    return scored, Cost(replay.misses, replay.fetched, replay.bytes_read)
+
+
+def _read_bytes(assembly: Assembly) -> IntArray:
+    """What reading each expert moves: [layers, experts]."""
+    found = np.zeros(assembly.network.experts.there.shape, dtype=np.int64)
+    for layer, row in enumerate(assembly.network.experts.layouts):
+        found[layer, : len(row)] = [layout.read_bytes for layout in row]
+    return found
 
 
 def _restricted(
@@ -154,22 +196,25 @@ def _restricted(
     scorer: Scorer,
     texts: Sequence[TaskIds],
     advance: Callable[[], object],
-) -> tuple[list[Scored], _Cost]:
+) -> tuple[list[Scored], Cost]:
     residents = assembly.residents
     assert residents is not None
     residents.begin([texts[0].task])  # the first placement is not the pass's
     before = residents.bytes_read
-    scored = []
+    scored, used = [], dict[str, Usage]()
     for text in texts:
         residents.begin([text.task])
         scored.append(_score(scorer, text, advance))
+        (usage,) = assembly.host.accounts.usages
+        used[text.task] = used[text.task].plus(usage) if text.task in used else usage
     counters = scorer.costs
-    read = residents.bytes_read - before
-    return scored, _Cost(counters.degraded_share, counters.rerouted, 0, read)
+    read = residents.bytes_read - before + counters.fetched_bytes
+    return scored, Cost(counters.missed, counters.fetched, read, used)
 
 
-def _compare(scored: Sequence[Scored], plain: Sequence[Scored]) -> TaskScore:
+def _compare(scored: Sequence[Scored], plain: Sequence[Scored], degraded: float) -> TaskScore:
     nll = np.concatenate([item.nll for item in scored]).astype(np.float64)
     nll_plain = np.concatenate([item.nll for item in plain]).astype(np.float64)
     same = np.concatenate([a.best == b.best for a, b in zip(scored, plain, strict=True)])
-    return TaskScore(float(nll.mean()), float(nll_plain.mean()), float(same.mean()), len(same))
+    means = float(nll.mean()), float(nll_plain.mean()), float(same.mean())
+    return TaskScore(*means, len(same), degraded)

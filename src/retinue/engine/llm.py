@@ -3,6 +3,7 @@
 import operator
 import statistics
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,12 +13,13 @@ from typing import TYPE_CHECKING, Any, Self
 from retinue.config import DEFAULT_BATCH, Config, load_config
 from retinue.engine.request import Request, State, new_request
 from retinue.engine.reserve import reserve
-from retinue.errors import UsageError
+from retinue.errors import Overloaded, UsageError
 from retinue.memory.machine import resident_bytes
-from retinue.types import Output, SamplingParams, Stats
+from retinue.types import Deadline, Output, SamplingParams, Stats
 
 if TYPE_CHECKING:
     from retinue.engine.assembly import Assembly
+    from retinue.engine.engine import Engine
 
 Prompt = str | Sequence[int]
 
@@ -42,7 +44,10 @@ class LLM:
         memory: str | int | None = None,
         experts: str | int | None = None,
         preset: str | None = None,
+        fetch_above: float | None = None,
+        read_limit: str | int | None = None,
         task: str | None = None,
+        infer_task: str | None = None,
         profile: str | Path | None = None,
         precision: str | None = None,
         threads: int | None = None,
@@ -57,7 +62,10 @@ class LLM:
             "memory": memory,
             "experts": experts,
             "preset": preset,
+            "fetch_above": fetch_above,
+            "read_limit": read_limit,
             "task": task,
+            "infer_task": infer_task,
             "profile": None if profile is None else str(profile),
             "precision": precision,
             "threads": threads,
@@ -113,16 +121,18 @@ class LLM:
         reuse: bool | None = None,
         progress: bool = True,
         task: str | None = None,
+        deadline: Deadline | None = None,
     ) -> list[Output]:
         """Answer each prompt, a text or a list of token ids; a progress bar goes to stderr.
 
-        `task` names the kind of work, for presets that know tasks; default: the model's own.
+        `task` names the kind of work, for presets that know tasks; default: that of `task_of`.
+        `deadline` says when tokens are due; default: the configuration's for that task.
         Prompts are answered together, as many as `batch` and `kv_tokens` allow. `reuse` lets those
         that begin alike compute that part once: by default where there are several. Alone, a
         prompt's answer does not depend on others; together, logits may differ by rounding.
 
         Raises UsageError for a prompt that is none, empty or too long, and whatever made an answer
-        fail, after the other prompts were answered; the model stays usable.
+        fail, such as Overloaded, after the other prompts were answered; the model stays usable.
         """
         if not isinstance(prompts, Sequence):
             raise _no_prompt(prompts)
@@ -132,9 +142,9 @@ class LLM:
         ids = [self._checked(prompt) for prompt in batch]
         params = params or SamplingParams()
         shared = len(ids) > 1 if reuse is None else reuse
-        task = self.config.task if task is None else task
         requests = [
-            new_request(each, params, self.tokenizer, reuse=shared, task=task) for each in ids
+            self._request(each, params, shared, task or self.task_of(prompt, each), deadline)
+            for prompt, each in zip(batch, ids, strict=True)
         ]
         with _bar(len(ids), progress) as bar:
             for _ in self.serve(requests):
@@ -148,6 +158,7 @@ class LLM:
         *,
         reuse: bool = False,
         task: str | None = None,
+        deadline: Deadline | None = None,
     ) -> Iterator[Output]:
         """Yield the answer as it grows; the last Output has a finish_reason and stats.
 
@@ -156,9 +167,8 @@ class LLM:
         streams may be open at once; each step of one serves them all.
         """
         ids = self._checked(prompt)
-        task = self.config.task if task is None else task
-        params = params or SamplingParams()
-        return self._stream(new_request(ids, params, self.tokenizer, reuse=reuse, task=task))
+        task = task or self.task_of(prompt, ids)
+        return self._stream(self._request(ids, params or SamplingParams(), reuse, task, deadline))
 
     def cancel(self) -> None:
         """End all running answers as soon as their layer allows. From any thread or a signal."""
@@ -177,6 +187,16 @@ class LLM:
                 "the checkpoint has no tokenizer", hint="give the prompt as a list of token ids"
             )
         return list(self.tokenizer(prompt)["input_ids"])
+
+    def task_of(self, prompt: Prompt, ids: Sequence[int]) -> str | None:
+        """The task of a request that names none: the model's own, or what the prompt looks like.
+
+        ids: the prompt's. None where it looks like no task, and for presets that ask for none.
+        """
+        if self.config.task is not None:
+            return self.config.task
+        text = prompt if isinstance(prompt, str) else ""
+        return self.assembly.classifier.classify(text, ids)
 
     def close(self) -> None:
         """Free threads, files and memory. Idempotent."""
@@ -213,12 +233,12 @@ class LLM:
         engine = self.assembly.engine
         for request in requests:
             engine.check(request.prompt, request.params)
-        for request in requests:
-            engine.add(request)
+        coming = deque(requests)
         self._running += requests
         told, ours = not requests, set(requests)
         try:
             while not all(request.state.final for request in requests):
+                _queue(engine, coming)
                 moved = self.assembly.engine.step()  # asked anew: it may have been closed
                 if not ours.isdisjoint(moved):
                     told = all(request.state.final for request in requests)
@@ -228,6 +248,8 @@ class LLM:
             if not engine.busy:
                 engine.idle()
         finally:
+            for request in coming:
+                request.end(State.CANCELLED, "cancelled")
             for request in requests:
                 self._running.remove(request)
                 request.cancelled.set()
@@ -253,6 +275,17 @@ class LLM:
         """What `request` has cost. Passes that served several requests count for each of them."""
         return _stats(self.assembly, request)
 
+    def _request(
+        self,
+        ids: list[int],
+        params: SamplingParams,
+        reuse: bool,
+        task: str | None,
+        deadline: Deadline | None,
+    ) -> Request:
+        deadline = deadline or self.config.deadline(task)
+        return new_request(ids, params, self.tokenizer, reuse=reuse, task=task, deadline=deadline)
+
     def _checked(self, prompt: Prompt) -> list[int]:
         ids = self.encode(prompt)
         self.assembly.engine.check(ids)
@@ -273,7 +306,18 @@ class LLM:
             delta=delta,
             logprobs=list(request.logprobs) if request.params.logprobs is not None else None,
             stats=self.stats(request) if final else Stats(),
+            task=request.task,
         )
+
+
+def _queue(engine: "Engine", coming: deque[Request]) -> None:
+    """Add those that are `coming` as long as more may wait; who comes too late fails."""
+    while coming and len(engine.scheduler.waiting) < engine.limits.queue:
+        request = coming.popleft()
+        try:
+            engine.add(request)
+        except Overloaded as error:
+            request.end(State.FAILED, "error", error)
 
 
 def _ids(prompt: Sequence[int]) -> list[int]:

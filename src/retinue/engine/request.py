@@ -1,5 +1,6 @@
 """One request's way: WAITING -> PREFILL -> DECODE -> DONE | FAILED | CANCELLED."""
 
+import math
 import threading
 import time
 from dataclasses import dataclass, field
@@ -9,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from retinue.engine.blocks import Table
 from retinue.engine.text import TextStream
 from retinue.errors import RetinueError
-from retinue.metrics import Costs
-from retinue.types import FinishReason, SamplingParams, TokenLogprob
+from retinue.metrics import Costs, Usage
+from retinue.types import Deadline, FinishReason, SamplingParams, TokenLogprob
 
 if TYPE_CHECKING:
     from retinue.model.kv import Sequence
@@ -38,7 +39,8 @@ class Request:
     """A prompt of token ids with its sampling, and what has become of it.
 
     `forced` replaces sampling by given ids, which benchmarks need for equal work. `reuse` lets
-    what others have computed serve the prefix that they share. `task` is the kind of work.
+    what others have computed serve the prefix that they share. `task` is the kind of work. Times
+    are those of the engine's clock.
     """
 
     prompt: list[int]
@@ -48,6 +50,7 @@ class Request:
     reuse: bool = False
     forced: list[int] | None = None
     task: str | None = None
+    deadline: Deadline | None = None
     arrived: float = field(default_factory=time.perf_counter)
     state: State = State.WAITING
     token_ids: list[int] = field(default_factory=list)
@@ -57,7 +60,10 @@ class Request:
     table: Table | None = None
     sequence: "Sequence | None" = None
     costs: Costs = field(default_factory=Costs)
+    usage: Usage | None = None  # what the routers chose for it, where the host keeps accounts
     first_token_s: float = 0.0
+    longest_gap_s: float = 0.0  # between two tokens
+    last_token_at: float = 0.0  # when the last one came
     finish_reason: FinishReason | None = None
     error: RetinueError | None = None
     cancelled: threading.Event = field(default_factory=threading.Event)
@@ -69,6 +75,28 @@ class Request:
         return self.state is State.DECODE
 
     @property
+    def prompt_left(self) -> int:
+        """Tokens of the prompt that are not computed yet."""
+        return max(0, len(self.prompt) - self.done)
+
+    @property
+    def answered(self) -> int:
+        """Tokens of the answer so far."""
+        return len(self.token_ids)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest answer that was asked for."""
+        return self.params.max_new_tokens
+
+    @property
+    def in_time(self) -> bool:
+        """Whether every token so far has come within the deadline; without a deadline, always."""
+        due = self.deadline or Deadline()
+        first, gap = due.first_token_s or math.inf, due.between_tokens_s or math.inf
+        return self.first_token_s <= first and self.longest_gap_s <= gap
+
+    @property
     def tokens(self) -> list[int]:
         """Prompt and answer so far."""
         return self.prompt + self.token_ids
@@ -77,6 +105,14 @@ class Request:
     def length(self) -> int:
         """Tokens of prompt and answer so far."""
         return len(self.prompt) + len(self.token_ids)
+
+    def token_came(self, now: float) -> None:
+        """Note when a token of the answer came."""
+        if not self.token_ids:
+            self.first_token_s = now - self.arrived
+        else:
+            self.longest_gap_s = max(self.longest_gap_s, now - self.last_token_at)
+        self.last_token_at = now
 
     def tell(self, delta: str) -> None:
         """Put text that is new where `take_delta` finds it."""
@@ -102,9 +138,12 @@ def new_request(
     reuse: bool = False,
     forced: list[int] | None = None,
     task: str | None = None,
+    deadline: Deadline | None = None,
 ) -> Request:
     """A request that waits."""
     from retinue.model.sampler import Sampler  # imports torch, see engine/llm.py
 
     text = TextStream(tokenizer, params.stop)
-    return Request(prompt, params, Sampler(params), text, reuse=reuse, forced=forced, task=task)
+    request = Request(prompt, params, Sampler(params), text, reuse=reuse, forced=forced, task=task)
+    request.deadline = deadline
+    return request

@@ -5,10 +5,11 @@ resident in a thread, while this process imports its libraries and builds the ne
 """
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from retinue.config import Config
+from retinue.errors import UsageError
 from retinue.memory.budget import Split, split
 from retinue.memory.home import locate
 from retinue.memory.tier import Tier
@@ -46,7 +47,7 @@ def reserve(model: str | Path, config: Config, beside: int = 0) -> Reserved:
     notes: list[str] = []
     folder = locate(model, notes.append)
     chosen = preset(config.preset)
-    policies = chosen.build()
+    policies = _policies(chosen, config)
     facts = survey(folder, config.precision)
     each_layer = policies.placement.fixed
     limits = split(facts, **config.room(), each_layer=each_layer, beside=beside)
@@ -54,3 +55,17 @@ def reserve(model: str | Path, config: Config, beside: int = 0) -> Reserved:
     tier.touch()
     seconds = time.perf_counter() - started
     return Reserved(folder, config, facts, chosen, policies, limits, tier, seconds, notes)
+
+
+def _policies(chosen: Preset, config: Config) -> Policies:
+    """The preset's policies, with the threshold of fetching that the user wants."""
+    policies = chosen.build()
+    if config.fetch_above is None:
+        return policies
+    if chosen.exact:
+        raise UsageError(
+            f"the preset `{chosen.name}` is exact, it replaces no missing expert:"
+            f" `fetch_above` = {config.fetch_above:g}",
+            hint="leave `--fetch-above` out, or use a preset that does, such as `popular-by-task`",
+        )
+    return replace(policies, fetch_above=config.fetch_above)

@@ -98,7 +98,8 @@ class Residents:
     def _change(self, tasks: tuple[str | None, ...]) -> None:
         self._tasks = None  # should a read fail, the next step tries again
         wanted = self._placement.place(self._rooms, self._there, tasks, self._known)
-        self.bytes_read += self._host.cache.place(wanted)
+        known = [self._known.shares(task) for task in tasks or (None,)]
+        self.bytes_read += self._host.place(wanted, np.mean(known, axis=0))
         self._tasks = tasks if self._placement.by_task else ()
 
 

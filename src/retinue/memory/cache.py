@@ -10,8 +10,7 @@ experts make room for each other first. The ring that they may take from the oth
 """
 
 import time
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +25,6 @@ from retinue.policy.base import Ahead, Evictor, View
 from retinue.types import Demand, Expert, IntArray, Phase, Want
 
 ABSENT, LOADING = -1, -2
-RECENT_STEPS = 4
 HEAT_DECAY = 0.98  # per step of the layer, see docs/LOG.md
 
 Views = dict[str, tuple[Block, ...]]
@@ -81,18 +79,22 @@ class ExpertCache:
         return int(np.count_nonzero(self._owner[:, 0] >= 0))
 
     @property
+    def spare(self) -> int:
+        """Slots that nobody holds."""
+        return self._tier.free
+
+    @property
     def holds_everything(self) -> bool:
-        """Whether there is a slot for every expert, so that nothing ever has to leave."""
+        """Whether nothing ever has to leave."""
         return self.slots >= self.total
 
     def lookup(self, layer: int, experts: IntArray) -> IntArray:
         """Per expert its slot, LOADING or ABSENT: `[n]`."""
         return np.asarray(self.slot_of[layer, experts], dtype=np.int64)
 
-    def count_repeated(self, demand: Demand) -> int:
-        """How many experts of `demand` the last few passes used as well. Ask before `touch`."""
-        last = self.last_used[demand.layer, demand.experts]
-        return int(np.count_nonzero((last >= 0) & (last >= self.step - RECENT_STEPS)))
+    def read_bytes(self, layer: int, experts: IntArray) -> int:
+        """Bytes that reading `experts`, one by one, moves."""
+        return sum(self._layouts[layer][expert].read_bytes for expert in experts.tolist())
 
     def views(self, slot: int) -> Views:
         """The parameters of the READY expert in `slot`."""
@@ -150,14 +152,9 @@ class ExpertCache:
         if self.phase == "decode":
             self._transient[slots[slots >= 0]] = False
 
-    @contextmanager
-    def lease(self, layer: int, experts: IntArray) -> Iterator[Lease]:
+    def lease(self, layer: int, experts: IntArray) -> Lease:
         """Pin `experts` (resident or to come) so that they stay until released."""
-        lease = Lease(self._pins[layer], experts)
-        try:
-            yield lease
-        finally:
-            lease.end()
+        return Lease(self._pins[layer], experts)
 
     def use(self, layer: int, experts: Sequence[int] | IntArray) -> IntArray:
         """The slots of READY experts that are now computed; counts their reads as useful."""
@@ -185,11 +182,26 @@ class ExpertCache:
                 self._transient[slot] &= self._is_transient(expert in kept)
             elif self.slot_of[layer, expert] == ABSENT:
                 if not self.room(1):
-                    self._cancel_wants(other_than=layer)
+                    self._cancel(lambda key, read: key.layer != layer and read.urgency > 0)
                     if not self.room(1):
                         return experts[position:]
                 self._load(key, Urgency.DEMAND, self._is_transient(expert in kept))
         return experts[:0]
+
+    def let_go(self, layer: int, experts: IntArray) -> IntArray:
+        """Evict those of `experts` that are READY and not pinned; returns them."""
+        slots = self.slot_of[layer, experts]
+        idle = experts[(slots >= 0) & (self._pins[layer, experts] == 0)]
+        for slot in self.slot_of[layer, idle].tolist():
+            self._evict(slot)
+        return idle
+
+    def read(self, layer: int, experts: IntArray) -> IntArray:
+        """Start demand reads in order, into free slots alone; returns those that are left over."""
+        absent = experts[self.slot_of[layer, experts] == ABSENT][: self._tier.free]
+        for expert in absent.tolist():
+            self._load(Expert(layer, expert), Urgency.DEMAND, transient=False)
+        return experts[~np.isin(experts, absent)]
 
     def settle_in(self, layer: int, experts: IntArray) -> None:
         """Let experts that a prefill read ahead stay, as far as there is room for staying ones."""
@@ -214,9 +226,7 @@ class ExpertCache:
     def drop_wants(self, layer: int, needed: IntArray) -> None:
         """Cancel reads for `layer` that turn out not to be needed."""
         keep = set(needed.tolist())
-        for key, (ticket, _) in list(self._loading.items()):
-            if key.layer == layer and key.index not in keep:
-                self._cancel(key, ticket)
+        self._cancel(lambda key, _: key.layer == layer and key.index not in keep)
 
     def poll(self) -> None:
         """Take over what the readers finished."""
@@ -249,10 +259,7 @@ class ExpertCache:
         return time.perf_counter() - started
 
     def raise_failure(self, layer: int, needed: Collection[int]) -> None:
-        """Raise the error of a read that failed for `needed` of `layer`, once.
-
-        Others are forgotten: a forecast that was wrong may fail unnoticed.
-        """
+        """Raise the error of a read that failed for `needed` of `layer`; others are forgotten."""
         wanted = {Expert(layer, index) for index in needed}
         failed = [error for key, error in self._failed.items() if key in wanted]
         self._failed.clear()
@@ -260,10 +267,7 @@ class ExpertCache:
             raise failed[0]
 
     def room(self, count: int, *, spare_expected: bool = False) -> bool:
-        """Make `count` slots free by evicting, or change nothing and return False.
-
-        Experts that a forecast expects leave only when the others are too few, if at all.
-        """
+        """Make `count` slots free, of expected experts last if at all; or change nothing: False."""
         lacking = count - self._tier.free
         if lacking <= 0:
             if self.phase == "prefill":
@@ -277,38 +281,35 @@ class ExpertCache:
         return True
 
     def place(self, wanted: npt.NDArray[np.bool_]) -> int:
-        """Make exactly `wanted` [layers, experts] resident, between steps; returns bytes read.
-
-        Raises the error of a read that failed.
-        """
+        """Make exactly `wanted` [layers, experts] resident, between steps; returns bytes read."""
         self.cancel_all()
         while self._draining:
             self.wait(1.0)
-        ready = np.flatnonzero(self._owner[:, 0] >= 0)
-        for slot in ready[~wanted[tuple(self._owner[ready].T)]].tolist():
-            self._evict(slot)
-        lacking = np.argwhere(wanted & (self.slot_of < 0)).tolist()
-        for layer, expert in lacking:
-            self._load(Expert(layer, expert), Urgency.DEMAND, transient=False)
+        for layer, row in enumerate(wanted):
+            self.let_go(layer, np.flatnonzero(~row))
+        read_bytes = 0
+        for layer, row in enumerate(wanted & (self.slot_of < 0)):
+            left = self.read(layer, np.flatnonzero(row))
+            assert not len(left), "more experts are wanted than there are slots"
+            read_bytes += self.read_bytes(layer, np.flatnonzero(row))
         while self._loading:
             self.wait(1.0)
         self._fresh[wanted] = False  # no step has asked for them
         if self._failed:
             raise self._failed.popitem()[1]
-        return sum(self._layouts[layer][expert].read_bytes for layer, expert in lacking)
+        return read_bytes
 
     def cancel_all(self) -> None:
         """Cancel every read; after a failed or cancelled step."""
-        for key, (ticket, _) in list(self._loading.items()):
-            self._cancel(key, ticket)
+        self._cancel(lambda *_: True)
         self._failed.clear()
 
     def check(self) -> None:
         """Assert that the books balance. Only between steps, when nothing is pinned."""
         self.poll()
         ready = np.flatnonzero(self._owner[:, 0] >= 0)
-        held = len(ready) + len(self._loading) + len(self._draining)
-        assert held + self._tier.free == self.slots, "a slot is lost or held twice"
+        held = len(ready) + len(self._loading) + len(self._draining) + self.spare
+        assert held == self.slots, "a slot is lost or held twice"
         assert not self._pins.any(), "an expert is still pinned"
         owners = self._owner[ready]
         assert (self.slot_of[owners[:, 0], owners[:, 1]] == ready).all(), "slot_of and owner differ"
@@ -373,19 +374,17 @@ class ExpertCache:
         self._fresh[key] = True
         self._views[slot] = {}
 
-    def _cancel(self, key: Expert, ticket: Ticket) -> None:
-        _, slot = self._loading.pop(key)
-        self._mover.cancel(ticket)
-        self.slot_of[key] = ABSENT
-        if ticket.settled:
-            self._give(slot)
-        else:
-            self._draining.append((ticket, slot))
-
-    def _cancel_wants(self, other_than: int) -> None:
-        for key, (ticket, _) in list(self._loading.items()):
-            if key.layer != other_than and ticket.urgency > Urgency.DEMAND:
-                self._cancel(key, ticket)
+    def _cancel(self, chosen: Callable[[Expert, Ticket], bool]) -> None:
+        for key, (ticket, slot) in list(self._loading.items()):
+            if not chosen(key, ticket):
+                continue
+            del self._loading[key]
+            self._mover.cancel(ticket)
+            self.slot_of[key] = ABSENT
+            if ticket.settled:
+                self._give(slot)
+            else:
+                self._draining.append((ticket, slot))
 
     def _evict(self, slot: int) -> None:
         layer, expert = self._owner[slot]

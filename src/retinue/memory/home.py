@@ -74,6 +74,11 @@ def sample_profile() -> Path:
     return Path(str(files("retinue"))) / "data" / "sample-profile.json"
 
 
+def sample_predictor() -> Path:
+    """What `retinue train-predictor sample` learnt from them."""
+    return Path(str(files("retinue"))) / "data" / "sample-predictor.npz"
+
+
 def weights_near(folder: Path) -> Path:
     """A folder of real weights to measure the disk with: `folder`, unless it has headers alone.
 

@@ -1,12 +1,13 @@
 """Pins: what a running layer needs may not leave."""
 
 from collections.abc import Sequence
+from typing import Self
 
 from retinue.types import IntArray
 
 
 class Lease:
-    """Pins on experts of one layer; each is released once, the rest at the end."""
+    """Pins on experts of one layer; each is released once, the rest when the `with` ends."""
 
     __slots__ = ("_held", "_pins")
 
@@ -20,6 +21,9 @@ class Lease:
             self._held.remove(expert)
         self._pins[experts] -= 1
 
-    def end(self) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         """Release whatever is still held."""
         self.release(list(self._held))

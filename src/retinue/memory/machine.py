@@ -5,7 +5,9 @@ answer at once. Linux first: elsewhere the parts that cannot be known are left o
 """
 
 import json
+import math
 import os
+import platform
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,6 +32,18 @@ def cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def machine_name() -> str:
+    """The processor and how many of its cores are ours: what measured costs are good for."""
+    model = platform.processor() or platform.machine()
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                model = value.strip()
+                break
+    return f"{model}, {cores()} cores"
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,6 +247,11 @@ class Speeds:
 
     disk_bytes_per_s: float
     memory_bytes_per_s: float
+
+    def limited(self, disk_bytes_per_s: float | None) -> "Speeds":
+        """The same with a disk that is no faster than this."""
+        most = math.inf if disk_bytes_per_s is None else disk_bytes_per_s
+        return Speeds(min(self.disk_bytes_per_s, most), self.memory_bytes_per_s)
 
 
 @dataclass(frozen=True, slots=True)

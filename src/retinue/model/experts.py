@@ -19,18 +19,22 @@ from retinue.errors import Cancelled
 from retinue.memory.cache import LOADING, ExpertCache
 from retinue.memory.mover import Urgency
 from retinue.metrics import Metrics
+from retinue.model.accounts import Accounts
+from retinue.model.exchange import Exchange
 from retinue.model.expert_map import ExpertsModule
 from retinue.model.kernels import ExpertKernel
 from retinue.model.restriction import Restriction
 from retinue.model.routing import Router
 from retinue.model.work import NativeWork, Work
-from retinue.policy.base import Ahead, BoolArray, Policies
-from retinue.types import Demand, FloatArray, IntArray
+from retinue.policy.base import Ahead, BoolArray, Choice, Policies
+from retinue.policy.miss.book import Books, Served, Shares
+from retinue.types import Demand, FloatArray, IntArray, Phase
 
 IMPLEMENTATION = "retinue"
 Result = TypeVar("Result")
 # Sees (layer, hidden, index, weights) of every layer that runs.
 Watch = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], None]
+RECENT_STEPS = 4
 WAIT_S = 0.1  # how often a stalled layer looks whether its request was cancelled
 
 
@@ -38,8 +42,9 @@ class ExpertHost:
     """Runs the experts of one model out of one cache. `stop` is asked once a layer and in waits.
 
     `begin` is told the tasks of the requests that run, before a step; returns bytes it read.
-    `restriction` stands between the routers and an approximate preset's routing; nothing is
-    fetched while it is active. Raises Unsupported where the routers do not obey it.
+    `restriction` stands between the routers and an approximate preset's routing; while it is
+    active, `books` say who serves and what is fetched. Raises Unsupported where the routers do not
+    obey it. `accounts` say what the last pass was for each of its requests.
     `kernels` run the layers that they can; torch runs the others.
     """
 
@@ -59,8 +64,12 @@ class ExpertHost:
         self.watch: Watch | None = None
         self.last_missed = np.full_like(cache.last_used, -1)  # step, when it was asked for
         self.restriction: Restriction | None = None
+        self.accounts = Accounts(*cache.slot_of.shape)
+        self.books = Books(policies.fetch_above)
+        self._served: dict[int, Served] = {}  # by the books, and not computed yet
         if not policies.routing.exact:
-            self.restriction = Restriction(routers, modules, policies.routing, self._resident)
+            self.accounts.on = True
+            self.restriction = Restriction(routers, modules, policies.routing, self._serve)
         self._policies = policies
         self._modules = {found.layer: found.module for found in modules}
         order = [found.layer for found in modules]
@@ -71,7 +80,7 @@ class ExpertHost:
 
     @property
     def restricted(self) -> bool:
-        """Whether residents serve every token now, and nothing is fetched."""
+        """Whether residents serve tokens now whose experts are not there."""
         return self.restriction is not None and self.restriction.active
 
     @property
@@ -91,6 +100,38 @@ class ExpertHost:
         """
         router = self._routers.get(self._following.get(layer, -1))
         return _probabilities(router, hidden) if router is not None else None
+
+    def place(self, wanted: BoolArray, popularity: Shares) -> int:
+        """Make exactly `wanted` [layers, experts] resident, between passes; returns bytes read.
+
+        popularity: what is known of each one's share of routing weight; broadcasts to `wanted`.
+        Raises the error of a read that failed.
+        """
+        self.books.astray = True
+        read = self.cache.place(wanted)
+        self.books.place(wanted, popularity)
+        return read
+
+    def begin_pass(self, phase: Phase, rows: Sequence[int]) -> None:
+        """A forward pass starts, with `rows[i]` tokens of its i-th request.
+
+        Brings the cache back to where the books stand, should the last pass have failed. Raises
+        the error of a read that failed.
+        """
+        self._served.clear()
+        self.accounts.begin(rows, phase)
+        self.cache.begin_step(phase)
+        if self.restricted and self.books.astray:
+            self.cache.place(self.books.there())
+            self.books.astray = False
+
+    def end_pass(self, *, succeeded: bool) -> None:
+        """The pass has ended. One that failed changes neither books nor, in effect, the cache."""
+        if succeeded:
+            self.books.commit()
+        else:
+            self.books.abandon()
+            self.cache.cancel_all()
 
     def close(self) -> None:
         """Let go of the network. Without that the weights live until a garbage collection."""
@@ -121,13 +162,18 @@ class ExpertHost:
         if settled and kernel is not None and len(hidden) == 1 and not self.restricted:
             return self._run_token(kernel, layer, hidden, index, weights)
         work = self._work(layer, hidden, index, weights)
-        if self.restricted or settled:
+        if self.restricted:
+            return self._run_restricted(layer, work)
+        if self.accounts.on:
+            self.accounts.choose(layer, index.numpy(), weights.float().numpy())
+        if settled:
+            self.metrics.count(layer, len(work.experts))
             return self._run_resident(layer, work)
         demand = work.demand(layer)
         cache.begin_layer(layer)
         slots = cache.lookup(layer, demand.experts)
         self._count(layer, demand.experts, slots)
-        self.metrics.now.repeated += cache.count_repeated(demand)
+        self.metrics.now.repeated += _repeated(cache, demand)
         with cache.lease(layer, demand.experts) as lease:
             missing = self._start_reads(demand, slots, hidden)
             cache.touch(demand, len(hidden))
@@ -166,14 +212,31 @@ class ExpertHost:
         return self._timed(kernel.run_token, experts, slots, ranks, hidden, weights)
 
     def _run_resident(self, layer: int, work: Work) -> torch.Tensor:
-        """A layer that nothing can evict: there is nothing to ask and no book to keep."""
-        if self.restricted:
-            self._count_rerouted(layer, work.experts)
-        else:
-            self.metrics.count(layer, len(work.experts))
+        """A layer whose experts are there: there is nothing to ask and nothing to read."""
         self.cache.mark_used(layer, work.experts)
         experts = work.experts.tolist()
         self._timed(work.compute, experts, self.cache.use(layer, experts))
+        return self._timed(work.result)
+
+    def _run_restricted(self, layer: int, work: Work) -> torch.Tensor:
+        """A layer whose experts are there, but for those that the book has fetched."""
+        served = self._served.pop(layer, None)
+        self._count_rerouted(layer, work.experts, served)
+        if served is None or not len(served.fetched):
+            assert (self.cache.lookup(layer, work.experts) >= 0).all(), (
+                "a router chose what is not resident"
+            )
+            return self._run_resident(layer, work)
+        exchange = Exchange(self.cache, layer, served, work.experts)
+        self.cache.mark_used(layer, work.experts)
+        with self.cache.lease(layer, work.experts) as lease:
+            while not exchange.done:
+                ready = exchange.advance()
+                if ready:
+                    self._timed(work.compute, ready, self.cache.use(layer, ready))
+                    lease.release(ready)
+                else:
+                    self._wait(layer, exchange.needed)
         return self._timed(work.result)
 
     def _timed(self, compute: Callable[..., Result], *arguments: Any) -> Result:
@@ -238,34 +301,53 @@ class ExpertHost:
         cache = self.cache
         if len(missing):
             missing = cache.fetch(layer, missing)
-        cache.raise_failure(layer, todo)
+        self._wait(layer, todo)
+        return missing
+
+    def _wait(self, layer: int, awaited: set[int]) -> None:
+        """Wait for one of the reads. Raises Cancelled, or the error of one that is `awaited`."""
+        cache = self.cache
+        cache.raise_failure(layer, awaited)
         if self.stop():
             raise Cancelled("the request was cancelled")
         self.metrics.now.stall_s += cache.wait(WAIT_S)
-        cache.raise_failure(layer, todo)
-        return missing
+        cache.raise_failure(layer, awaited)
 
-    def _resident(self, layer: int, tokens: int) -> BoolArray:
+    def _serve(self, choice: Choice) -> BoolArray:
         """Which experts may serve each token of a restricted layer: [tokens, experts]."""
-        there = self.cache.slot_of[layer] >= 0
-        return np.broadcast_to(there, (tokens, len(there)))
+        served = self._served[choice.layer] = self.books.serve(choice)
+        return served.may
 
-    def _count_rerouted(self, layer: int, experts: IntArray) -> None:
+    def _count_rerouted(self, layer: int, experts: IntArray, served: Served | None) -> None:
         """Count what the router asked for, not the `experts` that it got."""
-        there = self.cache.lookup(layer, experts) >= 0
-        assert there.all(), "a restricted router chose an expert that is not resident"
         rerouted = self.restriction.take(layer) if self.restriction is not None else None
-        if rerouted is None:  # these did not come from a router: nothing was replaced
+        counters, accounts = self.metrics.now, self.accounts
+        if rerouted is None or served is None:  # they did not come from a router: none is replaced
             self.metrics.count(layer, len(experts))
             return
-        self._count(layer, rerouted.experts, self.cache.lookup(layer, rerouted.experts))
-        self.metrics.count_weight(layer, rerouted.weight, rerouted.degraded)
-        self.metrics.now.rerouted += rerouted.missing
+        wanted = np.unique(rerouted.chosen)
+        self._count(layer, wanted, self.cache.lookup(layer, wanted))
+        weights = rerouted.weights.sum(axis=1)
+        degraded = (rerouted.weights * rerouted.replaced).sum(axis=1)
+        self.metrics.count_weight(layer, float(weights.sum()), float(degraded.sum()))
+        counters.rerouted += int(np.count_nonzero(rerouted.replaced))
+        counters.missed += int(served.missed.sum())
+        counters.fetched += len(served.fetched)
+        counters.fetched_bytes += self.cache.read_bytes(layer, served.fetched)
+        accounts.choose(layer, rerouted.chosen, rerouted.weights)
+        accounts.serve(layer, weights, degraded)
+        accounts.miss(served.missed, served.reads)
 
     def _count(self, layer: int, experts: IntArray, slots: IntArray) -> None:
         self.last_missed[layer, experts[slots < 0]] = self.cache.step
         hits, pending = int((slots >= 0).sum()), int((slots == LOADING).sum())
         self.metrics.count(layer, hits, pending, len(slots) - hits - pending)
+
+
+def _repeated(cache: ExpertCache, demand: Demand) -> int:
+    """How many experts of `demand` the last few passes used as well."""
+    last = cache.last_used[demand.layer, demand.experts]
+    return int(np.count_nonzero((last >= 0) & (last >= cache.step - RECENT_STEPS)))
 
 
 def _probabilities(router: Router, hidden: torch.Tensor) -> FloatArray:

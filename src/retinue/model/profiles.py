@@ -4,11 +4,12 @@ A profile is safe to delete: `retinue profile` makes it again.
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from retinue.errors import Unsupported, UsageError
 from retinue.memory.home import PACK_PROFILE, sample_folder, sample_profile
-from retinue.memory.machine import cache_folder
+from retinue.memory.machine import cache_folder, machine_name
 from retinue.model.survey import fingerprint
 from retinue.policy.profile import Profile, profile_from
 from retinue.types import Facts
@@ -22,6 +23,8 @@ def default_profile(folder: Path) -> Path:
 def find_profile(folder: Path, facts: Facts, file: str | None) -> Profile:
     """The profile in `file`, or else what is remembered of the checkpoint or ships with it.
 
+    Costs that were measured on another machine are left out.
+
     Raises Unsupported where there is none, UsageError for one that is damaged or another model's.
     """
     places = [Path(file).expanduser()] if file is not None else [default_profile(folder)]
@@ -33,7 +36,8 @@ def find_profile(folder: Path, facts: Facts, file: str | None) -> Profile:
         if file is not None or place.is_file():
             profile = read_profile(place)
             check_profile(profile, facts, place)
-            return profile
+            elsewhere = profile.costs is not None and profile.costs.machine != machine_name()
+            return replace(profile, costs=None) if elsewhere else profile
     raise Unsupported(
         f"there is no profile of `{facts.name}`, which this preset needs",
         hint=f"make one with `retinue profile {folder} --data FILE`, or give `--profile FILE`",

@@ -19,7 +19,7 @@ from retinue.errors import Unsupported
 from retinue.model.expert_map import ExpertsModule
 from retinue.model.routing import Router, router_input
 from retinue.policy.base import BoolArray, Choice, Routing
-from retinue.types import IntArray
+from retinue.types import FloatArray, IntArray
 
 PROBE_TOKENS = 5
 
@@ -34,19 +34,18 @@ class _Pick(NamedTuple):
 
 @dataclass(slots=True)
 class Rerouted:
-    """What restricting cost one layer in one step, by the routers' own weights."""
+    """What one layer's router chose in one step, and where that was not to be had."""
 
-    experts: IntArray  # the distinct experts that the router itself chose, ascending
-    missing: int  # pairs of token and chosen expert that another expert served
-    weight: float  # all routing weight
-    degraded: float  # of it, what was not served by the expert that the router chose
+    chosen: IntArray  # [tokens, k], the experts that the router itself chose
+    weights: FloatArray  # [tokens, k]
+    replaced: BoolArray  # [tokens, k], where another expert served
 
 
 class Restriction:
     """Lets a routing policy choose for the routers of one model, while it is `active`.
 
-    `resident(layer, tokens)` says which experts may serve each token, [tokens, experts], at least
-    k of them. `close` gives the routers back as they were.
+    `serve(choice)` says which experts may serve each token, [tokens, experts], at least k of them.
+    `close` gives the routers back as they were.
     """
 
     def __init__(
@@ -54,10 +53,10 @@ class Restriction:
         routers: Sequence[Router | None],
         modules: Sequence[ExpertsModule],
         routing: Routing,
-        resident: Callable[[int, int], BoolArray],
+        serve: Callable[[Choice], BoolArray],
     ) -> None:
         self.active = False
-        self._routing, self._resident = routing, resident
+        self._routing, self._serve = routing, serve
         self._rerouted: dict[int, Rerouted] = {}
         self._routers: list[nn.Module] = []
         for router, found in zip(routers, modules, strict=True):
@@ -67,7 +66,7 @@ class Restriction:
             self._wrap(router.module, found)
 
     def take(self, layer: int) -> Rerouted | None:
-        """What the layer's last routing cost, once; None when it was not restricted."""
+        """What became of the layer's last routing, once; None when it was not restricted."""
         return self._rerouted.pop(layer, None)
 
     def close(self) -> None:
@@ -91,24 +90,17 @@ class Restriction:
         with _Watch(found.experts) as watch:
             own = _pick(run(), found)
         scores = watch.scores.float().numpy()
-        resident = self._resident(found.layer, len(scores))
         ids, weights = own.experts.numpy(), own.weights.float().numpy()
-        ranking = self._routing.rank(Choice(found.layer, scores, ids, weights), resident)
+        choice = Choice(found.layer, scores, ids, weights)
+        ranking = self._routing.rank(choice, self._serve(choice))
         if ranking is None:
-            served = own
+            served, replaced = own, np.zeros(ids.shape, dtype=bool)
         else:
             with _Watch(found.experts, torch.from_numpy(ranking)):
                 served = _pick(run(), found)
-        self._rerouted[found.layer] = _compare(own, served)
+            replaced = (ids[:, :, None] != served.experts.numpy()[:, None]).all(axis=2)
+        self._rerouted[found.layer] = Rerouted(ids, weights, replaced)
         return served.output
-
-
-def _compare(own: _Pick, served: _Pick) -> Rerouted:
-    kept = (own.experts.unsqueeze(-1) == served.experts.unsqueeze(-2)).any(-1)
-    weights = own.weights.float()
-    degraded = weights[~kept].sum()
-    distinct = np.unique(own.experts.numpy())
-    return Rerouted(distinct, int((~kept).sum()), float(weights.sum()), float(degraded))
 
 
 def _pick(output: Any, found: ExpertsModule) -> _Pick:

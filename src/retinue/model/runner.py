@@ -72,16 +72,17 @@ class Runner:
         dense = self._network.dense.seconds
         started = time.perf_counter()
         counters = self._metrics.begin(phase)
-        self._host.cache.begin_step(phase)
         try:
+            self._host.begin_pass(phase, [len(segment.tokens) for segment in segments])
             logits = self._logits(segments, phase)
             if not bool(torch.isfinite(logits).all()):
                 raise self._not_finite()
             self._store.commit()
         except BaseException:
             self._store.end()
-            self._host.cache.cancel_all()
+            self._host.end_pass(succeeded=False)
             raise
+        self._host.end_pass(succeeded=True)
         counters.passes = 1
         counters.tokens = sum(len(segment.tokens) for segment in segments)
         counters.seconds = time.perf_counter() - started

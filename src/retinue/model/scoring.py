@@ -56,14 +56,15 @@ class Scorer:
         assert 1 <= count < len(ids)
         read = self._mover.bytes_read
         counters = self._metrics.begin("prefill")
-        self._host.cache.begin_step("prefill")
         try:
+            self._host.begin_pass("prefill", [len(ids)])
             logits = self._model(
                 input_ids=torch.tensor([ids]), use_cache=False, logits_to_keep=count + 1
             ).logits[0, -count - 1 : -1]  # not every class of model knows `logits_to_keep`
         except BaseException:
-            self._host.cache.cancel_all()
+            self._host.end_pass(succeeded=False)
             raise
+        self._host.end_pass(succeeded=True)
         counters.tokens = len(ids)
         counters.bytes_read = self._mover.bytes_read - read
         self.costs.add(counters)

@@ -12,7 +12,8 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from retinue.types import Demand, FloatArray, IntArray, Phase, Want
+from retinue.metrics import PhaseCounters
+from retinue.types import Deadline, Demand, FloatArray, IntArray, Phase, Want
 
 BoolArray = npt.NDArray[np.bool_]
 Signal = str  # one of SIGNALS
@@ -170,6 +171,97 @@ class Placement(Protocol):
         ...
 
 
+class Job(Protocol):
+    """What an order may see of a request. Times are seconds on the engine's clock."""
+
+    @property
+    def task(self) -> str | None: ...
+    @property
+    def arrived(self) -> float: ...
+    @property
+    def deadline(self) -> Deadline | None: ...
+    @property
+    def prompt_left(self) -> int:
+        """Tokens of the prompt that are not computed yet."""
+        ...
+
+    @property
+    def answered(self) -> int:
+        """Tokens of the answer so far."""
+        ...
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest answer that was asked for."""
+        ...
+
+    @property
+    def last_token_at(self) -> float:
+        """When its last token came; its arrival before the first one."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Queues:
+    """What waits and what runs, `now`. Read-only.
+
+    `seats` requests run at once, `together` of them decode in one pass; a prefill pass takes
+    `chunk` tokens, and cuts prompts unless they are `whole`.
+    """
+
+    now: float
+    waiting: Sequence[Job]  # in the order of arrival
+    running: Sequence[Job]  # in the order of admission
+    seats: int
+    together: int
+    chunk: int
+    whole: bool = False
+
+
+class Order(Protocol):
+    """Who goes first. The scheduler asks, and keeps to the room that there is.
+
+    An order holds no requests: what waits and what runs is shown to it each time.
+    """
+
+    def refuse(self, job: Job, queues: Queues) -> float | None:
+        """None: `job` may join those that wait. Else it would come too late: seconds until
+
+        another try may be worth it.
+        """
+        ...
+
+    def first(self, queues: Queues) -> int | None:
+        """The place in `queues.waiting` of who shall run next; None: nobody yet.
+
+        Asked while a seat is free and somebody waits. If nothing runs, it has to name one.
+        """
+        ...
+
+    def rank(self, jobs: Sequence[Job], phase: Phase) -> list[int]:
+        """Places in `jobs`, which are all in `phase`, in the order in which a pass takes them."""
+        ...
+
+    def chunk(self, queues: Queues, after: Phase) -> int:
+        """How many tokens of prompts the next pass may take; 0: decode first.
+
+        Asked where there is work of both kinds; `after` is what the last pass was for.
+        """
+        ...
+
+    def passed(self, phase: Phase, cost: PhaseCounters) -> None:
+        """See what a pass has cost."""
+        ...
+
+    def loaded(self, bytes_read: int, seconds: float) -> None:
+        """See what changing the resident experts before a pass has cost."""
+        ...
+
+    def ended(self, job: Job) -> None:
+        """See a request that was answered to its end."""
+        ...
+
+
 class NoPredictor:
     """Forecasts nothing."""
 
@@ -210,15 +302,20 @@ class NoPlacement:
 
 @dataclass(frozen=True, slots=True)
 class Policies:
-    """One answer per question: what a preset is made of."""
+    """One answer per question: what a preset is made of.
+
+    `fetch_above` is for a routing that replaces missing experts: one whose share of its token's
+    routing weight is above it is fetched instead. 1: none, 0: all, which is exact.
+    """
 
     evictor: Evictor
     predictor: Predictor
     miss: MissHandler
     routing: Routing = field(default_factory=OwnRouting)
     placement: Placement = field(default_factory=NoPlacement)
+    fetch_above: float = 1.0
 
     @property
     def exact(self) -> bool:
         """Whether the output is that of the plain model."""
-        return self.miss.exact and self.routing.exact
+        return self.miss.exact and (self.routing.exact or self.fetch_above == 0)

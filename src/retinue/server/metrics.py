@@ -29,6 +29,9 @@ LAYER_COUNTERS = {
 }
 TASK_COUNTERS = {
     "answered": "answers that came to their end",
+    "refused": "requests refused since too much waits",
+    "deadlines_met": "answers each of whose tokens came in time",
+    "deadlines_missed": "answers of which a token came late",
     "cancelled": "answers that nobody waited for, or that took too long",
     "failed": "answers that failed",
     "prompt_tokens": "tokens of prompts",
@@ -186,8 +189,8 @@ class _Engine:
             yield family
         for field, (name, text) in PHASE_COUNTERS.items():
             family = CounterMetricFamily(f"retinue_{name}", text, labels=["phase"])
-            for phase, counters in (("prefill", picture.prefill), ("decode", picture.decode)):
-                family.add_metric([phase], counters[field])
+            for phase, numbers in (("prefill", picture.prefill), ("decode", picture.decode)):
+                family.add_metric([phase], numbers[field])
             yield family
 
     def _gauge(self, name: str, text: str, value: float) -> GaugeMetricFamily:

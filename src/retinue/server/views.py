@@ -21,6 +21,9 @@ def experts_view(served: Served) -> Json:
         "resident": int(picture.resident.sum()),
         "total": facts.total_experts,
         "phases": {"prefill": _phase(picture.prefill), "decode": _phase(picture.decode)},
+        "degraded_by_task": [
+            {"task": task, "layers": shares} for task, shares in picture.degraded.items()
+        ],
         "layers": [
             {
                 "layer": layer,

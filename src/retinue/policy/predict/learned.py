@@ -1,0 +1,107 @@
+"""What `retinue train-predictor` made of one model: networks by name, and how well they did.
+
+It knows no files; `model/predictors.py` reads and writes them.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from retinue.errors import UsageError
+from retinue.policy.predict.network import HEADS, INNER, OUTER, Network, shapes
+from retinue.policy.predict.shares import Shares
+from retinue.types import FloatArray, IntArray
+
+FORMAT, VERSION = "retinue-predictor", 1
+LAYERWISE = {"emoe-a": False, "emoe-l": True}  # by the name of the network
+AGAIN = "make it again with `retinue train-predictor`"
+
+
+@dataclass(frozen=True, slots=True)
+class Learned:
+    """Networks for one model; `texts` is how many they learnt from.
+
+    rows: which decoder layers have experts; the networks know no others. held_out: by the name
+    of a forecaster the share of routing weight that 20, 40, 60 and 80 % of the experts covered,
+    of texts that the networks scored then had not seen.
+    """
+
+    model: str
+    layers: int
+    experts: int
+    top_k: int
+    rows: IntArray
+    tasks: tuple[str, ...]
+    texts: int
+    held_out: Mapping[str, tuple[float, ...]]
+    networks: Mapping[str, Network]
+
+    def task(self, name: str | None) -> int:
+        """The row of the task called `name` in a network; the last one for what is unknown."""
+        return self.tasks.index(name) if name in self.tasks else len(self.tasks)
+
+    def spread(self, shares: Shares) -> Shares:
+        """`shares` [layers with experts, experts] as [layers, experts]."""
+        whole = np.zeros((self.layers, self.experts))
+        whole[self.rows] = shares
+        return whole
+
+    def about(self) -> dict[str, Any]:
+        """Everything but the arrays, JSON-shaped."""
+        head = {"format": FORMAT, "version": VERSION, "model": self.model}
+        head |= {"layers": self.layers, "experts": self.experts, "top_k": self.top_k}
+        head |= {"rows": self.rows.tolist(), "tasks": list(self.tasks), "texts": self.texts}
+        held_out = {name: list(values) for name, values in self.held_out.items()}
+        return head | {"held_out": held_out, "networks": list(self.networks)}
+
+
+def learned_from(about: Any, arrays: Mapping[str, FloatArray]) -> Learned:
+    """What `about` and the arrays, `NETWORK/NAME` each, say. Raises UsageError if damaged."""
+    if not isinstance(about, dict) or about.get("format") != FORMAT:
+        raise UsageError("not a predictor", hint="make one with `retinue train-predictor MODEL`")
+    if about.get("version") != VERSION:
+        raise UsageError(
+            f"unknown version of a predictor: `{about.get('version')}`",
+            hint=f"this version of retinue reads {VERSION}; {AGAIN}",
+        )
+    try:
+        layers, experts, top_k = (int(about[key]) for key in ("layers", "experts", "top_k"))
+        learned = Learned(
+            str(about["model"]),
+            layers,
+            experts,
+            top_k,
+            np.array(about["rows"], dtype=np.int64),
+            tuple(str(task) for task in about["tasks"]),
+            int(about["texts"]),
+            {str(name): tuple(map(float, row)) for name, row in about["held_out"].items()},
+            {str(name): _network(str(name), arrays) for name in about["networks"]},
+        )
+        _check(learned)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise UsageError(f"damaged predictor: {error!r}", hint=AGAIN) from error
+    return learned
+
+
+def _network(name: str, arrays: Mapping[str, FloatArray]) -> Network:
+    start = f"{name}/"
+    own = {key.removeprefix(start): value for key, value in arrays.items() if key.startswith(start)}
+    return Network(own, LAYERWISE[name])
+
+
+def _check(learned: Learned) -> None:
+    """Raise ValueError or LookupError unless every array has its shape and is finite."""
+    rows = learned.rows
+    if rows.ndim != 1 or not rows.size or rows.min() < 0 or rows.max() >= learned.layers:
+        raise ValueError(f"rows are not layers: {rows.tolist()}")
+    for name, network in learned.networks.items():
+        width = network.arrays["place"].shape[-1]
+        sizes = (len(rows), learned.experts, len(learned.tasks), width, network.blocks)
+        wanted = shapes(*sizes)
+        found = {key: array.shape for key, array in network.arrays.items()}
+        if found != wanted or width % HEADS or len(found) != len(OUTER) + len(INNER) * sizes[-1]:
+            raise ValueError(f"the arrays of {name} do not fit the model")
+        if not all(np.isfinite(array).all() for array in network.arrays.values()):
+            raise ValueError(f"{name} has weights that are not finite")
