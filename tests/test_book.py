@@ -61,7 +61,7 @@ def test_two_of_one_token() -> None:
     assert served.reads.tolist() == [2]
 
 
-@pytest.mark.parametrize(("above", "fetched"), [(0.0, [3, 4]), (0.3, [3]), (0.7, []), (1.0, [])])
+@pytest.mark.parametrize(("above", "fetched"), [(0.0, [3, 4]), (0.4, [3]), (0.8, []), (1.0, [])])
 def test_the_threshold(above: float, fetched: list[int]) -> None:
     served = book(0, 1, above=above).serve(choice([[3, 4]], [[0.7, 0.3]]))
     assert served.fetched.tolist() == fetched

@@ -7,7 +7,7 @@ import pytest
 
 from retinue.config import Config, format_size, load_config, parse_size
 from retinue.errors import UsageError
-from retinue.types import SamplingParams
+from retinue.types import Deadline, SamplingParams
 
 
 @pytest.mark.parametrize(
@@ -241,3 +241,31 @@ def test_sampling_ranges(name: str, value: Any) -> None:
 
 def test_one_stop_string_is_one_stop() -> None:
     assert SamplingParams(stop="END").stop == ("END",)
+
+
+def test_deadlines_of_all_and_by_task(tmp_path: Path) -> None:
+    text = "deadlines: {chat: {first_token_s: 2, between_tokens_s: '0.5'}, sum: {}}\n"
+    config = load_config({"first_token_deadline": 9.0}, write(tmp_path, text), {})
+    assert config.deadline("chat") == Deadline(2.0, 0.5)
+    assert config.deadline("sum") == Deadline()
+    assert config.deadline("other") == config.deadline(None) == Deadline(9.0)
+    assert Config().deadline("chat") is None
+    assert Config(token_deadline=0.5).deadline("chat") == Deadline(None, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("flags", "what"),
+    [
+        ({"first_token_deadline": 0.0}, "first_token_s is out of range: `0.0`"),
+        ({"token_deadline": -1.0}, "between_tokens_s is out of range: `-1.0`"),
+        ({"deadlines": {"chat": {"first_token_s": 0}}}, "first_token_s is out of range"),
+        ({"deadlines": {"chat": {"first": 2}}}, "deadlines has the wrong type"),
+        ({"deadlines": {"chat": 2}}, "deadlines has the wrong type"),
+        ({"deadlines": 2}, "deadlines has the wrong type"),
+        ({"order": "lifo"}, "unknown order: `lifo`"),
+        ({"queue": 0}, "queue is out of range: `0`"),
+    ],
+)
+def test_deadlines_and_orders_that_are_none(flags: dict[str, Any], what: str) -> None:
+    with pytest.raises(UsageError, match=what):
+        load_config(flags, environ={})

@@ -28,6 +28,7 @@ ENVIRONMENT_KEYS = (
     "task",
     "period",
     "forecaster",
+    "infer_task",
     "precision",
     "threads",
     "self_check",
@@ -35,6 +36,7 @@ ENVIRONMENT_KEYS = (
 )
 AS_IS = "as-is"
 PRECISIONS = (AS_IS, "int8", "int4")
+CLASSIFIERS = ("learned", "keywords", "none")
 ORDERS = ("fcfs", "shortest", "emoe")
 
 _UNITS = {"": 1, "B": 1}
@@ -103,6 +105,9 @@ class Config:
     task: str | None = _option(
         None, "the kind of work that a request belongs to, for presets that know tasks", "NAME"
     )
+    infer_task: str = _option(
+        "learned", "finds the task where none is given: learned, keywords or none", "NAME"
+    )
     profile: str | None = _option(
         None, "what `retinue profile` wrote; default: what it remembered of this model", "FILE"
     )
@@ -145,6 +150,11 @@ class Config:
                 f"unknown precision: `{self.precision}`",
                 hint=f"this version serves: {', '.join(PRECISIONS)}",
             )
+        if self.infer_task not in CLASSIFIERS:
+            raise UsageError(
+                f"infer_task is unknown: `{self.infer_task}`",
+                hint=f"this version knows: {', '.join(CLASSIFIERS)}",
+            )
         if self.order not in ORDERS:
             raise UsageError(f"unknown order: `{self.order}`", hint=f"one of {', '.join(ORDERS)}")
         for name in ("context", "threads", "kv_tokens", "batch", "chunk", "queue", "period"):
@@ -154,7 +164,7 @@ class Config:
         share = self.fetch_above
         if share is not None and not 0 <= share <= 1:
             raise UsageError(f"fetch_above is out of range: `{share}`", hint="from 0 to 1")
-        if self.read_limit is not None and parse_size(self.read_limit) < 1:
+        if self.read_bytes_per_s is not None and self.read_bytes_per_s < 1:
             raise UsageError(
                 f"read_limit is out of range: `{self.read_limit}`", hint="such as 300MB"
             )
@@ -171,6 +181,11 @@ class Config:
         if self.first_token_deadline is None and self.token_deadline is None:
             return None
         return Deadline(self.first_token_deadline, self.token_deadline)
+
+    @property
+    def read_bytes_per_s(self) -> int | None:
+        """What `read_limit` says."""
+        return None if self.read_limit is None else parse_size(self.read_limit)
 
     def room(self) -> dict[str, Any]:
         """What `memory.budget.split` is asked for under this configuration."""

@@ -161,7 +161,10 @@ class Stats:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """An answer, whole or (from `stream`) so far; `delta` is the text that is new in this one."""
+    """An answer, whole or (from `stream`) so far; `delta` is the text that is new in this one.
+
+    `task` is the kind of work that it was served as, None where that is unknown.
+    """
 
     text: str
     token_ids: list[int]
@@ -170,6 +173,7 @@ class Output:
     delta: str = ""
     logprobs: list[TokenLogprob] | None = None
     stats: Stats = field(default_factory=Stats)
+    task: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

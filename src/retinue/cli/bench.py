@@ -40,6 +40,7 @@ def execute(options: Namespace) -> int:
     files = sorted(folder.glob("*.safetensors"))
     threads = config.threads or cores()
     before = Speeds(measure_disk(files), measure_memory(threads=threads, at_most_bytes=room))
+    before = before.limited(config.read_bytes_per_s)
     rates = known_rates(threads, [compute_format(facts)], fresh=True, at_most_bytes=room)
     with LLM.from_config(folder, config) as llm:
         for text in llm.assembly.notes:
@@ -50,6 +51,7 @@ def execute(options: Namespace) -> int:
         stats, prompt_tokens = _measure(llm, options, facts, config)
         slow = watch.after()
         after = Speeds(measure_disk(files), _memory_again(llm, threads, before))
+        after = after.limited(config.read_bytes_per_s)
     speeds = Speeds(
         (before.disk_bytes_per_s + after.disk_bytes_per_s) / 2,
         (before.memory_bytes_per_s + after.memory_bytes_per_s) / 2,

@@ -64,7 +64,7 @@ def _add_run(verbs: object) -> None:
     run.add_argument("--logprobs", type=int, metavar="N", help="with --json: N alternatives each")
     run.add_argument("--ignore-eos", action="store_true", help="go on after an end token")
     run.add_argument("--system", metavar="TEXT", help="of the chat: the role that the model plays")
-    add_config_options(run, ENGINE + SAMPLING)
+    add_config_options(run, (*ENGINE, "infer_task", *SAMPLING))
 
 
 def _add_plan(verbs: object) -> None:
@@ -89,10 +89,8 @@ def _add_doctor(verbs: object) -> None:
     doctor.add_argument(
         "--verify", action="store_true", help="read all of a pack and compare its checksums"
     )
-    add_config_options(
-        doctor,
-        tuple(name for name in ENGINE if name not in ("task", "profile", "period", "forecaster")),
-    )
+    unused = ("task", "profile", "fetch_above", "read_limit", "period", "forecaster")
+    add_config_options(doctor, tuple(name for name in ENGINE if name not in unused))
 
 
 def _add_bench(verbs: object) -> None:

@@ -67,12 +67,8 @@ def _kind(name: str) -> Any:
     ):
         return int
     if name in (
-        "temperature",
-        "top_p",
-        "min_p",
-        "fetch_above",
-        "first_token_deadline",
-        "token_deadline",
+        *("temperature", "top_p", "min_p"),
+        *("fetch_above", "first_token_deadline", "token_deadline"),
     ):
         return float
     return str

@@ -42,7 +42,8 @@ def execute(options: Namespace) -> int:
 def _speeds(folder: Path, config: Config) -> Speeds:
     """The machine's speeds, for the bound: the remembered ones, or measured before loading."""
     limits = split(survey(folder, config.precision), **config.room())
-    return known_speeds(folder, at_most_bytes=limits.budget - limits.fixed)
+    speeds = known_speeds(folder, at_most_bytes=limits.budget - limits.fixed)
+    return speeds.limited(config.read_bytes_per_s)
 
 
 def _open(folder: Path, config: Config) -> LLM:
@@ -87,9 +88,12 @@ def _prompt(options: Namespace) -> Prompt | None:
 def _answer(llm: LLM, prompt: Prompt, params: SamplingParams, speeds: Speeds | None) -> int:
     """Stream the answer; with `speeds`, say nothing on stdout but the JSON at the end."""
     output: Output | None = None
-    watch = watching(llm)
+    watch, told = watching(llm), llm.config.task is not None
     with cancel_on(llm.cancel, signal.SIGINT, signal.SIGTERM) as came:
         for output in llm.stream(prompt, params):
+            if not told and output.task is not None:
+                note(f"task: {output.task} (inferred from the prompt; `--task NAME` says another)")
+            told = True
             if speeds is None:
                 print(output.delta, end="", flush=True)
             if watch is not None and (slow := watch.during()):
@@ -115,6 +119,7 @@ def watching(llm: LLM) -> Watch | None:
     speeds = remembered_speeds(assembly.folder)
     if speeds is None:
         return None
+    speeds = speeds.limited(llm.config.read_bytes_per_s)
     machine = Machine(speeds, remembered_rates(assembly.threads), assembly.threads)
     return Watch(assembly.facts, machine, assembly.metrics.total.decode)
 

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from retinue.config import Config, parse_size
+from retinue.config import Config
 from retinue.engine.blocks import BlockPool
 from retinue.engine.cohort import Cohort
 from retinue.engine.engine import Engine
+from retinue.engine.ordering import order_of
 from retinue.engine.reserve import Reserved
 from retinue.engine.residents import Beforehand, Residents, known_beforehand, residents_of
 from retinue.engine.scheduler import Limits, Scheduler
@@ -33,7 +34,8 @@ from retinue.model.routing import find_routers
 from retinue.model.runner import Runner
 from retinue.model.step import Steps
 from retinue.model.survey import survey_abilities
-from retinue.policy.base import Policies
+from retinue.policy.base import Order, Policies
+from retinue.policy.classify.classifiers import Classifier, classifier
 from retinue.policy.presets import Preset
 from retinue.types import BLOCK_TOKENS, Facts
 
@@ -58,6 +60,7 @@ class Assembly:
     host: ExpertHost
     engine: Engine
     residents: Residents | None
+    classifier: Classifier  # of requests without a task; knows none where the preset asks for none
     metrics: Metrics
     load_s: float
     notes: list[str]
@@ -91,8 +94,7 @@ def assemble(reserved: Reserved) -> Assembly:
         reader, metrics = Reader(), Metrics()
         undo.callback(reader.close)
         load_dense(network, reader)
-        limit = None if config.read_limit is None else parse_size(config.read_limit)
-        mover = Mover(reader, bytes_per_s=limit)
+        mover = Mover(reader, bytes_per_s=config.read_bytes_per_s)
         undo.callback(mover.close)
         host = _host(network, tier, mover, policies, metrics)
         if config.self_check:
@@ -101,12 +103,15 @@ def assemble(reserved: Reserved) -> Assembly:
         if facts.plain_bytes and host.cache.holds_everything and not policies.placement.fixed:
             host.cache.place(network.experts.there)  # encoded once, here, and not while it answers
         store = _store(network, limits, abilities)
-        scheduler = _scheduler(facts, limits, config, abilities, store)
+        order = order_of(config, facts, known.profile, policies.placement, host.cache)
+        scheduler = _scheduler(facts, limits, config, abilities, store, order)
         steps = None if config.eager else _steps(network, host, store, abilities, notes)
         runner = Runner(network, host, mover, metrics, store, steps)
         engine = Engine(runner, scheduler, facts.vocab_size, end_tokens(network))
         tokenizer = load_tokenizer(folder)
         residents = _residents(host, policies, known, network, config)
+        by_task = known.profile if policies.placement.by_task else None
+        infers = classifier(config.infer_task, by_task, tokenizer and tokenizer.decode)
         undo.pop_all()
     notes += [reader.note] if reader.note else []
     notes += abilities.notes
@@ -128,6 +133,7 @@ def assemble(reserved: Reserved) -> Assembly:
         host,
         engine,
         residents,
+        infers,
         metrics,
         load_s,
         notes,
@@ -157,7 +163,7 @@ def _store(network: Network, limits: Split, abilities: Abilities) -> Store:
 
 
 def _scheduler(
-    facts: Facts, limits: Split, config: Config, abilities: Abilities, store: Store
+    facts: Facts, limits: Split, config: Config, abilities: Abilities, store: Store, order: Order
 ) -> Scheduler:
     cohort = Cohort(
         layers=facts.moe_layers,
@@ -173,7 +179,7 @@ def _scheduler(
         sharing=store.packable,
         queue=config.queue,
     )
-    return Scheduler(BlockPool(store.tokens // BLOCK_TOKENS), bounds, cohort)
+    return Scheduler(BlockPool(store.tokens // BLOCK_TOKENS), bounds, cohort, order)
 
 
 def _steps(

@@ -147,6 +147,7 @@ class Engine:
             read = self._begin()
             begun_s = self.scheduler.clock() - started
             logits, counters = self._runner.run([segment for _, segment in parts], phase)
+            self.scheduler.passed(phase, counters, read, begun_s)
             host.metrics.charge(bytes_read=read, seconds=begun_s)
         except Cancelled:
             for request in requests:
@@ -230,6 +231,8 @@ class Engine:
         else:
             intact = state is State.DONE or (state is State.CANCELLED and not _is_lost(request))
             self.scheduler.leave(request, intact=intact)
+        if state is State.DONE:
+            self.scheduler.order.ended(request)
         request.end(state, reason or ENDED_BY[state], error)
         request.tell(request.text.finish())
 

@@ -47,6 +47,7 @@ class LLM:
         fetch_above: float | None = None,
         read_limit: str | int | None = None,
         task: str | None = None,
+        infer_task: str | None = None,
         profile: str | Path | None = None,
         period: int | None = None,
         forecaster: str | None = None,
@@ -66,6 +67,7 @@ class LLM:
             "fetch_above": fetch_above,
             "read_limit": read_limit,
             "task": task,
+            "infer_task": infer_task,
             "profile": None if profile is None else str(profile),
             "period": period,
             "forecaster": forecaster,
@@ -124,7 +126,7 @@ class LLM:
     ) -> list[Output]:
         """Answer each prompt, a text or a list of token ids; a progress bar goes to stderr.
 
-        `task` names the kind of work, for presets that know tasks; default: the model's own.
+        `task` names the kind of work, for presets that know tasks; default: that of `task_of`.
         `deadline` says when tokens are due; default: the configuration's for that task.
         Prompts are answered together, as many as `batch` and `kv_tokens` allow. `reuse` lets those
         that begin alike compute that part once: by default where there are several. Alone, a
@@ -141,7 +143,10 @@ class LLM:
         ids = [self._checked(prompt) for prompt in batch]
         params = params or SamplingParams()
         shared = len(ids) > 1 if reuse is None else reuse
-        requests = [self._request(each, params, shared, task, deadline) for each in ids]
+        requests = [
+            self._request(each, params, shared, task or self.task_of(prompt, each), deadline)
+            for prompt, each in zip(batch, ids, strict=True)
+        ]
         with _bar(len(ids), progress) as bar:
             for _ in self.serve(requests):
                 bar.update(sum(1 for request in requests if request.state.final) - bar.n)
@@ -163,6 +168,7 @@ class LLM:
         streams may be open at once; each step of one serves them all.
         """
         ids = self._checked(prompt)
+        task = task or self.task_of(prompt, ids)
         return self._stream(self._request(ids, params or SamplingParams(), reuse, task, deadline))
 
     def cancel(self) -> None:
@@ -182,6 +188,16 @@ class LLM:
                 "the checkpoint has no tokenizer", hint="give the prompt as a list of token ids"
             )
         return list(self.tokenizer(prompt)["input_ids"])
+
+    def task_of(self, prompt: Prompt, ids: Sequence[int]) -> str | None:
+        """The task of a request that names none: the model's own, or what the prompt looks like.
+
+        ids: the prompt's. None where it looks like no task, and for presets that ask for none.
+        """
+        if self.config.task is not None:
+            return self.config.task
+        text = prompt if isinstance(prompt, str) else ""
+        return self.assembly.classifier.classify(text, ids)
 
     def close(self) -> None:
         """Free threads, files and memory. Idempotent."""
@@ -268,7 +284,6 @@ class LLM:
         task: str | None,
         deadline: Deadline | None,
     ) -> Request:
-        task = self.config.task if task is None else task
         deadline = deadline or self.config.deadline(task)
         return new_request(ids, params, self.tokenizer, reuse=reuse, task=task, deadline=deadline)
 
@@ -292,6 +307,7 @@ class LLM:
             delta=delta,
             logprobs=list(request.logprobs) if request.params.logprobs is not None else None,
             stats=self.stats(request) if final else Stats(),
+            task=request.task,
         )
 
 

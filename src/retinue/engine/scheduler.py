@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from retinue.engine.blocks import BlockPool, Table
 from retinue.engine.cohort import Cohort
 from retinue.errors import Overloaded
+from retinue.metrics import PhaseCounters
 from retinue.policy.base import Order, Queues
 from retinue.policy.order.fcfs import Fcfs
 from retinue.types import Phase
@@ -89,7 +90,7 @@ class Scheduler:
         late_s = self.order.refuse(request, self.queues())
         if late_s is not None:
             raise Overloaded(
-                f"too much waits: the first token would come {late_s:.1f} s after its deadline",
+                f"too much waits: the first token would be {late_s:.1f} s late, or make others so",
                 retry_after_s=late_s,
                 hint=f"try again in {late_s:.1f} s, or allow the first token more time",
             )
@@ -138,9 +139,17 @@ class Scheduler:
         chunk = self.limits.chunk
         if prompts and ready:
             chunk = min(chunk, self.order.chunk(self.queues(), self._last))
-        work = self._prefill(prompts, chunk) if prompts and chunk else self._decode(ready)
+        work = self._prefill(prompts, chunk)
+        if not work.parts:
+            work = self._decode(ready)
         self._last = work.phase
         return work if work.parts else None
+
+    def passed(self, phase: Phase, cost: PhaseCounters, read: int, begun_s: float) -> None:
+        """See what a pass has cost, without the `read` bytes and `begun_s` seconds before it."""
+        self.order.passed(phase, cost)
+        if read:
+            self.order.loaded(read, begun_s)
 
     def share(self, request: "Request") -> None:
         """Let others share what `request` has computed so far."""

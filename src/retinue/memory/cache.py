@@ -259,10 +259,7 @@ class ExpertCache:
         return time.perf_counter() - started
 
     def raise_failure(self, layer: int, needed: Collection[int]) -> None:
-        """Raise the error of a read that failed for `needed` of `layer`, once.
-
-        Others are forgotten: a forecast that was wrong may fail unnoticed.
-        """
+        """Raise the error of a read that failed for `needed` of `layer`; others are forgotten."""
         wanted = {Expert(layer, index) for index in needed}
         failed = [error for key, error in self._failed.items() if key in wanted]
         self._failed.clear()
@@ -270,10 +267,7 @@ class ExpertCache:
             raise failed[0]
 
     def room(self, count: int, *, spare_expected: bool = False) -> bool:
-        """Make `count` slots free by evicting, or change nothing and return False.
-
-        Experts that a forecast expects leave only when the others are too few, if at all.
-        """
+        """Make `count` slots free, of expected experts last if at all; or change nothing: False."""
         lacking = count - self._tier.free
         if lacking <= 0:
             if self.phase == "prefill":
@@ -287,24 +281,23 @@ class ExpertCache:
         return True
 
     def place(self, wanted: npt.NDArray[np.bool_]) -> int:
-        """Make exactly `wanted` [layers, experts] resident, between steps; returns bytes read.
-
-        Raises the error of a read that failed.
-        """
+        """Make exactly `wanted` [layers, experts] resident, between steps; returns bytes read."""
         self.cancel_all()
         while self._draining:
             self.wait(1.0)
         for layer, row in enumerate(wanted):
             self.let_go(layer, np.flatnonzero(~row))
-        lacking = np.argwhere(wanted & (self.slot_of < 0)).tolist()
-        for layer, expert in lacking:
-            self._load(Expert(layer, expert), Urgency.DEMAND, transient=False)
+        read_bytes = 0
+        for layer, row in enumerate(wanted & (self.slot_of < 0)):
+            left = self.read(layer, np.flatnonzero(row))
+            assert not len(left), "more experts are wanted than there are slots"
+            read_bytes += self.read_bytes(layer, np.flatnonzero(row))
         while self._loading:
             self.wait(1.0)
         self._fresh[wanted] = False  # no step has asked for them
         if self._failed:
             raise self._failed.popitem()[1]
-        return sum(self.read_bytes(layer, np.array([expert])) for layer, expert in lacking)
+        return read_bytes
 
     def cancel_all(self) -> None:
         """Cancel every read; after a failed or cancelled step."""

@@ -5,6 +5,7 @@ answer at once. Linux first: elsewhere the parts that cannot be known are left o
 """
 
 import json
+import math
 import os
 import platform
 import threading
@@ -246,6 +247,11 @@ class Speeds:
 
     disk_bytes_per_s: float
     memory_bytes_per_s: float
+
+    def limited(self, disk_bytes_per_s: float | None) -> "Speeds":
+        """The same with a disk that is no faster than this."""
+        most = math.inf if disk_bytes_per_s is None else disk_bytes_per_s
+        return Speeds(min(self.disk_bytes_per_s, most), self.memory_bytes_per_s)
 
 
 @dataclass(frozen=True, slots=True)

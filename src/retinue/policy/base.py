@@ -12,6 +12,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from retinue.metrics import PhaseCounters
 from retinue.types import Deadline, Demand, FloatArray, IntArray, Phase, Want
 
 BoolArray = npt.NDArray[np.bool_]
@@ -282,6 +283,18 @@ class Order(Protocol):
 
         Asked where there is work of both kinds; `after` is what the last pass was for.
         """
+        ...
+
+    def passed(self, phase: Phase, cost: PhaseCounters) -> None:
+        """See what a pass has cost."""
+        ...
+
+    def loaded(self, bytes_read: int, seconds: float) -> None:
+        """See what changing the resident experts before a pass has cost."""
+        ...
+
+    def ended(self, job: Job) -> None:
+        """See a request that was answered to its end."""
         ...
 
 

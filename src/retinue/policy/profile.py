@@ -33,7 +33,7 @@ from retinue.types import FloatArray, IntArray
 
 Part = TypeVar("Part", Sensitivity, Periods)
 FORMAT, VERSION = "retinue-profile", 1
-WORDS = 300  # token ids of prompts that a task keeps, the most frequent ones
+WORDS = 1000  # token ids of prompts that a task keeps, the most frequent ones
 
 
 @dataclass(frozen=True, slots=True)

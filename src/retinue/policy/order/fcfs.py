@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from retinue.metrics import PhaseCounters
 from retinue.policy.base import Job, Queues
 from retinue.types import Phase
 
@@ -24,3 +25,12 @@ class Fcfs:
     def chunk(self, queues: Queues, after: Phase) -> int:
         """All of a pass in turn."""
         return 0 if after == "prefill" else queues.chunk
+
+    def passed(self, phase: Phase, cost: PhaseCounters) -> None:
+        """Nothing to learn."""
+
+    def loaded(self, bytes_read: int, seconds: float) -> None:
+        """Nothing to learn."""
+
+    def ended(self, job: Job) -> None:
+        """Nothing to learn."""
