@@ -14,6 +14,7 @@ from retinue.engine.ordering import order_of
 from retinue.engine.reserve import Reserved
 from retinue.engine.residents import Residents, known_beforehand, residents_of
 from retinue.engine.scheduler import Limits, Scheduler
+from retinue.engine.tables import Tables, tables_for
 from retinue.memory.budget import Split
 from retinue.memory.cache import ExpertCache
 from retinue.memory.checkpoint import open_checkpoint
@@ -37,7 +38,6 @@ from retinue.model.survey import survey_abilities
 from retinue.policy.base import Order, Policies
 from retinue.policy.classify.classifiers import Classifier, classifier
 from retinue.policy.presets import Preset
-from retinue.policy.profile import Profile
 from retinue.types import BLOCK_TOKENS, Facts
 
 BLIND = "no look-ahead: some routers of this model cannot be asked"
@@ -89,6 +89,7 @@ def assemble(reserved: Reserved) -> Assembly:
     with ExitStack() as undo:
         undo.callback(reserved.release)
         known = known_beforehand(folder, facts, policies.placement, config)
+        tables = tables_for(folder, facts, known, policies, config, notes.append)
         network = build(open_checkpoint(folder), config.precision)
         network.model.set_experts_implementation(IMPLEMENTATION)
         abilities = survey_abilities(network)
@@ -110,7 +111,7 @@ def assemble(reserved: Reserved) -> Assembly:
         runner = Runner(network, host, mover, metrics, store, steps)
         engine = Engine(runner, scheduler, facts.vocab_size, end_tokens(network))
         tokenizer = load_tokenizer(folder)
-        residents = _residents(host, policies, known, network, config)
+        residents = _residents(host, policies, tables, network, config)
         by_task = known if policies.placement.by_task else None
         infers = classifier(config.infer_task, by_task, tokenizer and tokenizer.decode)
         undo.pop_all()
@@ -206,11 +207,11 @@ def _host(
 
 
 def _residents(
-    host: ExpertHost, policies: Policies, known: Profile | None, network: Network, config: Config
+    host: ExpertHost, policies: Policies, tables: Tables, network: Network, config: Config
 ) -> Residents | None:
     """The set that stays, loaded and serving, if the preset has one."""
     if not policies.placement.fixed:
         return None
-    residents = residents_of(host, policies, known, network.experts.there, config)
+    residents = residents_of(host, policies, tables, network.experts.there, config)
     residents.start(config.task)
     return residents

@@ -22,8 +22,7 @@ from retinue.errors import UsageError
 from retinue.model.experts import ExpertHost
 from retinue.model.profiles import find_profile
 from retinue.policy.base import BoolArray, Placement, Policies, Running, Stock
-from retinue.policy.place.drift import EARLIEST, Drift
-from retinue.policy.predict.forecasters import forecaster
+from retinue.policy.place.rhythm import Drift, Rhythm
 from retinue.policy.profile import Profile
 from retinue.types import Facts, FloatArray
 
@@ -58,23 +57,16 @@ def known_beforehand(
 
 
 def residents_of(
-    host: ExpertHost, policies: Policies, known: Profile | None, there: BoolArray, config: Config
+    host: ExpertHost, policies: Policies, tables: Tables, there: BoolArray, config: Config
 ) -> "Residents":
-    """The set of a preset that has one; `there` [layers, experts]: which experts the model has.
-
-    Raises UsageError for an unknown forecaster, Refused for one that is not to be had.
-    """
-    forecasts, period = None, 0
-    if policies.placement.periodic:
-        assert known is not None, "only a profile says what to start with"
-        forecasts = forecaster(config.forecaster or policies.forecaster, known, None)
-        period = config.period or known.period or PERIOD
-    tables = Tables((there.shape[0], there.shape[1]), known, forecasts)
-    return Residents(host, policies.placement, tables, there, period)
+    """The set of a preset that has one; `there` [layers, experts]: which experts the model has."""
+    period = config.period or tables.period or PERIOD
+    rhythm = Rhythm(period, impatient=policies.impatient)
+    return Residents(host, policies.placement, tables, there, rhythm)
 
 
 class Residents:
-    """The placement of one model. `period` is how many prompts a table of forecasts serves."""
+    """The placement of one model. `rhythm` says when what `tables` hold is to be forecast anew."""
 
     def __init__(
         self,
@@ -82,12 +74,11 @@ class Residents:
         placement: Placement,
         tables: Tables,
         there: BoolArray,
-        period: int = 0,
+        rhythm: Rhythm,
     ) -> None:
         self._host, self._placement, self._tables = host, placement, tables
-        self._there, self._period = there, period
-        self._since = 0  # prompts since the forecaster was asked
-        self._drift = Drift()
+        self._there = there
+        self._rhythm, self._drift = rhythm, Drift()
         self._placed: list[Running] | None = None  # what the set was placed for
         self._said: set[str | None] = set()
         self.bytes_read = 0  # by all changes
@@ -107,34 +98,32 @@ class Residents:
         """
         started, before = time.perf_counter(), self.bytes_read
         fresh = sum(request.new for request in running)
-        due = fresh > 0 and self._due
+        unheard = not all(self._tables.knows(request.task) for request in running)
+        due = fresh > 0 and self._placement.periodic and self._rhythm.due
         key = self._key(running)
         if key != self._placed or due:
             self._name_unknown(running)
             if due:
                 self._tables.renew()
                 self._drift.reset()
-                self._since = 0
+                self._rhythm.forecast()
             self._change(running, key)
             metrics = self._host.metrics
             metrics.refreshes += 1
             metrics.refresh_bytes += self.bytes_read - before
             metrics.refresh_s += time.perf_counter() - started
-        self._since += fresh
+        if unheard:
+            self._rhythm.change()
+        self._rhythm.count(fresh)
         return self.bytes_read - before
 
     def observe(self, task: str | None, used: FloatArray) -> None:
         """A prompt of `task` was read; `used` [layers, experts] is what its own routers chose."""
         self._drift.observe(self._tables.shares(task), used, self._host.cache.slot_of >= 0)
         self._tables.observe(task, used)
-
-    @property
-    def _due(self) -> bool:
-        """Whether the forecaster is to be asked anew before the next prompt."""
-        if not self._placement.periodic:
-            return False
-        early = self._drift.due and self._since * EARLIEST >= self._period
-        return early or self._since >= self._period
+        if self._drift.due:
+            self._drift.reset()
+            self._rhythm.change()
 
     @contextmanager
     def away(self) -> Iterator[None]:

@@ -3,14 +3,52 @@
 How sensitive a task is and how long its answers are comes from the profile alone.
 """
 
+from collections.abc import Callable
+from pathlib import Path
+
 import numpy as np
 import numpy.typing as npt
 
-from retinue.policy.base import BoolArray, Forecaster
+from retinue.config import Config
+from retinue.model.predictors import find_predictor
+from retinue.policy.base import BoolArray, Forecaster, Policies
+from retinue.policy.place.damage import damage
+from retinue.policy.predict.forecasters import LEARNED, forecaster
 from retinue.policy.profile import Profile
-from retinue.types import FloatArray
+from retinue.types import Facts, FloatArray
 
 Shares = npt.NDArray[np.float64]  # [layers, experts]
+UNTRAINED = "running-mean"  # in place of a forecaster that nobody has trained
+
+
+def tables_for(
+    folder: Path,
+    facts: Facts,
+    profile: Profile | None,
+    policies: Policies,
+    config: Config,
+    say: Callable[[str], None],
+) -> "Tables":
+    """What the placement of `policies` may know, before anything is loaded.
+
+    A forecaster that has to be trained and was not is replaced, which `say` is told, unless it
+    was asked for. Raises UsageError for an unknown one or a damaged predictor, Refused for one
+    that was asked for and was not trained.
+    """
+    shape = (facts.layers, facts.experts_per_layer)
+    if not policies.placement.periodic:
+        return Tables(shape, profile)
+    assert profile is not None, "only a profile says what to start with"
+    name = config.forecaster or policies.forecaster
+    learned = find_predictor(folder, facts) if name in LEARNED else None
+    if config.forecaster is None and name in LEARNED and learned is None:
+        say(f"`{UNTRAINED}` forecasts: `{name}` was not trained for this model; {_hint(folder)}")
+        name = UNTRAINED
+    return Tables(shape, profile, forecaster(name, profile, learned))
+
+
+def _hint(folder: Path) -> str:
+    return f"hint: retinue train-predictor {folder} --data FILE"
 
 
 class Tables:
@@ -25,17 +63,25 @@ class Tables:
     ) -> None:
         self._shape, self._profile, self._forecaster = shape, profile, forecaster
         self._kept: dict[str | None, Shares] = {}
+        self._asked: set[str | None] = set()
+        self._damage: Shares | None = None
 
     @property
     def names(self) -> frozenset[str]:
         """The tasks that the profile knows."""
         return frozenset(self._profile.tasks) if self._profile is not None else frozenset()
 
+    @property
+    def period(self) -> int | None:
+        """Prompts between two forecasts, as the profile has it."""
+        return None if self._profile is None else self._profile.period
+
     def shares(self, task: str | None) -> Shares:
         """The share of routing weight of each expert; see `policy.base.Popularity`."""
         if task not in self._kept:
             source = self._forecaster or self._profile
             shares = np.ones(self._shape) if source is None else source.shares(task)
+            self._asked.add(task)
             self._kept[task] = np.asarray(shares, dtype=np.float64)
         return self._kept[task]
 
@@ -49,6 +95,17 @@ class Tables:
         """How long the task's answers are on average; 0 if that is not known."""
         lengths = None if self._profile is None else self._profile.output_tokens(task)
         return 0.0 if lengths is None else lengths.mean
+
+    def knows(self, task: str | None) -> bool:
+        """Whether it was ever asked for the table of `task`."""
+        return task in self._asked
+
+    def damage(self) -> Shares:
+        """How much it hurts when another expert serves; see `policy.base.Known`."""
+        if self._damage is None:
+            known = self._profile
+            self._damage = np.ones(self._shape) if known is None else damage(known)
+        return self._damage
 
     def observe(self, task: str | None, used: FloatArray) -> None:
         """Tell the forecaster what a prompt of `task` used: `[layers, experts]`, summed weights."""
