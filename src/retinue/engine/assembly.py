@@ -38,6 +38,7 @@ from retinue.model.survey import survey_abilities
 from retinue.policy.base import Order, Policies
 from retinue.policy.classify.classifiers import Classifier, classifier
 from retinue.policy.presets import Preset
+from retinue.policy.profile import Profile
 from retinue.types import BLOCK_TOKENS, Facts
 
 BLIND = "no look-ahead: some routers of this model cannot be asked"
@@ -112,8 +113,7 @@ def assemble(reserved: Reserved) -> Assembly:
         engine = Engine(runner, scheduler, facts.vocab_size, end_tokens(network))
         tokenizer = load_tokenizer(folder)
         residents = _residents(host, policies, tables, network, config)
-        by_task = known if policies.placement.by_task else None
-        infers = classifier(config.infer_task, by_task, tokenizer and tokenizer.decode)
+        infers = _infers(config, known if policies.placement.by_task else None, tokenizer)
         undo.pop_all()
     notes += [reader.note] if reader.note else []
     notes += abilities.notes
@@ -204,6 +204,11 @@ def _host(
     routers = find_routers(network.model, modules)
     kernels = find_kernels(modules, layouts, tier, network.model.dtype)
     return ExpertHost(modules, routers, cache, policies, metrics, kernels)
+
+
+def _infers(config: Config, known: Profile | None, tokenizer: Any | None) -> Classifier:
+    """Who says of which task a request is, where nobody named it."""
+    return classifier(config.infer_task, known, tokenizer and tokenizer.decode)
 
 
 def _residents(

@@ -62,7 +62,8 @@ class Sensitivity:
 
     `first[n]` is with the first `n` decoder layers random, as eMoE (arXiv 2503.06823, section
     3.3) does it; `last[n]` with the last `n`; `alone[n]` with layer `n` only. Layers count as
-    insensitive where the agreement stays at `above` or more. Deviation: the paper compares the meaning of whole answers.
+    insensitive where the agreement stays at `above` or more. Deviation: the paper compares the
+    meaning of whole answers.
     """
 
     above: float

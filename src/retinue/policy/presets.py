@@ -112,7 +112,9 @@ PRESETS = {
             False,
             "beyond eMoE, 2503.06823; fetching by score as in HOBBIT, 2411.01433",
             (
-                *_REROUTED,
+                *_REROUTED[:2],
+                "miss: fetch above 0.2",
+                _REROUTED[3],
                 "place: emoe",
                 "forecast: running-mean",
             ),
