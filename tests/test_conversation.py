@@ -8,7 +8,8 @@ import pytest
 from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from retinue.cli.conversation import Conversation, Rendered, fit, load, render, save
+from retinue.cli.conversation import Conversation, fit, load, save
+from retinue.engine.template import Rendered, render
 from retinue.errors import CheckpointError, RetinueError, UsageError
 
 PLAIN = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"

@@ -11,10 +11,11 @@ from retinue.engine.residents import Residents
 from retinue.engine.tables import Tables
 from retinue.errors import ReadError
 from retinue.metrics import Metrics
-from retinue.policy.base import Placement, Running
+from retinue.policy.base import Forecaster, Placement, Running
 from retinue.policy.place.emoe import Emoe
 from retinue.policy.place.popular import Popular, PopularByTask
 from retinue.policy.place.rhythm import Drift, Rhythm
+from retinue.policy.predict.own_prefill import OwnPrefill
 from retinue.policy.profile import Profile, TaskCounts
 
 SHAPE = (2, 6)
@@ -73,7 +74,14 @@ def profile(tasks: Iterable[str] = ("sql", "json")) -> Profile:
 class Rig:
     """Residents over a noted cache; `begin` names the tasks that run, new ones with a `+`."""
 
-    def __init__(self, placement: Placement, period: int = 3, *, impatient: bool = False) -> None:
+    def __init__(
+        self,
+        placement: Placement,
+        period: int = 3,
+        forecast: Forecaster | None = None,
+        *,
+        impatient: bool = False,
+    ) -> None:
         self.cache, self.metrics, self.forecast = Cache(), Metrics(), Forecast()
         self.forecast.now = {"sql": (0, 1), "json": (2, 3)}
         self.host: Any = SimpleNamespace(
@@ -82,7 +90,7 @@ class Rig:
             restriction=SimpleNamespace(active=False),
             place=self.cache.place,
         )
-        tables = Tables(SHAPE, profile(), self.forecast)
+        tables = Tables(SHAPE, profile(), forecast or self.forecast)
         there = np.ones(SHAPE, dtype=bool)
         rhythm = Rhythm(period, impatient=impatient)
         self.residents = Residents(self.host, placement, tables, there, rhythm)
@@ -162,6 +170,20 @@ def test_the_forecaster_is_told_what_a_prompt_used() -> None:
     ((task, told),) = rig.forecast.told
     assert task == "sql"
     assert told is used
+
+
+def test_the_own_prefill_places_each_answer_and_forgets_it_with_the_next_prompt() -> None:
+    rig = Rig(Emoe(), forecast=OwnPrefill(profile()))
+    rig.begin("sql+")
+    assert rig.cache.sets == [[4, 5]] * 2
+    rig.host.observe("sql", used(0, 1))
+    rig.begin("sql")
+    assert rig.cache.sets == [[0, 1]] * 2
+    read = rig.residents.bytes_read
+    rig.begin("sql")
+    assert rig.residents.bytes_read == read
+    rig.begin("sql+")  # is read with the mean again, half of it the profile's: 0.3, 0.2
+    assert rig.cache.sets == [[0, 4]] * 2
 
 
 def test_a_set_that_never_changes_is_never_chosen_anew() -> None:

@@ -10,7 +10,7 @@ import pytest
 import models
 from retinue import LLM, PRESETS, DoesNotFit, Unsupported, UsageError
 from retinue.engine.request import new_request
-from retinue.errors import ReadError
+from retinue.errors import ReadError, Refused
 from retinue.memory.files import Reader
 from retinue.model.profiles import write_profile
 from retinue.policy.base import Running
@@ -255,3 +255,51 @@ def test_emoe_serves_by_what_its_forecaster_says(olmoe: Path, profile: Path) -> 
         metrics = llm.assembly.metrics
         assert metrics.refreshes == 1
         assert metrics.refresh_bytes == metrics.total.prefill.bytes_read > 0
+
+
+@pytest.mark.parametrize("name", ["emoe-a", "emoe-l"])
+def test_a_learnt_forecaster_needs_its_predictor(name: str, olmoe: Path, profile: Path) -> None:
+    with pytest.raises(Refused, match=f"`{name}` has to be trained") as caught:
+        open_llm(olmoe, profile, "emoe", forecaster=name)
+    assert f"retinue train-predictor MODEL --data FILE --kind {name}" in caught.value.hint
+    assert caught.value.exit_code == 3
+
+
+@pytest.mark.parametrize("name", ["emoe-a", "emoe-l"])
+def test_what_ships_with_the_sample_forecasts_at_once(name: str) -> None:
+    settings = {"preset": "emoe", "forecaster": name, "period": 1, "experts": "40%"}
+    with LLM("sample", memory=models.MEMORY, threads=1, **settings) as llm:
+        for _ in range(2):
+            (found,) = llm.generate("A: Hi!", models.greedy(2), task="dialogue", progress=False)
+            assert 0 < found.stats.degraded_share < 1
+        assert llm.assembly.metrics.refreshes == 2
+
+
+def test_an_answer_is_served_by_what_its_own_prompt_used(olmoe: Path, profile: Path) -> None:
+    with pytest.raises(UsageError, match="looks at each prompt: `--period 5`"):
+        open_llm(olmoe, profile, "emoe", forecaster="own-prefill", period=5)
+    with open_llm(olmoe, profile, "emoe", forecaster="own-prefill", experts="50%") as llm:
+        sets = []
+        residents = llm.assembly.residents
+        assert residents is not None
+        place = llm.assembly.host.place
+
+        def noted(wanted: np.ndarray, popularity: np.ndarray) -> int:
+            sets.append(wanted.copy())
+            return place(wanted, popularity)
+
+        llm.assembly.host.place = noted  # type: ignore[method-assign]
+        told: list[np.ndarray] = []
+        observe = residents.observe
+
+        def watched(task: str | None, used: np.ndarray) -> None:
+            told.append(used)
+            observe(task, used)
+
+        llm.assembly.host.observe = watched
+        answer(llm, task="high")
+    (used,) = told
+    own = sets[-1]
+    assert (own != sets[0]).any()
+    kept, left = used[own].reshape(len(used), -1), used[~own].reshape(len(used), -1)
+    assert kept.sum() > left.sum()

@@ -4,6 +4,7 @@ Sizes stay as the user wrote them (`6GiB`, `80%`) until `memory/budget.py` knows
 a share of. Each default exists once, here; the command line reads it from the fields.
 """
 
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -33,6 +34,7 @@ ENVIRONMENT_KEYS = (
     "threads",
     "self_check",
     "eager",
+    "api_key",
 )
 AS_IS = "as-is"
 PRECISIONS = (AS_IS, "int8", "int4")
@@ -137,12 +139,27 @@ class Config:
     self_check: bool = _option(True, "compare with the reference at load")
     eager: bool = _option(False, "run each decoding step as transformers does, unprepared")
     max_new_tokens: int = _option(256, "longest answer, in tokens", "N")
-    temperature: float = _option(0.0, "0 is greedy", "T")
+    temperature: float | None = _option(
+        None, "0 is greedy (default: 0; in `serve` 1, as in OpenAI's interface)", "T"
+    )
     top_p: float = _option(1.0, "sample from the most likely tokens of this total share", "P")
     top_k: int = _option(0, "sample from this many of the most likely tokens; 0: all", "K")
     min_p: float = _option(0.0, "sample from tokens this likely, relative to the likeliest", "P")
     seed: int | None = _option(None, "makes a sampled answer reproducible", "N")
     stop: tuple[str, ...] = _option((), "a text that ends the answer; may be repeated", "TEXT")
+    host: str = _option("127.0.0.1", "address to listen at", "ADDRESS")
+    port: int = _option(8000, "port to listen at; 0: any that is free", "N")
+    api_key: str | None = _option(
+        None, "a key that clients must send; without it any key passes", "KEY"
+    )
+    served_name: str | None = _option(None, "another name for the model", "NAME")
+    time_limit: float = _option(600.0, "longest time for a request, in seconds", "S")
+    grace: float = _option(30.0, "time for running requests when the server stops", "S")
+    choices: int = _option(16, "answers that one request may ask for", "N")
+    max_prompt: int | None = _option(None, "longest prompt (default: the context)", "TOKENS")
+    max_body: str | int = _option("1MiB", "longest body of a request", "SIZE")
+    keys: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # key -> {task: NAME}
+    routes: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # prefix -> {task: NAME}
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
@@ -157,7 +174,10 @@ class Config:
             )
         if self.order not in ORDERS:
             raise UsageError(f"unknown order: `{self.order}`", hint=f"one of {', '.join(ORDERS)}")
-        for name in ("context", "threads", "kv_tokens", "batch", "chunk", "queue", "period"):
+        for name in (
+            *("context", "threads", "kv_tokens", "batch", "chunk"),
+            *("queue", "choices", "max_prompt", "period"),
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name} is out of range: `{value}`", hint="1 or more")
@@ -168,6 +188,14 @@ class Config:
             raise UsageError(
                 f"read_limit is out of range: `{self.read_limit}`", hint="such as 300MB"
             )
+        for name in ("grace", "time_limit"):
+            value = getattr(self, name)
+            if not 0 <= value < math.inf:
+                raise UsageError(f"{name} is out of range: `{value}`", hint="a number, 0 or more")
+        if not 0 <= self.port < 1 << 16:
+            raise UsageError(f"port is out of range: `{self.port}`", hint="from 0 to 65535")
+        if parse_size(self.max_body) < 1:
+            raise UsageError(f"max_body is out of range: `{self.max_body}`", hint="1 byte or more")
         self.sampling()
         self.deadline(None)
 
@@ -195,7 +223,8 @@ class Config:
     def sampling(self) -> SamplingParams:
         """The sampling parameters of a request under this configuration."""
         names = {f.name for f in fields(self)} & {f.name for f in fields(SamplingParams)}
-        return SamplingParams(**{name: getattr(self, name) for name in names})
+        values = {name: getattr(self, name) for name in names}
+        return SamplingParams(**values | {"temperature": self.temperature or 0.0})
 
 
 DEFAULT_CONTEXT = 4096
@@ -251,6 +280,8 @@ def _coerce(key: str, kind: object, value: Any) -> Any:
             return float(value)
         if key == "deadlines":
             return {str(task): _deadline(given) for task, given in value.items()}
+        if key in ("keys", "routes"):
+            return _tasks(value)
         if key == "stop":
             return (value,) if isinstance(value, str) else tuple(str(item) for item in value)
         return value if isinstance(value, (str, int)) else str(value)
@@ -263,6 +294,15 @@ def _deadline(given: Any) -> Deadline:
     if isinstance(given, Deadline):
         return given
     return Deadline(**{str(key): float(value) for key, value in given.items()})
+
+
+def _tasks(value: Any) -> dict[str, dict[str, str]]:
+    """`{name: {task: NAME}}`; what has no task is written `{name: {}}`."""
+    found = {str(name): dict(fields or {}) for name, fields in dict(value).items()}
+    for given in found.values():
+        if given.keys() - {"task"} or not all(isinstance(task, str) for task in given.values()):
+            raise ValueError(value)
+    return found
 
 
 def _integer(value: Any) -> int:

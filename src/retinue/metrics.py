@@ -125,12 +125,27 @@ class Usage:
 
 
 @dataclass(slots=True)
+class LayerCounters:
+    """What the routers of one layer asked for in one phase: as in `PhaseCounters`."""
+
+    hits: int = 0
+    pending: int = 0
+    misses: int = 0
+    routed_weight: float = 0.0
+    degraded_weight: float = 0.0
+
+
+@dataclass(slots=True)
 class Metrics:
-    """`now` counts the forward pass that runs, `total` all that succeeded."""
+    """`now` counts the forward pass that runs, `total` all that succeeded.
+
+    `layers` counts by phase and layer, passes that failed included.
+    """
 
     now: PhaseCounters = field(default_factory=PhaseCounters)
     total: Costs = field(default_factory=Costs)
     phase: Phase = "prefill"
+    layers: dict[tuple[Phase, int], LayerCounters] = field(default_factory=dict)
     refreshes: int = 0  # times that the resident set was chosen anew, without the first
     refresh_s: float = 0.0  # what that took, forecasts and reads included
     refresh_bytes: int = 0
@@ -145,6 +160,25 @@ class Metrics:
         """Count what a pass that succeeded did for a request of `task`."""
         before = self._tasks.get(task)
         self._tasks[task] = usage if before is None else before.plus(usage)
+
+    def count(self, layer: int, hits: int, pending: int = 0, misses: int = 0) -> None:
+        """Count what one layer of the running pass looked up."""
+        for counters in (self.now, self._layer(layer)):
+            counters.hits += hits
+            counters.pending += pending
+            counters.misses += misses
+
+    def count_weight(self, layer: int, routed: float, degraded: float) -> None:
+        """Count what a layer's routers gave, and what of it other experts served."""
+        for counters in (self.now, self._layer(layer)):
+            counters.routed_weight += routed
+            counters.degraded_weight += degraded
+
+    def _layer(self, layer: int) -> LayerCounters:
+        key = (self.phase, layer)
+        if key not in self.layers:
+            self.layers[key] = LayerCounters()
+        return self.layers[key]
 
     def begin(self, phase: Phase) -> PhaseCounters:
         """A pass of `phase` starts; returns its counters."""

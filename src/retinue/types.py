@@ -4,7 +4,7 @@ This module knows nothing of files, models or threads; everything else may impor
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -53,6 +53,13 @@ class SamplingParams:
     Temperature 0 is greedy. `seed` makes a sampled answer reproducible. `stop` holds strings
     that end the answer and are not part of it. `logprobs` is the number of alternatives that
     are reported for each new token (0: only the chosen token; None: nothing).
+
+    Before anything is chosen, logits change in this order: `repetition_penalty` divides those of
+    tokens in prompt and answer where they are positive, and multiplies them elsewhere (1: off;
+    CTRL, arXiv 1909.05858); `frequency_penalty` is subtracted once for each time that a token is
+    in the answer, `presence_penalty` once if it is there at all (both from -2 to 2, 0: off);
+    `logit_bias` adds -100 to 100 to single token ids. The last three are those of OpenAI's
+    interface. Raises UsageError for a value out of range.
     """
 
     temperature: float = 0.0
@@ -61,6 +68,9 @@ class SamplingParams:
     top_k: int = 0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
     seed: int | None = None
     stop: Sequence[str] = ()
     ignore_eos: bool = False
@@ -77,6 +87,12 @@ class SamplingParams:
         _check("min_p", self.min_p, 0 <= self.min_p <= 1, "from 0 to 1")
         in_range = 0 < penalty < math.inf
         _check("repetition_penalty", penalty, in_range, "a number above 0")
+        for name in ("presence_penalty", "frequency_penalty"):
+            value = getattr(self, name)
+            _check(name, value, -2 <= value <= 2, "from -2 to 2")
+        biases = self.logit_bias
+        in_range = all(token >= 0 and -100 <= bias <= 100 for token, bias in biases.items())
+        _check("logit_bias", biases, in_range, "token ids with numbers from -100 to 100")
         _check("stop", self.stop, all(self.stop), "strings that are not empty")
         in_range = self.logprobs is None or 0 <= self.logprobs <= 100
         _check("logprobs", self.logprobs, in_range, "None, or from 0 to 100")

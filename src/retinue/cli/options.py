@@ -16,6 +16,10 @@ ENGINE = (
     *("precision", "threads", "read_limit", "self_check", "eager"),
 )
 QUEUE = ("order", "first_token_deadline", "token_deadline", "queue")
+SERVER = (
+    *("host", "port", "api_key", "served_name", "time_limit", "grace"),
+    *("choices", "max_prompt", "max_body"),
+)
 SAMPLING = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop")
 
 
@@ -48,30 +52,14 @@ def add_config_options(parser: ArgumentParser, names: tuple[str, ...]) -> None:
             if item.default not in (None, ()):
                 text += f" (default: {item.default})"
             text = text.replace("%", "%%")
-            kind = _kind(item.name)
+            kind = _kind(item.type)
             parser.add_argument(flag, type=kind, metavar=item.metadata["metavar"], help=text)
 
 
-def _kind(name: str) -> Any:
-    if name in (
-        "context",
-        "kv_tokens",
-        "batch",
-        "chunk",
-        "queue",
-        "threads",
-        "period",
-        "max_new_tokens",
-        "top_k",
-        "seed",
-    ):
-        return int
-    if name in (
-        *("temperature", "top_p", "min_p"),
-        *("fetch_above", "first_token_deadline", "token_deadline"),
-    ):
-        return float
-    return str
+def _kind(annotation: object) -> Any:
+    """What argparse turns the text of a field of this type into."""
+    kinds: dict[object, type] = {int: int, int | None: int, float: float, float | None: float}
+    return kinds.get(annotation, str)
 
 
 def config_from(arguments: Namespace, **defaults: Any) -> Config:

@@ -5,10 +5,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from retinue.cli.conversation import THINKING, Conversation, Rendered, fit, render
+from retinue.cli.conversation import Conversation, fit
 from retinue.cli.interrupts import cancel_on
 from retinue.cli.terminal import fail, note
 from retinue.engine.llm import LLM
+from retinue.engine.template import THINKING, Rendered, render
 from retinue.errors import RetinueError, UsageError
 from retinue.types import Output, SamplingParams
 

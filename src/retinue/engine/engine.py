@@ -15,7 +15,7 @@ from retinue.metrics import PhaseCounters
 from retinue.model.experts import ExpertHost
 from retinue.model.kv import Segment, Sequence
 from retinue.policy.base import Running
-from retinue.types import FinishReason, Phase
+from retinue.types import FinishReason, Phase, SamplingParams
 
 Part = tuple[Request, Segment]
 
@@ -52,11 +52,11 @@ class Engine:
         Raises UsageError for a prompt that can never run, and Overloaded when it would wait too
         long: past its deadline, or behind more than may wait.
         """
-        self.check(request.prompt)
+        self.check(request.prompt, request.params)
         self.scheduler.add(request)
 
-    def check(self, prompt: list[int]) -> None:
-        """Raise UsageError for a prompt that can never run."""
+    def check(self, prompt: list[int], params: SamplingParams | None = None) -> None:
+        """Raise UsageError for a prompt that can never run, and for a bias of no token."""
         length, limits = len(prompt), self.limits
         if length == 0:
             raise UsageError("the prompt is empty", hint="give at least one token")
@@ -71,7 +71,8 @@ class Engine:
                 f" piece has {limits.chunk}",
                 hint="shorten the prompt, or use a larger `--chunk`",
             )
-        wrong = [token for token in prompt if not 0 <= token < self._vocabulary]
+        named = [*prompt, *(params.logit_bias if params is not None else ())]
+        wrong = [token for token in named if not 0 <= token < self._vocabulary]
         if wrong:
             raise UsageError(
                 f"token id out of range: `{wrong[0]}`", hint=f"from 0 to {self._vocabulary - 1}"

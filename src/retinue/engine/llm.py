@@ -84,15 +84,18 @@ class LLM:
         self._open(model, replace(config, batch=config.batch or DEFAULT_BATCH))
 
     @classmethod
-    def from_config(cls, model: str | Path, config: Config) -> Self:
-        """A model under a configuration that is complete already."""
+    def from_config(cls, model: str | Path, config: Config, *, beside: int = 0) -> Self:
+        """A model under a configuration that is complete already.
+
+        beside: bytes of the budget that the caller needs for itself.
+        """
         llm = cls.__new__(cls)
-        llm._open(model, config)
+        llm._open(model, config, beside)
         return llm
 
-    def _open(self, model: str | Path, config: Config) -> None:
+    def _open(self, model: str | Path, config: Config, beside: int = 0) -> None:
         self.config = config
-        reserved = reserve(model, config)
+        reserved = reserve(model, config, beside)
         try:
             # torch and transformers, while the reserved memory becomes resident
             from retinue.engine.assembly import assemble
@@ -233,7 +236,7 @@ class LLM:
         """
         engine = self.assembly.engine
         for request in requests:
-            engine.check(request.prompt)
+            engine.check(request.prompt, request.params)
         coming = deque(requests)
         self._running += requests
         told, ours = not requests, set(requests)

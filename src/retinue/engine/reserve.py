@@ -38,15 +38,19 @@ class Reserved:
         self.tier.release()
 
 
-def reserve(model: str | Path, config: Config) -> Reserved:
-    """Find `model` and take the slots that `config` leaves. Refuses what cannot fit."""
+def reserve(model: str | Path, config: Config, beside: int = 0) -> Reserved:
+    """Find `model` and take the slots that `config` leaves. Refuses what cannot fit.
+
+    beside: bytes of the budget that the caller needs for itself.
+    """
     started = time.perf_counter()
     notes: list[str] = []
     folder = locate(model, notes.append)
     chosen = preset(config.preset)
     policies = _policies(chosen, config)
     facts = survey(folder, config.precision)
-    limits = split(facts, **config.room(), each_layer=policies.placement.fixed)
+    each_layer = policies.placement.fixed
+    limits = split(facts, **config.room(), each_layer=each_layer, beside=beside)
     tier = Tier(limits.slots, limits.slot_bytes)
     tier.touch()
     seconds = time.perf_counter() - started

@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +20,12 @@ from retinue.config import Config
 from retinue.engine.tables import Tables
 from retinue.errors import UsageError
 from retinue.model.experts import ExpertHost
+from retinue.model.predictors import find_predictor
 from retinue.model.profiles import find_profile
-from retinue.policy.base import BoolArray, Placement, Policies, Running, Stock
+from retinue.policy.base import BoolArray, Forecaster, Placement, Policies, Running, Stock
 from retinue.policy.place.rhythm import Drift, Rhythm
+from retinue.policy.predict.forecasters import LEARNED, forecaster
+from retinue.policy.predict.own_prefill import OwnPrefill
 from retinue.policy.profile import Profile
 from retinue.types import Facts, FloatArray
 
@@ -31,36 +34,55 @@ log = logging.getLogger("retinue")
 PERIOD = 40  # prompts between two refreshes where the profile says nothing, as in the paper
 
 
-def known_beforehand(
-    folder: Path, facts: Facts, placement: Placement, config: Config
-) -> Profile | None:
-    """The profile that `placement` needs, before anything is loaded.
+@dataclass(frozen=True, slots=True)
+class Beforehand:
+    """What a placement goes by: what was learnt of the model, and who forecasts."""
 
-    Raises Unsupported where there is no profile, UsageError for one that is damaged, another
-    model's, or read by nobody, and for other settings that the preset does not use.
+    profile: Profile | None = None
+    forecaster: Forecaster | None = None
+
+
+def known_beforehand(folder: Path, facts: Facts, policies: Policies, config: Config) -> Beforehand:
+    """The profile and the forecaster that the policies need, before anything is loaded.
+
+    Raises Refused where there is no profile, or no predictor for a forecaster that is learnt;
+    UsageError for one that is damaged, another model's, or read by nobody, for an unknown
+    forecaster, and for other settings that the preset does not use.
     """
-    if not placement.periodic:
+    if not policies.placement.periodic:
         for name in ("period", "forecaster"):
             if (value := getattr(config, name)) is not None:
                 raise UsageError(
                     f"the preset `{config.preset}` forecasts nothing: `--{name} {value}`",
                     hint=f"leave `--{name}` out, or use `--preset emoe`",
                 )
-    if placement.needs_profile:
-        return find_profile(folder, facts, config.profile)
+    if policies.placement.needs_profile:
+        profile = find_profile(folder, facts, config.profile)
+        if not policies.placement.periodic:
+            return Beforehand(profile)
+        name = config.forecaster or policies.forecaster
+        learned = find_predictor(folder, facts) if name in LEARNED else None
+        made = forecaster(name, profile, learned)
+        if isinstance(made, OwnPrefill) and config.period is not None:
+            raise UsageError(
+                f"`--forecaster {name}` looks at each prompt: `--period {config.period}`",
+                hint="leave `--period` out",
+            )
+        return Beforehand(profile, made)
     if config.profile is not None:
         raise UsageError(
             f"the preset `{config.preset}` reads no profile: `{config.profile}`",
             hint="leave `--profile` out, or use a preset that does, such as `popular`",
         )
-    return None
+    return Beforehand()
 
 
 def residents_of(
-    host: ExpertHost, policies: Policies, tables: Tables, there: BoolArray, config: Config
+    host: ExpertHost, policies: Policies, known: Beforehand, there: BoolArray, config: Config
 ) -> "Residents":
     """The set of a preset that has one; `there` [layers, experts]: which experts the model has."""
-    period = config.period or tables.period or PERIOD
+    period = config.period or (known.profile.period if known.profile else None) or PERIOD
+    tables = Tables((there.shape[0], there.shape[1]), known.profile, known.forecaster)
     rhythm = Rhythm(period, impatient=policies.impatient)
     return Residents(host, policies.placement, tables, there, rhythm)
 
@@ -99,7 +121,8 @@ class Residents:
         started, before = time.perf_counter(), self.bytes_read
         fresh = sum(request.new for request in running)
         unheard = not all(self._tables.knows(request.task) for request in running)
-        due = fresh > 0 and self._placement.periodic and self._rhythm.due
+        early = self._tables.own or self._rhythm.due
+        due = fresh > 0 and self._placement.periodic and early
         key = self._key(running)
         if key != self._placed or due:
             self._name_unknown(running)
@@ -124,6 +147,8 @@ class Residents:
         if self._drift.due:
             self._drift.reset()
             self._rhythm.change()
+        if self._tables.own:
+            self._placed = None  # its answer has a set of its own
 
     @contextmanager
     def away(self) -> Iterator[None]:

@@ -3,52 +3,16 @@
 How sensitive a task is and how long its answers are comes from the profile alone.
 """
 
-from collections.abc import Callable
-from pathlib import Path
-
 import numpy as np
 import numpy.typing as npt
 
-from retinue.config import Config
-from retinue.model.predictors import find_predictor
-from retinue.policy.base import BoolArray, Forecaster, Policies
+from retinue.policy.base import BoolArray, Forecaster
 from retinue.policy.place.damage import damage
-from retinue.policy.predict.forecasters import LEARNED, forecaster
+from retinue.policy.predict.own_prefill import OwnPrefill
 from retinue.policy.profile import Profile
-from retinue.types import Facts, FloatArray
+from retinue.types import FloatArray
 
 Shares = npt.NDArray[np.float64]  # [layers, experts]
-UNTRAINED = "running-mean"  # in place of a forecaster that nobody has trained
-
-
-def tables_for(
-    folder: Path,
-    facts: Facts,
-    profile: Profile | None,
-    policies: Policies,
-    config: Config,
-    say: Callable[[str], None],
-) -> "Tables":
-    """What the placement of `policies` may know, before anything is loaded.
-
-    A forecaster that has to be trained and was not is replaced, which `say` is told, unless it
-    was asked for. Raises UsageError for an unknown one or a damaged predictor, Refused for one
-    that was asked for and was not trained.
-    """
-    shape = (facts.layers, facts.experts_per_layer)
-    if not policies.placement.periodic:
-        return Tables(shape, profile)
-    assert profile is not None, "only a profile says what to start with"
-    name = config.forecaster or policies.forecaster
-    learned = find_predictor(folder, facts) if name in LEARNED else None
-    if config.forecaster is None and name in LEARNED and learned is None:
-        say(f"`{UNTRAINED}` forecasts: `{name}` was not trained for this model; {_hint(folder)}")
-        name = UNTRAINED
-    return Tables(shape, profile, forecaster(name, profile, learned))
-
-
-def _hint(folder: Path) -> str:
-    return f"hint: retinue train-predictor {folder} --data FILE"
 
 
 class Tables:
@@ -70,11 +34,6 @@ class Tables:
     def names(self) -> frozenset[str]:
         """The tasks that the profile knows."""
         return frozenset(self._profile.tasks) if self._profile is not None else frozenset()
-
-    @property
-    def period(self) -> int | None:
-        """Prompts between two forecasts, as the profile has it."""
-        return None if self._profile is None else self._profile.period
 
     def shares(self, task: str | None) -> Shares:
         """The share of routing weight of each expert; see `policy.base.Popularity`."""
@@ -107,8 +66,18 @@ class Tables:
             self._damage = np.ones(self._shape) if known is None else damage(known)
         return self._damage
 
+    @property
+    def own(self) -> bool:
+        """Whether each prompt's answer has a table of its own, from `observe` to `renew`."""
+        return isinstance(self._forecaster, OwnPrefill)
+
     def observe(self, task: str | None, used: FloatArray) -> None:
-        """Tell the forecaster what a prompt of `task` used: `[layers, experts]`, summed weights."""
+        """Tell the forecaster what a prompt of `task` used: `[layers, experts]`, summed weights.
+
+        Of several prompts of a task that answer at once, the last one's own table counts.
+        """
+        if isinstance(self._forecaster, OwnPrefill):
+            self._kept[task] = self._forecaster.own(task, used)
         if self._forecaster is not None:
             self._forecaster.observe(task, used)
 

@@ -1,6 +1,6 @@
 """Splits one number of bytes into everything the process holds, before anything is loaded.
 
-    runtime      interpreter, libraries, threads: what is there with no model at all
+    runtime      interpreter, libraries, threads: what is there with no model at all; a server too
     dense        every weight that is not a routed expert
     kv           keys, values and states of all sequences that run at once
     workspace    activations of the largest prefill chunk
@@ -102,10 +102,12 @@ def split(
     chunk: int = CHUNK_TOKENS,
     batch: int = 1,
     each_layer: bool = False,
+    beside: int = 0,
 ) -> Split:
     """Divide `memory`, or raise DoesNotFit with the smallest budget that would work.
 
-    `each_layer` says that one token's experts of every layer must be resident at once.
+    `each_layer` says that one token's experts of every layer must be resident at once, `beside`
+    how many bytes the program around the engine needs, such as a server.
     """
     least = facts.min_slots * (facts.moe_layers if each_layer else 1)
     budget = budget_bytes(memory)
@@ -113,7 +115,7 @@ def split(
     pool = pool_tokens(tokens, kv_tokens)
     # Depends on nothing that residency could change: not on the memory.
     chunk = min(tokens, chunk)
-    fixed = RUNTIME_BYTES + RESERVE_BYTES + facts.dense_bytes
+    fixed = RUNTIME_BYTES + RESERVE_BYTES + beside + facts.dense_bytes
     # A pass over running states works on a copy of them.
     kv = facts.kv_bytes_per_token * pool + 2 * facts.state_bytes * batch
     workspace = _workspace(facts, chunk, tokens, pool)

@@ -64,6 +64,7 @@ class ExpertHost:
         self.begin: Callable[[Sequence[Running]], int] = lambda running: 0
         self.observe: Callable[[str | None, FloatArray], None] = lambda task, used: None
         self.watch: Watch | None = None
+        self.last_missed = np.full_like(cache.last_used, -1)  # step, when it was asked for
         self.restriction: Restriction | None = None
         self.accounts = Accounts(*cache.slot_of.shape)
         self.books = Books(policies.fetch_above)
@@ -169,12 +170,12 @@ class ExpertHost:
         if self.accounts.on:
             self.accounts.choose(layer, index.numpy(), weights.float().numpy())
         if settled:
-            self.metrics.now.hits += len(work.experts)
+            self.metrics.count(layer, len(work.experts))
             return self._run_resident(layer, work)
         demand = work.demand(layer)
         cache.begin_layer(layer)
         slots = cache.lookup(layer, demand.experts)
-        self._count(slots)
+        self._count(layer, demand.experts, slots)
         self.metrics.now.repeated += _repeated(cache, demand)
         with cache.lease(layer, demand.experts) as lease:
             missing = self._start_reads(demand, slots, hidden)
@@ -207,7 +208,7 @@ class ExpertHost:
         there = experts < self.cache.experts
         if not there.all():
             experts = experts[there]
-        self.metrics.now.hits += len(set(experts.tolist()))
+        self.metrics.count(layer, len(set(experts.tolist())))
         self.cache.mark_used(layer, experts)
         slots = self.cache.use(layer, experts)
         ranks = np.flatnonzero(there)
@@ -325,13 +326,13 @@ class ExpertHost:
         rerouted = self.restriction.take(layer) if self.restriction is not None else None
         counters, accounts = self.metrics.now, self.accounts
         if rerouted is None or served is None:  # they did not come from a router: none is replaced
-            counters.hits += len(experts)
+            self.metrics.count(layer, len(experts))
             return
-        self._count(self.cache.lookup(layer, np.unique(rerouted.chosen)))
+        wanted = np.unique(rerouted.chosen)
+        self._count(layer, wanted, self.cache.lookup(layer, wanted))
         weights = rerouted.weights.sum(axis=1)
         degraded = (rerouted.weights * rerouted.replaced).sum(axis=1)
-        counters.routed_weight += float(weights.sum())
-        counters.degraded_weight += float(degraded.sum())
+        self.metrics.count_weight(layer, float(weights.sum()), float(degraded.sum()))
         counters.rerouted += int(np.count_nonzero(rerouted.replaced))
         counters.missed += int(served.missed.sum())
         counters.fetched += len(served.fetched)
@@ -340,12 +341,10 @@ class ExpertHost:
         accounts.serve(layer, weights, degraded)
         accounts.miss(served.missed, served.reads)
 
-    def _count(self, slots: IntArray) -> None:
-        counters = self.metrics.now
+    def _count(self, layer: int, experts: IntArray, slots: IntArray) -> None:
+        self.last_missed[layer, experts[slots < 0]] = self.cache.step
         hits, pending = int((slots >= 0).sum()), int((slots == LOADING).sum())
-        counters.hits += hits
-        counters.pending += pending
-        counters.misses += len(slots) - hits - pending
+        self.metrics.count(layer, hits, pending, len(slots) - hits - pending)
 
 
 def _repeated(cache: ExpertCache, demand: Demand) -> int:

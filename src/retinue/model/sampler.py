@@ -1,5 +1,8 @@
 """Chooses a token from logits. One sampler a request: it owns the request's random numbers."""
 
+from collections import Counter
+from collections.abc import Collection, Mapping
+
 import torch
 
 from retinue.types import SamplingParams, TokenLogprob
@@ -18,11 +21,17 @@ class Sampler:
         else:
             self._random.seed()
 
-    def choose(self, logits: torch.Tensor, *seen: list[int]) -> int:
-        """The next token. logits: [vocabulary]; `seen` hold the ids that a penalty applies to."""
+    def choose(
+        self, logits: torch.Tensor, prompt: Collection[int] = (), answer: Collection[int] = ()
+    ) -> int:
+        """The next token. logits: [vocabulary]; penalties see the ids of `prompt` and `answer`."""
         params, logits = self._params, logits.float()
         if params.repetition_penalty != 1.0:
-            logits = _penalise(logits, set().union(*seen), params.repetition_penalty)
+            logits = _repeat_less(logits, {*prompt, *answer}, params.repetition_penalty)
+        if (params.presence_penalty or params.frequency_penalty) and answer:
+            logits = _vary(logits, Counter(answer), params)
+        if params.logit_bias:
+            logits = _add(logits, params.logit_bias)
         if params.temperature == 0:
             return int(logits.argmax())
         # The largest becomes 0, so that no temperature, however small, makes it infinite.
@@ -42,12 +51,23 @@ class Sampler:
         return TokenLogprob(token_id, float(logprobs[token_id]), top)
 
 
-def _penalise(logits: torch.Tensor, seen: set[int], penalty: float) -> torch.Tensor:
+def _repeat_less(logits: torch.Tensor, seen: set[int], penalty: float) -> torch.Tensor:
     """Make tokens that were seen less likely (CTRL, arXiv 1909.05858)."""
     logits, ids = logits.clone(), torch.tensor(sorted(seen), dtype=torch.int64)
     values = logits[ids]
     logits[ids] = torch.where(values > 0, values / penalty, values * penalty)
     return logits
+
+
+def _vary(logits: torch.Tensor, counts: Counter[int], params: SamplingParams) -> torch.Tensor:
+    """Subtract what OpenAI's penalties take from tokens that the answer has already."""
+    presence, frequency = params.presence_penalty, params.frequency_penalty
+    return _add(logits, {token: -presence - frequency * n for token, n in counts.items()})
+
+
+def _add(logits: torch.Tensor, amounts: Mapping[int, float]) -> torch.Tensor:
+    ids = torch.tensor(list(amounts), dtype=torch.int64)
+    return logits.index_add(0, ids, torch.tensor(list(amounts.values()), dtype=logits.dtype))
 
 
 def _filter(probabilities: torch.Tensor, params: SamplingParams) -> torch.Tensor:

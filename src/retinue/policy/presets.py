@@ -100,12 +100,12 @@ PRESETS = {
             "emoe",
             False,
             "eMoE, 2503.06823",
-            (*_REROUTED, "place: emoe", "forecast: emoe-a"),
-            f"{_RULE}{_EVEN}; the first set is the profile's most popular experts, not all experts;"
-            " a layer that matters to no task that runs keeps its set; the set is chosen anew when"
-            " a request ends, too; a set changes between steps, so that no layer waits for reads;"
-            " the predictor is a small one of our own, and without one the running mean forecasts",
-            lambda: _rerouted(Emoe(), forecaster="emoe-a"),
+            (*_REROUTED, "place: emoe", "forecast: running-mean"),
+            f"{_RULE}{_EVEN}; starts with the profile's most popular experts, not all; a set"
+            " changes between steps, so that no layer waits for reads; forecasts by a running"
+            " mean of the task's prompts, which serves as well or better (`--forecaster emoe-a` and"
+            " `emoe-l` are the paper's)",
+            lambda: _rerouted(Emoe(), forecaster="running-mean"),
         ),
         Preset(
             "emoe-fetch",

@@ -51,7 +51,7 @@ class Emoe:
     def place(self, stock: Stock, running: Sequence[Running], known: Known) -> BoolArray:
         """The set for the requests that run; without any, by popularity over all tasks."""
         scores = needs(running, known, stock.there.shape)
-        nothing: BoolArray = ~scores.astype(bool).any(axis=1)
+        nothing = np.asarray(~scores.astype(bool).any(axis=1))
         if nothing.any():
             scores[nothing] = known.shares(None)[nothing]
         if self._weigh:
