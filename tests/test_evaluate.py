@@ -11,7 +11,8 @@ import models
 from retinue import PRESETS
 from retinue.config import Config
 from retinue.engine.assembly import Assembly, assemble
-from retinue.engine.evaluate import Evaluation, evaluate, make_profile, passes
+from retinue.engine.evaluate import Evaluation, evaluate, passes
+from retinue.engine.profiling import make_profile
 from retinue.engine.reserve import reserve
 from retinue.engine.tasks import TaskIds
 from retinue.errors import Cancelled

@@ -164,17 +164,10 @@ class Config:
             )
         if self.order not in ORDERS:
             raise UsageError(f"unknown order: `{self.order}`", hint=f"one of {', '.join(ORDERS)}")
-        counts = (
-            "context",
-            "threads",
-            "kv_tokens",
-            "batch",
-            "chunk",
-            "queue",
-            "choices",
-            "max_prompt",
-        )
-        for name in counts:
+        for name in (
+            *("context", "threads", "kv_tokens", "batch", "chunk"),
+            *("queue", "choices", "max_prompt"),
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name} is out of range: `{value}`", hint="1 or more")
@@ -275,15 +268,22 @@ def _coerce(key: str, kind: object, value: Any) -> Any:
             return _integer(value)
         if kind in (float, float | None):
             return float(value)
-        if key in ("keys", "routes"):
-            return _tasks(value)
         if key == "deadlines":
             return {str(task): _deadline(given) for task, given in value.items()}
+        if key in ("keys", "routes"):
+            return _tasks(value)
         if key == "stop":
             return (value,) if isinstance(value, str) else tuple(str(item) for item in value)
         return value if isinstance(value, (str, int)) else str(value)
     except (AttributeError, TypeError, ValueError) as error:
         raise UsageError(f"{key} has the wrong type: `{value}`") from error
+
+
+def _deadline(given: Any) -> Deadline:
+    """A deadline from a file: `{first_token_s: 2, between_tokens_s: 0.5}`."""
+    if isinstance(given, Deadline):
+        return given
+    return Deadline(**{str(key): float(value) for key, value in given.items()})
 
 
 def _tasks(value: Any) -> dict[str, dict[str, str]]:
@@ -293,13 +293,6 @@ def _tasks(value: Any) -> dict[str, dict[str, str]]:
         if given.keys() - {"task"} or not all(isinstance(task, str) for task in given.values()):
             raise ValueError(value)
     return found
-
-
-def _deadline(given: Any) -> Deadline:
-    """A deadline from a file: `{first_token_s: 2, between_tokens_s: 0.5}`."""
-    if isinstance(given, Deadline):
-        return given
-    return Deadline(**{str(key): float(value) for key, value in given.items()})
 
 
 def _integer(value: Any) -> int:

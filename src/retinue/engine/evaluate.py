@@ -16,7 +16,6 @@ from retinue.engine.replay import Replay
 from retinue.engine.tasks import TaskIds
 from retinue.metrics import Usage
 from retinue.model.scoring import Scored, Scorer
-from retinue.policy.profile import Profile, TaskCounts
 from retinue.types import IntArray
 
 
@@ -130,30 +129,6 @@ def evaluate(
         share = cost.used[name].degraded_share if name in cost.used else 0.0
         tasks[name] = _compare([scored[i] for i in at], [plain[i] for i in at], share)
     return Evaluation(tasks, _compare(scored, plain, cost.degraded_share), cost)
-
-
-def make_profile(
-    assembly: Assembly, texts: Sequence[TaskIds], advance: Callable[[], object]
-) -> Profile:
-    """Count the routing of `texts`, prompts and continuations, by task.
-
-    Raises what `evaluate` raises.
-    """
-    facts, scorer = assembly.facts, _scorer(assembly)
-    shape = (facts.layers, facts.experts_per_layer)
-    profile = Profile(facts.name, *shape, facts.top_k, {})
-    with scorer.recording(next_scores=False) as routing:
-        for text in texts:
-            scorer.score(text.ids, 1)
-            choices, weight = np.zeros(shape, np.int64), np.zeros(shape, np.float32)
-            for layer in routing:
-                valid = layer.experts < shape[1]
-                np.add.at(choices[layer.layer], layer.experts[valid], 1)
-                np.add.at(weight[layer.layer], layer.experts[valid], layer.weights[valid])
-            counts = TaskCounts(1, len(text.ids), choices, weight)
-            profile = profile.plus(Profile(facts.name, *shape, facts.top_k, {text.task: counts}))
-            advance()
-    return profile
 
 
 def _scorer(assembly: Assembly) -> Scorer:

@@ -86,7 +86,7 @@ class LayerBook:
     def _next(self, experts: IntArray, heavy: BoolArray, row: int) -> int:
         """One beyond the next token from `row` that fetches, or the end of a block without one."""
         end = row + _BLOCK
-        lacking = (heavy[row:end] & ~self.there[experts[row:end]]).any(axis=1)
+        lacking: BoolArray = np.any(heavy[row:end] & ~self.there[experts[row:end]], axis=1)
         return row + (int(lacking.argmax()) + 1 if lacking.any() else len(lacking))
 
     def _fetch(self, lacking: list[int], needed: IntArray) -> None:
