@@ -5,26 +5,50 @@ import logging
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import models
 from retinue.engine import learning
-from retinue.engine.learning import FADE, SAVE_REQUESTS, SAVE_S, Finished, Learner
+from retinue.engine.learning import (
+    FADE,
+    SAVE_REQUESTS,
+    SAVE_S,
+    Finished,
+    Learner,
+    finished,
+    open_learner,
+)
+from retinue.engine.request import new_request
 from retinue.model.profiles import read_profile, write_profile
+from retinue.model.survey import survey
 from retinue.policy.profile import Profile, TaskCounts
+from retinue.types import SamplingParams
+from test_evaluate import opened
 
 SHAPE = (2, 4)
 USED = np.array([[1, 2, 0, 0], [0, 0, 3, 0]], np.float32)
-FOREVER = """
-import sys
+DYING = """
+import os, signal, sys
 from pathlib import Path
-from test_learning import *
-learner = Learner(measured(), Path(sys.argv[1]))
+import numpy as np
+from retinue.engine.learning import Finished, Learner
+from retinue.policy.profile import Profile
+
+whole, left = Path.write_text, [int(sys.argv[2])]
+
+def write_text(self, text, *rest, **named):
+    left[0] -= 1
+    whole(self, text if left[0] else text[: len(text) // 2], *rest, **named)
+    if not left[0]:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+Path.write_text = write_text
+learner = Learner(Profile("tiny", 2, 4, 1, {}), Path(sys.argv[1]))
 while True:
-    learner.learn(request())
+    learner.learn(Finished("a", np.ones((2, 4), np.float32), [5], 7))
     learner.save()
 """
 
@@ -145,22 +169,39 @@ def test_old_requests_fade(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert len(faded.words) == 2
 
 
+def test_a_server_learns_from_its_engine(
+    olmoe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assembly = opened(olmoe)
+    learner = open_learner(olmoe, assembly.facts)  # there is no profile yet
+    try:
+        assembly.host.accounts.on = True
+        params = SamplingParams(max_new_tokens=3, ignore_eos=True)
+        asked = new_request(models.prompt_of(12, 1), params, None, task="a")
+        assembly.engine.add(asked)
+        while assembly.engine.busy:
+            assembly.engine.step()
+        learner.learn(finished(asked))
+    finally:
+        assembly.close()
+    learner.close()
+    again = open_learner(olmoe, survey(olmoe)).profile.tasks["a"]
+    assert asked.usage is not None
+    assert (asked.usage.used.sum(axis=1) > 1).all()
+    assert again.weight == pytest.approx(asked.usage.used, abs=0.006)
+    assert (again.answers, again.words_total) == ({3: 1}, 12)
+
+
 def test_killed_while_it_writes(tmp_path: Path) -> None:
-    """Whatever moment it dies at, the file is one that was written whole, and is continued."""
+    """Dead in the middle of a write, the file is still the one before, and is continued."""
     file = tmp_path / "learnt.json"
-    texts = 0
-    for _ in range(2):
-        child = subprocess.Popen(
-            [sys.executable, "-c", FOREVER, str(file)], cwd=Path(__file__).parent
-        )
-        try:
-            before = file.read_bytes() if file.exists() else b""
-            while not file.exists() or file.read_bytes() == before:
-                assert child.poll() is None
-                time.sleep(0.001)
-        finally:
-            child.send_signal(signal.SIGKILL)
-            child.wait()
-        now = read_profile(file).tasks["a"].texts
-        assert now > texts
-        texts = now
+    for writes in (2, 3, 4):
+        file.unlink(missing_ok=True)
+        command = [sys.executable, "-c", DYING, str(file), str(writes)]
+        assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+        assert read_profile(file).tasks["a"].texts == writes - 1
+    learner = Learner(measured(), file)
+    learner.learn(request())
+    learner.close()
+    assert read_profile(file).tasks["a"].texts == 4

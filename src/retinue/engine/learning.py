@@ -14,11 +14,12 @@ from pathlib import Path
 
 import numpy as np
 
-from retinue.errors import UsageError
-from retinue.model.profiles import read_profile, write_profile
+from retinue.engine.request import Request
+from retinue.errors import Unsupported, UsageError
+from retinue.model.profiles import find_profile, learnt_profile, read_profile, write_profile
 from retinue.policy.measured import Counts, rounded_length
 from retinue.policy.profile import Profile, TaskCounts
-from retinue.types import FloatArray
+from retinue.types import Facts, FloatArray
 
 log = logging.getLogger("retinue")
 
@@ -39,6 +40,25 @@ class Finished:
     used: FloatArray | None
     prompt: Sequence[int]
     answer_tokens: int
+
+
+def finished(request: Request) -> Finished:
+    """A request that has ended. Its routing is there if the host's accounts were on meanwhile."""
+    used = None if request.usage is None else request.usage.used
+    return Finished(request.task, used, request.prompt, len(request.token_ids))
+
+
+def open_learner(folder: Path, facts: Facts, file: str | None = None) -> "Learner":
+    """A learner for the checkpoint in `folder`, on top of its profile, or of `file`, or of none.
+
+    What it learns is remembered beside the profile. Raises UsageError for a profile that is damaged
+    or another model's.
+    """
+    try:
+        measured = find_profile(folder, facts, file)
+    except Unsupported:
+        measured = Profile(facts.name, facts.layers, facts.experts_per_layer, facts.top_k, {})
+    return Learner(measured, learnt_profile(folder))
 
 
 class Learner:

@@ -64,6 +64,7 @@ class ExpertHost:
         self.begin: Callable[[Sequence[Running]], int] = lambda running: 0
         self.observe: Callable[[str | None, FloatArray], None] = lambda task, used: None
         self.watch: Watch | None = None
+        self.last_missed = np.full_like(cache.last_used, -1)  # step, when it was asked for
         self.restriction: Restriction | None = None
         self.accounts = Accounts(*cache.slot_of.shape)
         self.books = Books(policies.fetch_above)
@@ -174,7 +175,7 @@ class ExpertHost:
         demand = work.demand(layer)
         cache.begin_layer(layer)
         slots = cache.lookup(layer, demand.experts)
-        self._count(layer, slots)
+        self._count(layer, demand.experts, slots)
         self.metrics.now.repeated += _repeated(cache, demand)
         with cache.lease(layer, demand.experts) as lease:
             missing = self._start_reads(demand, slots, hidden)
@@ -327,7 +328,8 @@ class ExpertHost:
         if rerouted is None or served is None:  # they did not come from a router: none is replaced
             self.metrics.count(layer, len(experts))
             return
-        self._count(layer, self.cache.lookup(layer, np.unique(rerouted.chosen)))
+        wanted = np.unique(rerouted.chosen)
+        self._count(layer, wanted, self.cache.lookup(layer, wanted))
         weights = rerouted.weights.sum(axis=1)
         degraded = (rerouted.weights * rerouted.replaced).sum(axis=1)
         self.metrics.count_weight(layer, float(weights.sum()), float(degraded.sum()))
@@ -339,7 +341,8 @@ class ExpertHost:
         accounts.serve(layer, weights, degraded)
         accounts.miss(served.missed, served.reads)
 
-    def _count(self, layer: int, slots: IntArray) -> None:
+    def _count(self, layer: int, experts: IntArray, slots: IntArray) -> None:
+        self.last_missed[layer, experts[slots < 0]] = self.cache.step
         hits, pending = int((slots >= 0).sum()), int((slots == LOADING).sum())
         self.metrics.count(layer, hits, pending, len(slots) - hits - pending)
 

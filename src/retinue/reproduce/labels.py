@@ -21,7 +21,7 @@ from retinue.reproduce.base import (
 from retinue.reproduce.workbench import Workbench
 
 NAME = "labels"
-PRESET, SHARE = "popular-by-task", 40
+PRESET, SHARE = "emoe", 40
 WRONG = (0, 20, 40, 60, 80, 100)  # percent
 SEED = 0
 

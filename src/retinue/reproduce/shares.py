@@ -36,6 +36,12 @@ class Method:
 
 
 METHODS = (
+    Method("eMoE-A", "emoe", {"forecaster": "emoe-a"}),
+    Method("eMoE-L", "emoe", {"forecaster": "emoe-l"}),
+    Method("eMoE-E", "emoe", {"forecaster": "emoe-a", "period": 1}),
+    Method("emoe, running mean", "emoe"),
+    Method("emoe, own prompt", "emoe", {"forecaster": "own-prefill"}),
+    Method("emoe-fetch", "emoe-fetch"),
     Method("random set", "random"),
     Method("popularity", "popular"),
     Method("popularity by task", "popular-by-task"),

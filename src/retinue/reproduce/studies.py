@@ -4,7 +4,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from retinue.errors import UsageError
-from retinue.reproduce import labels, memory, refresh, shares
+from retinue.reproduce import (
+    arrivals,
+    labels,
+    memory,
+    period,
+    predictors,
+    refresh,
+    sensitivity,
+    shares,
+)
 from retinue.reproduce.base import Experiment
 
 
@@ -42,9 +51,13 @@ EMOE = Study(
     ),
     experiments=(
         shares.EXPERIMENT,
-        memory.EXPERIMENT,
-        labels.EXPERIMENT,
+        sensitivity.EXPERIMENT,
+        period.EXPERIMENT,
+        predictors.EXPERIMENT,
         refresh.EXPERIMENT,
+        memory.EXPERIMENT,
+        arrivals.EXPERIMENT,
+        labels.EXPERIMENT,
     ),
     notes=(
         "The paper's figures are of Mixtral-8x7B and OpenMoE on four A100, over five tasks, with"

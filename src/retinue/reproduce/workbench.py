@@ -36,11 +36,12 @@ class Settings:
     answers_per_task: int
     answer_tokens: int
     repeats: int  # of what is timed
+    live_requests: int  # that arrive in real time
     quick: bool = False
 
 
-FULL = Settings((20, 40, 60, 80), 6, 1, 32, 3)
-QUICK = Settings((20, 40), 1, 1, 12, 1, quick=True)
+FULL = Settings((20, 40, 60, 80), 8, 1, 32, 3, 64)
+QUICK = Settings((20, 40), 1, 1, 12, 1, 0, quick=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +118,11 @@ class Workbench:
     def embed(self) -> Embed | None:
         """What compares the meaning of answers, where its package is installed."""
         return embedder()
+
+    @cached_property
+    def tasks(self) -> list[str]:
+        """Those of the texts, in order of appearance."""
+        return list(dict.fromkeys(text.task for text in self.texts))
 
     @cached_property
     def asked(self) -> list[TaskIds]:

@@ -1,6 +1,7 @@
 """The application: routes, and how a request becomes a call."""
 
 import asyncio
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -27,13 +28,15 @@ from retinue.server.bridge import Bridge, Call
 from retinue.server.deliver import ClientLeft, Delivery
 from retinue.server.gate import Gate
 from retinue.server.metrics import ServerMetrics
+from retinue.server.page import add_page
 from retinue.server.problem import Problem, problem_of
-from retinue.server.prompts import chat_ids, check_length, prompt_ids
+from retinue.server.prompts import chat_ids, chat_text, check_length, prompt_ids
 from retinue.server.schema import UNSERVED, ChatBody, Common, CompletionBody, ErrorDocument
 from retinue.server.served import Served
 from retinue.server.views import experts_view, state_view
 from retinue.types import SamplingParams
 
+OVERLOADED = 429
 CLIENT_LEFT = 499  # as nginx counts them; nobody reads it
 TASK_HEADER = "x-retinue-task"
 
@@ -72,11 +75,16 @@ class Server:
             shape = CompletionShape(served.tokenizer, echoes)
             envelope = completion_envelope(body.model)
         delivery = Delivery(self.bridge, Call(groups), shape, envelope)
-        if not body.stream:
-            return await delivery.whole(request.receive)
         options = body.stream_options
         with_usage = bool(options is not None and options.include_usage)
-        return await delivery.stream(request.receive, with_usage=with_usage)
+        try:
+            if body.stream:
+                return await delivery.stream(request.receive, with_usage=with_usage)
+            return await delivery.whole(request.receive)
+        except Problem as problem:
+            if problem.status == OVERLOADED:
+                self.metrics.tally.refuse(groups[0][0].task)
+            raise
 
     def _check(self, body: ChatBody | CompletionBody) -> None:
         """Raise Problem for what can be refused without looking at the prompt."""
@@ -94,27 +102,24 @@ class Server:
         self, served: Served, body: ChatBody | CompletionBody, task: str | None
     ) -> tuple[list[list[EngineRequest]], list[str]]:
         """The requests of each prompt, checked, and what each answer repeats of its prompt."""
-        tokenizer, limits = served.tokenizer, served.engine.limits
-        if isinstance(body, ChatBody):
-            prompts = [chat_ids(tokenizer, body.messages)]
-        else:
-            prompts = [prompt_ids(tokenizer, prompt) for prompt in body.prompts]
-        params = body.sampling(self.config)
-        groups, echoes = [], []
-        for ids in prompts:
-            check_length(len(ids), body.longest, limits.context, self.config.max_prompt)
+        tokenizer, params = served.tokenizer, body.sampling(self.config)
+        groups: list[list[EngineRequest]] = []
+        echoes: list[str] = []
+        for prompt, ids in _prompts(tokenizer, body):
+            context = served.engine.limits.context
+            check_length(len(ids), body.longest, context, self.config.max_prompt)
             served.engine.check(ids, params)
-            task = task or served.infer(ids) or self.config.task
+            kind = task or served.task_of(prompt, ids)
+            due = body.due(self.config, kind)
+            several = _several(params, body.count)
             groups.append(
                 [
-                    new_request(ids, each, tokenizer, reuse=True, task=task)
-                    for each in _several(params, body.count)
+                    new_request(ids, each, tokenizer, reuse=True, task=kind, deadline=due)
+                    for each in several
                 ]
             )
-        if isinstance(body, CompletionBody) and body.echo:
-            echoes = [
-                _text(tokenizer, prompt) for prompt in body.prompts for _ in range(body.count)
-            ]
+            if isinstance(body, CompletionBody) and body.echo:
+                echoes += [_text(tokenizer, prompt)] * len(several)
         return groups, echoes
 
 
@@ -125,12 +130,13 @@ def create_app(server: Server) -> FastAPI:
     app.add_exception_handler(Problem, _on_problem)
     app.add_exception_handler(RetinueError, _on_problem)
     app.add_exception_handler(RequestValidationError, _on_invalid)
-    for kind in (404, 405, HTTPException):
+    for kind in (400, 404, 405, HTTPException):
         app.add_exception_handler(kind, _on_http)
     app.add_exception_handler(ClientLeft, _on_left)
     app.add_exception_handler(Exception, _on_problem)
     _add_inference(app, server)
     _add_views(app, server)
+    add_page(app)
     return app
 
 
@@ -187,6 +193,17 @@ def _model(server: Server, name: str) -> dict[str, Any]:
         "owned_by": "retinue",
         "max_model_len": served.engine.limits.context,
     }
+
+
+def _prompts(
+    tokenizer: Any | None, body: ChatBody | CompletionBody
+) -> Iterator[tuple[str | list[int], list[int]]]:
+    """Each prompt as it was given, and its ids."""
+    if isinstance(body, ChatBody):
+        yield chat_text(body.messages), chat_ids(tokenizer, body.messages)
+        return
+    for prompt in body.prompts:
+        yield prompt, prompt_ids(tokenizer, prompt)
 
 
 def _several(params: SamplingParams, count: int) -> list[SamplingParams]:

@@ -29,6 +29,9 @@ LAYER_COUNTERS = {
 }
 TASK_COUNTERS = {
     "answered": "answers that came to their end",
+    "refused": "requests refused since too much waits",
+    "deadlines_met": "answers each of whose tokens came in time",
+    "deadlines_missed": "answers of which a token came late",
     "cancelled": "answers that nobody waited for, or that took too long",
     "failed": "answers that failed",
     "prompt_tokens": "tokens of prompts",

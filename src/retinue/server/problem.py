@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from retinue.errors import Refused, RetinueError, UsageError
+from retinue.errors import Overloaded, Refused, RetinueError, UsageError
 
 KINDS = {
     400: "invalid_request_error",
@@ -58,6 +58,8 @@ def problem_of(error: BaseException, *, param: str | None = None) -> Problem:
         text = f"{error}; {error.hint}" if error.hint else str(error)
         if isinstance(error, UsageError):
             return Problem(400, text, param=param)
+        if isinstance(error, Overloaded):
+            return Problem(429, text, code="overloaded", retry_after_s=error.retry_after_s)
         if isinstance(error, Refused):
             return Problem(400, text, code="refused")
         return Problem(500, text, code=type(error).__name__)

@@ -9,6 +9,11 @@ from retinue.server.problem import Problem
 from retinue.server.schema import ChatMessage
 
 
+def chat_text(messages: Sequence[ChatMessage]) -> str:
+    """All that was said, for those who ask what it is about."""
+    return "\n".join(message.text for message in messages)
+
+
 def chat_ids(tokenizer: Any | None, messages: Sequence[ChatMessage]) -> list[int]:
     """The conversation under the model's chat template. Raises Problem where it has no place."""
     if tokenizer is None:
@@ -46,7 +51,7 @@ def check_length(count: int, asked: int | None, context: int, longest: int | Non
         raise Problem(400, text, param="prompt", code=code)
     if count + (asked or 1) > context:
         text = (
-            f"the prompt has {count} tokens and its answer may have {asked or 1}:"
+            f"the prompt has {count} tokens and its answer may have {asked or 1} (max_tokens):"
             f" the context has {context}"
         )
         raise Problem(400, text, param="max_tokens" if count < context else "prompt", code=code)

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,12 +52,13 @@ def run_server(server: Server, listening: Callable[[str], None]) -> None:
     The first SIGINT or SIGTERM refuses what waits and lets what runs end within `grace`; a second
     one ends it at once. Raises what made loading fail.
     """
-    asyncio.run(_serve(server, listening))
+    asyncio.run(serve(server, listening))
     if server.bridge.failure is not None:
         raise server.bridge.failure
 
 
-async def _serve(server: Server, listening: Callable[[str], None]) -> None:
+async def serve(server: Server, listening: Callable[[str], None]) -> None:
+    """The same within a loop. Signals are only seen in the main thread."""
     config, bridge = server.config, server.bridge
     http = _Http(
         uvicorn.Config(
@@ -118,7 +120,9 @@ def _stop(server: Server, http: uvicorn.Server) -> None:
 
 @contextmanager
 def _on_signals(stop: Callable[[], None]) -> Iterator[None]:
-    loop, signals = asyncio.get_running_loop(), (signal.SIGINT, signal.SIGTERM)
+    loop = asyncio.get_running_loop()
+    main = threading.current_thread() is threading.main_thread()
+    signals = (signal.SIGINT, signal.SIGTERM) if main else ()
     for number in signals:
         loop.add_signal_handler(number, stop)
     try:

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from retinue.config import Config
 from retinue.server.problem import Problem
-from retinue.types import SamplingParams
+from retinue.types import Deadline, SamplingParams
 
 MAX_ALTERNATIVES = 20
 MAX_STOPS = 16
@@ -33,6 +33,7 @@ UNSERVED = {
 TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1)]
 Text = Annotated[str, Field(min_length=1)]
+Seconds = Annotated[float, Field(gt=0, le=86400)]
 Stop = Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]
 Prompts = (
     Text
@@ -60,6 +61,13 @@ class PlainText(Body):
     type: Literal["text"]
 
 
+class DeadlineBody(Body):
+    """When tokens are due, in seconds: the first after arrival, each other after the one before."""
+
+    first_token_s: Seconds | None = None
+    between_tokens_s: Seconds | None = None
+
+
 class Common(Body):
     """What both endpoints take."""
 
@@ -81,7 +89,8 @@ class Common(Body):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     user: str | None = None
     # What OpenAI's interface lacks.
-    task: str | None = None
+    task: Annotated[str, Field(min_length=1, max_length=100)] | None = None
+    deadline: DeadlineBody | None = None
 
     @model_validator(mode="after")
     def _together(self) -> Self:
@@ -103,6 +112,12 @@ class Common(Body):
     def longest(self) -> int | None:
         """The longest answer that was asked for, in tokens."""
         return self.max_tokens
+
+    def due(self, config: Config, task: str | None) -> Deadline | None:
+        """When tokens are due: as the request says, or as `config` says for its task."""
+        if self.deadline is None:
+            return config.deadline(task)
+        return Deadline(self.deadline.first_token_s, self.deadline.between_tokens_s)
 
     def sampling(self, config: Config) -> SamplingParams:
         """How tokens are chosen. `config` says what the request does not."""

@@ -8,15 +8,19 @@ from collections import Counter
 from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from retinue.config import Config
-from retinue.engine.llm import LLM
+from retinue.engine.llm import LLM, Prompt
 from retinue.engine.request import Request
 from retinue.memory.machine import resident_bytes
-from retinue.metrics import LayerCounters, PhaseCounters
+from retinue.metrics import LayerCounters, Metrics, PhaseCounters
 from retinue.policy.base import BoolArray
+from retinue.server.activity import Activity
 from retinue.types import Phase
+
+if TYPE_CHECKING:
+    from retinue.engine.assembly import Assembly
 
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
 NOTHING = LayerCounters()
@@ -28,9 +32,11 @@ class Picture:
     """How the engine stood at one moment. Nobody changes it."""
 
     resident: BoolArray  # [layers, experts]
+    activity: list[str]  # a layer each, a character an expert
     layers: list[dict[Phase, LayerCounters]]
     running: dict[str | None, int]  # requests, by task
     waiting: dict[str | None, int]
+    degraded: dict[str | None, list[float]]  # by task: the share of each layer's routing weight
     kv_used: float  # share of the blocks
     prefill: dict[str, float]  # the counters of all passes so far
     decode: dict[str, float]
@@ -48,41 +54,48 @@ class Served:
         self.engine = self.assembly.engine
         self.tokenizer: Any | None = self.llm.tokenizer
         self.loaded_at = int(time.time())
-        self.picture = self._take()
+        self._activity = Activity(self.assembly.network.experts.there, self.assembly.preset.exact)
+        self.picture = draw(self.assembly, self._activity)
 
-    def infer(self, ids: list[int]) -> str | None:
+    def task_of(self, prompt: Prompt, ids: list[int]) -> str | None:
         """The task of a prompt that names none; None: unknown. From any thread."""
-        return None
+        return self.llm.task_of(prompt, ids)
 
     def stepped(self, moved: list[Request]) -> None:
         """See `bridge.Model`: takes a new picture now and then, and when nothing is left to do."""
         old = time.monotonic() - self.picture.at >= PICTURE_S
         if old or not self.engine.busy:
-            self.picture = self._take()
+            self.picture = draw(self.assembly, self._activity)
 
     def close(self) -> None:
         """Free threads, files and memory."""
         self.llm.close()
 
-    def _take(self) -> Picture:
-        scheduler, cache = self.engine.scheduler, self.assembly.cache
-        total = self.assembly.metrics.total
-        pool = scheduler.pool
-        return Picture(
-            resident=cache.slot_of >= 0,
-            layers=[self._layer(layer) for layer in range(len(cache.slot_of))],
-            running=dict(Counter(request.task for request in scheduler.running)),
-            waiting=dict(Counter(request.task for request in scheduler.waiting)),
-            kv_used=1 - pool.available / pool.blocks,
-            prefill=_numbers(total.prefill),
-            decode=_numbers(total.decode),
-            resident_bytes=resident_bytes(),
-            peak_bytes=resident_bytes(peak=True),
-        )
 
-    def _layer(self, layer: int) -> dict[Phase, LayerCounters]:
-        counted = self.assembly.metrics.layers
-        return {phase: copy(counted.get((phase, layer), NOTHING)) for phase in PHASES}
+def draw(assembly: "Assembly", activity: Activity) -> Picture:
+    """How things stand in `assembly`. On the engine thread."""
+    scheduler, total = assembly.engine.scheduler, assembly.metrics.total
+    pool, cache = scheduler.pool, assembly.cache
+    there = cache.slot_of >= 0
+    return Picture(
+        resident=there,
+        activity=activity.rows(there, cache.last_used, assembly.host.last_missed, cache.step),
+        layers=[_layer(assembly.metrics, layer) for layer in range(len(there))],
+        running=dict(Counter(request.task for request in scheduler.running)),
+        waiting=dict(Counter(request.task for request in scheduler.waiting)),
+        degraded={
+            task: usage.degraded_by_layer for task, usage in list(assembly.metrics.tasks.items())
+        },
+        kv_used=1 - pool.available / pool.blocks,
+        prefill=_numbers(total.prefill),
+        decode=_numbers(total.decode),
+        resident_bytes=resident_bytes(),
+        peak_bytes=resident_bytes(peak=True),
+    )
+
+
+def _layer(metrics: Metrics, layer: int) -> dict[Phase, LayerCounters]:
+    return {phase: copy(metrics.layers.get((phase, layer), NOTHING)) for phase in PHASES}
 
 
 def _numbers(counters: PhaseCounters) -> dict[str, float]:

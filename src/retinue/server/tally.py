@@ -15,10 +15,13 @@ class TaskTally:
     """What became of the answers of one task."""
 
     answered: int = 0
+    refused: int = 0
     cancelled: int = 0
     failed: int = 0
     prompt_tokens: int = 0
     answer_tokens: int = 0
+    deadlines_met: int = 0  # answers each of whose tokens came in time
+    deadlines_missed: int = 0
     routed_weight: float = 0.0
     degraded_weight: float = 0.0
 
@@ -52,6 +55,10 @@ class Tally:
         recent = [tokens for second, tokens in self._recent if now - WINDOW_S <= second < now]
         return sum(recent) / WINDOW_S
 
+    def refuse(self, task: str | None) -> None:
+        """A request was refused since too much waits."""
+        self.tasks.setdefault(task, TaskTally()).refused += 1
+
     def end(self, request: Request) -> None:
         """`request` has ended, one way or another."""
         task = self.tasks.setdefault(request.task, TaskTally())
@@ -60,6 +67,9 @@ class Tally:
         task.failed += request.finish_reason == "error"
         task.prompt_tokens += len(request.prompt)
         task.answer_tokens += len(request.token_ids)
+        if request.deadline is not None and request.finish_reason in ("stop", "length"):
+            task.deadlines_met += request.in_time
+            task.deadlines_missed += not request.in_time
         for costs in (request.costs.prefill, request.costs.decode):
             task.routed_weight += costs.routed_weight
             task.degraded_weight += costs.degraded_weight

@@ -21,6 +21,9 @@ def experts_view(served: Served) -> Json:
         "resident": int(picture.resident.sum()),
         "total": facts.total_experts,
         "phases": {"prefill": _phase(picture.prefill), "decode": _phase(picture.decode)},
+        "degraded_by_task": [
+            {"task": task, "layers": shares} for task, shares in picture.degraded.items()
+        ],
         "layers": [
             {
                 "layer": layer,
@@ -40,6 +43,8 @@ def state_view(served: Served, tally: Tally) -> Json:
     return {
         "model": served.assembly.facts.name,
         "preset": served.assembly.preset.name,
+        "exact": served.assembly.preset.exact,
+        "at_s": picture.at,
         "memory": {
             "budget_bytes": split.budget,
             "resident_bytes": picture.resident_bytes,
@@ -67,12 +72,11 @@ def _tasks(picture: Picture, tally: Tally) -> list[Json]:
 
 
 def _layer(picture: Picture, layer: int) -> Json:
-    """One layer of the map: `resident` has a digit for each expert, 1 for one in memory."""
-    resident = "".join("1" if each else "0" for each in picture.resident[layer].tolist())
+    """One layer: a digit for each expert in `map`, see `server/activity.py`; - where is none."""
     phases = picture.layers[layer]
     return {
         "layer": layer,
-        "resident": resident,
+        "map": picture.activity[layer],
         "prefill": _phase(asdict(phases["prefill"])),
         "decode": _phase(asdict(phases["decode"])),
     }
