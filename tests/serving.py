@@ -26,7 +26,7 @@ NAME = "counter"
 CONTEXT = 96
 CHAT = {"model": NAME, "messages": [{"role": "user", "content": "!"}], "max_tokens": 4}
 TEXT = {"model": NAME, "prompt": "AB", "max_tokens": 3}
-WAIT_S = 20.0  # for what has to happen; never reached
+WAIT_S = 60.0  # for what has to happen; never reached
 
 
 class Characters:

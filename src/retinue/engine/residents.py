@@ -13,9 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 from retinue.config import Config
+from retinue.engine.learning import Learner
 from retinue.errors import UsageError
 from retinue.model.experts import ExpertHost
-from retinue.model.profiles import find_profile
+from retinue.model.profiles import find_profile, learnt_profile
 from retinue.policy.base import BoolArray, Placement, Popularity
 from retinue.policy.place.even import even_rooms
 from retinue.policy.profile import Profile
@@ -29,11 +30,14 @@ def known_beforehand(
 ) -> Profile | None:
     """The profile that `placement` needs, before anything is loaded.
 
+    Where requests teach, with what earlier ones taught.
+
     Raises Unsupported where there is no profile, UsageError for one that is damaged, another
     model's, or read by nobody.
     """
     if placement.needs_profile:
-        return find_profile(folder, facts, config.profile)
+        known = find_profile(folder, facts, config.profile)
+        return Learner(known, learnt_profile(folder)).profile if config.learn else known
     if config.profile is not None:
         raise UsageError(
             f"the preset `{config.preset}` reads no profile: `{config.profile}`",
