@@ -20,7 +20,7 @@ from retinue.metrics import Metrics, PhaseCounters
 from retinue.model.accounts import Accounts
 from retinue.model.kv import Segment
 from retinue.model.kv import Sequence as Memory
-from retinue.policy.base import Order
+from retinue.policy.base import Order, Running
 from retinue.types import BLOCK_TOKENS, SamplingParams
 
 VOCABULARY, CONTEXT, CHUNK, BATCH, END = 100, 32, 4, 3, 50
@@ -54,10 +54,10 @@ class Host:
         self.cache, self.metrics, self.closed = Books(), Metrics(), False
         self.accounts = Accounts(layers=1, experts=1)
         self.stop: Callable[[], bool] = lambda: False
-        self.tasks: list[list[str | None]] = []  # of those that ran, before each pass
+        self.running: list[list[Running]] = []  # before each pass
 
-    def begin(self, tasks: list[str | None]) -> int:
-        self.tasks.append(tasks)
+    def begin(self, running: list[Running]) -> int:
+        self.running.append(running)
         return 0
 
     def close(self) -> None:

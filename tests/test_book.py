@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from disk import STEADY, ids
 from retinue.policy.base import Choice
-from retinue.policy.miss.book import HALF_LIFE, Books, LayerBook, Served
+from retinue.policy.miss.book import HALF_LIFE, PRIOR, Books, LayerBook, Served
 
 EXPERTS, TOP_K = 8, 2
 
@@ -88,7 +88,7 @@ class Slow:
     def __init__(self, there: set[int], popular: np.ndarray, above: float) -> None:
         self.there, self.above = set(there), above
         gains = sum(2.0 ** (step / HALF_LIFE) for step in range(HALF_LIFE))
-        self.heat = [float(share) * gains for share in popular]
+        self.heat = [float(share) * (PRIOR * gains) for share in popular]
         self.tokens = 0
 
     def serve(self, experts: list[int], weights: list[float]) -> tuple[list[int], list[int]]:

@@ -106,6 +106,15 @@ def test_where_all_experts_fit_they_are_read_before_the_clock_starts(
     assert some["prefill_bytes_read"] > 0
 
 
+def test_a_limit_of_reads_is_the_disks_ceiling(call: Call, olmoe: Path) -> None:
+    """Measured: 1 and 3 GB/s. With 2 GB/s for both, the first one is the slower still."""
+    work = ("--prompt-tokens", 9, "--new-tokens", 2, "--experts", "50%", "--json")
+    for limit, ceiling in (("2GB", 1.5 * GB), ("50MB", 0.05 * GB)):
+        done = call("bench", olmoe, *MEMORY, *work, "--read-limit", limit)
+        assert done.document["disk_bytes_per_s"] == ceiling
+    assert done.document["stall_s"] > 0
+
+
 def test_no_decode_has_no_bound(call: Call, olmoe: Path) -> None:
     done = call("bench", olmoe, *MEMORY, "--prompt-tokens", 9, "--new-tokens", 0, "--json")
     assert done.code == 0

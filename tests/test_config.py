@@ -99,6 +99,23 @@ def test_the_task_comes_from_everywhere(tmp_path: Path) -> None:
     assert load_config({"task": "code"}, file, {"RETINUE_TASK": "math_qa"}).task == "code"
 
 
+@pytest.mark.parametrize("text", ["0.3", 0.3])
+def test_fractions_come_from_everywhere(text: object, tmp_path: Path) -> None:
+    assert load_config({}, write(tmp_path, f"fetch-above: {text}\n"), {}).fetch_above == 0.3
+    assert load_config({}, environ={"RETINUE_FETCH_ABOVE": str(text)}).fetch_above == 0.3
+    assert load_config({"fetch_above": text}, environ={}).fetch_above == 0.3
+    with pytest.raises(UsageError, match="fetch_above has the wrong type"):
+        load_config({"fetch_above": "some"}, environ={})
+
+
+def test_a_limit_of_reads_is_a_size_a_second() -> None:
+    assert load_config({}, environ={}).read_bytes_per_s is None
+    assert load_config({}, environ={"RETINUE_READ_LIMIT": "300MB"}).read_bytes_per_s == 300 * 10**6
+    for wrong in ("0", "10%", "fast"):
+        with pytest.raises(UsageError):
+            load_config({"read_limit": wrong}, environ={})
+
+
 def test_file_may_write_dashes_numbers_and_lists(tmp_path: Path) -> None:
     text = "max-new-tokens: '7'\nmemory: 1073741824\nself-check: off\nstop: [a, 1]\ntop_p: 1\n"
     config = load_config({}, write(tmp_path, text), {})

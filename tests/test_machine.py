@@ -197,6 +197,12 @@ def checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+def test_a_disk_is_no_faster_than_its_limit() -> None:
+    speeds = Speeds(5.0, 7.0)
+    assert speeds.limited(None) == speeds.limited(6.0) == speeds
+    assert speeds.limited(2.0) == Speeds(2.0, 7.0)
+
+
 def test_speeds_are_remembered_until_measured_afresh(checkpoint: Path, tmp_path: Path) -> None:
     assert known_speeds(checkpoint) == Speeds(100.0, 7.0)
     assert known_speeds(checkpoint) == Speeds(100.0, 7.0)

@@ -206,7 +206,9 @@ def test_presets_are_what_they_say(name: str) -> None:
     assert made.predictor.needs <= set(SIGNALS)
     assert row.paper
     questions = [part.partition(":")[0] for part in row.parts]
-    assert questions == ["evict", "predict", "miss", "route", "place"][: 3 if row.exact else 5]
+    asked = 3 if row.exact else 5 + made.placement.periodic
+    assert questions == ["evict", "predict", "miss", "route", "place", "forecast"][:asked]
+    assert not made.placement.periodic or row.parts[5] == f"forecast: {made.forecaster}"
     answers = (made.evictor, made.predictor, made.miss, made.routing, made.placement)
     for part, answer in zip(row.parts, answers, strict=False):
         words = part.partition(": ")[2]

@@ -10,9 +10,10 @@ import pytest
 import models
 from retinue import LLM, PRESETS, DoesNotFit, Unsupported, UsageError
 from retinue.engine.request import new_request
-from retinue.errors import ReadError
+from retinue.errors import ReadError, Refused
 from retinue.memory.files import Reader
 from retinue.model.profiles import write_profile
+from retinue.policy.base import Running
 from retinue.policy.profile import Profile, TaskCounts
 
 APPROXIMATE = [name for name, row in PRESETS.items() if not row.exact]
@@ -46,6 +47,10 @@ def open_llm(folder: Path, profile: Path, preset: str, **settings: Any) -> LLM:
 
 def resident(llm: LLM, layer: int = 0) -> list[int]:
     return np.flatnonzero(llm.assembly.cache.slot_of[layer] >= 0).tolist()
+
+
+def running(*tasks: str | None) -> list[Running]:
+    return [Running(task, len(PROMPT), 12) for task in tasks]
 
 
 def answer(llm: LLM, count: int = 12, **settings: Any) -> Any:
@@ -125,12 +130,12 @@ def test_requests_of_several_tasks_share_the_slots(olmoe: Path, profile: Path) -
     with open_llm(olmoe, profile, "popular-by-task", experts="50%") as llm:
         residents = llm.assembly.residents
         assert residents is not None
-        residents.begin(["low", "high"])
+        residents.begin(running("low", "high"))
         assert resident(llm) == [0, 1, 6, 7]
         read = residents.bytes_read
-        residents.begin(["high", "low"])  # the same, whatever the order
+        residents.begin(running("high", "low"))  # the same, whatever the order
         assert residents.bytes_read == read
-        residents.begin(["high", "high", "high", "low"])
+        residents.begin(running("high", "high", "high", "low"))
         assert resident(llm) == [4, 5, 6, 7]
 
 
@@ -225,3 +230,75 @@ def test_the_counted_cost_is_the_decode_phases(olmoe: Path, profile: Path) -> No
             pass
         assert llm.stats(request).degraded_share == 0  # nothing was decoded
         assert request.costs.prefill.degraded_share > 0
+
+
+@pytest.mark.parametrize("setting", [{"period": 5}, {"forecaster": "running-mean"}])
+def test_what_a_preset_does_not_forecast_with_is_refused(
+    setting: dict[str, Any], olmoe: Path, profile: Path
+) -> None:
+    with pytest.raises(UsageError, match="forecasts nothing"):
+        open_llm(olmoe, profile, "popular", **setting)
+
+
+def test_an_unknown_forecaster_is_refused_with_the_known_ones(olmoe: Path, profile: Path) -> None:
+    with pytest.raises(UsageError, match="crystal") as caught:
+        open_llm(olmoe, profile, "emoe", forecaster="crystal")
+    assert "running-mean" in caught.value.hint
+
+
+def test_emoe_serves_by_what_its_forecaster_says(olmoe: Path, profile: Path) -> None:
+    with open_llm(olmoe, profile, "emoe", experts="50%", task="low", period=1) as llm:
+        assert resident(llm) == [0, 1, 2, 3]
+        answer(llm, task="high")
+        assert resident(llm) == [4, 5, 6, 7]
+        metrics = llm.assembly.metrics
+        assert metrics.refreshes == 1
+        assert metrics.refresh_bytes == metrics.total.prefill.bytes_read > 0
+
+
+@pytest.mark.parametrize("name", ["emoe-a", "emoe-l"])
+def test_a_learnt_forecaster_needs_its_predictor(name: str, olmoe: Path, profile: Path) -> None:
+    with pytest.raises(Refused, match=f"`{name}` has to be trained") as caught:
+        open_llm(olmoe, profile, "emoe", forecaster=name)
+    assert f"retinue train-predictor MODEL --data FILE --kind {name}" in caught.value.hint
+    assert caught.value.exit_code == 3
+
+
+@pytest.mark.parametrize("name", ["emoe-a", "emoe-l"])
+def test_what_ships_with_the_sample_forecasts_at_once(name: str) -> None:
+    settings = {"preset": "emoe", "forecaster": name, "period": 1, "experts": "40%"}
+    with LLM("sample", memory=models.MEMORY, threads=1, **settings) as llm:
+        for _ in range(2):
+            (found,) = llm.generate("A: Hi!", models.greedy(2), task="dialogue", progress=False)
+            assert 0 < found.stats.degraded_share < 1
+        assert llm.assembly.metrics.refreshes == 2
+
+
+def test_an_answer_is_served_by_what_its_own_prompt_used(olmoe: Path, profile: Path) -> None:
+    with pytest.raises(UsageError, match="looks at each prompt: `--period 5`"):
+        open_llm(olmoe, profile, "emoe", forecaster="own-prefill", period=5)
+    with open_llm(olmoe, profile, "emoe", forecaster="own-prefill", experts="50%") as llm:
+        sets = []
+        residents = llm.assembly.residents
+        assert residents is not None
+        place = llm.assembly.host.place
+
+        def noted(wanted: np.ndarray, popularity: np.ndarray) -> int:
+            sets.append(wanted.copy())
+            return place(wanted, popularity)
+
+        llm.assembly.host.place = noted  # type: ignore[method-assign]
+        told: list[np.ndarray] = []
+        observe = residents.observe
+
+        def watched(task: str | None, used: np.ndarray) -> None:
+            told.append(used)
+            observe(task, used)
+
+        llm.assembly.host.observe = watched
+        answer(llm, task="high")
+    (used,) = told
+    own = sets[-1]
+    assert (own != sets[0]).any()
+    kept, left = used[own].reshape(len(used), -1), used[~own].reshape(len(used), -1)
+    assert kept.sum() > left.sum()

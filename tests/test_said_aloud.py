@@ -13,6 +13,7 @@ from command import MEMORY, Call, caller
 from hub_fixtures import NAME, hub, repositories
 from hub_server import Hub
 from retinue.memory.machine import Speeds
+from retinue.policy.base import Running
 
 __all__ = ["hub", "repositories"]
 
@@ -123,9 +124,9 @@ def test_the_time_in_which_a_set_of_experts_is_loaded_counts(olmoe: Path) -> Non
     with models.open_llm(olmoe) as llm:
         begin = llm.assembly.host.begin
 
-        def slowly(tasks: Sequence[str | None]) -> int:
+        def slowly(running: Sequence[Running]) -> int:
             time.sleep(0.05)
-            return begin(tasks)
+            return begin(running)
 
         llm.assembly.host.begin = slowly
         (output,) = llm.generate([models.prompt_of(4)], models.greedy(4))

@@ -6,8 +6,11 @@ from fakes import BATCH, CHUNK, ask, finish, make
 from retinue.engine.cohort import Cohort
 from retinue.engine.engine import Engine
 from retinue.engine.request import Request, State
-from retinue.errors import ReadError, UsageError
-from retinue.types import BLOCK_TOKENS
+from retinue.errors import Overloaded, ReadError, UsageError
+from retinue.policy.base import Running
+from retinue.policy.order.emoe import Emoe
+from retinue.policy.order.estimate import Estimate
+from retinue.types import BLOCK_TOKENS, Deadline
 
 
 def queue(engine: Engine, *requests: Request) -> None:
@@ -124,8 +127,10 @@ def test_the_network_hears_of_the_work_before_each_pass() -> None:
     for request, task in zip(requests, ("math", None, "code"), strict=True):
         request.task = task
     finish(engine, *requests)
-    tasks = [["math", None], ["math", None], [None, "code"], [None, "code"]]
-    assert runner.host.tasks[:3] == tasks[:3]
+    first = [Running("math", 1, 2, new=True), Running(None, 1, 3, new=True)]
+    later = [Running("math", 1, 2), Running(None, 1, 3)]
+    third = [Running(None, 1, 3), Running("code", 1, 1, new=True)]
+    assert runner.host.running[:3] == [first, later, third]
 
 
 # --- sequences that are kept whole
@@ -233,3 +238,79 @@ def test_what_a_failure_may_have_spoilt_is_not_kept(own: bool, end: str) -> None
     assert request.state.value == end
     kept = end == "cancelled" and not own
     assert [parked.tokens for parked in engine.scheduler.parked] == [[1, 2, 3, 4]] * kept
+
+
+# --- who is refused
+
+
+def test_no_more_than_the_queue_wait() -> None:
+    engine, _ = make(queue=2)
+    queue(engine, ask([1], 2), ask([2], 2))
+    with pytest.raises(Overloaded, match="`2` requests") as caught:
+        engine.add(ask([3], 2))
+    assert caught.value.retry_after_s > 0
+    assert "--queue" in caught.value.hint
+    assert caught.value.exit_code == 3
+    engine.step()
+    queue(engine, last := ask([3], 2))
+    finish(engine)
+    assert last.token_ids == [4, 5]
+
+
+class Ticking:
+    """A clock that the network's passes move on by a second."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def tick(self) -> None:
+        self.now += 1.0
+
+
+def busy_engine() -> tuple[Engine, Ticking]:
+    """One that has learnt that every pass takes a second, and answers three requests."""
+    clock = Ticking()
+    engine, network = make(order=Emoe(Estimate()), clock=clock, blocks=200, context=64)
+    network.before = clock.tick
+    finish(engine, *(timed(clock, 1 + at % 3, 5) for at in range(30)))
+    queue(engine, *(timed(clock, 1, 5) for _ in range(3)))
+    engine.step()
+    return engine, clock
+
+
+def timed(clock: Ticking, prompt: int, count: int, first_s: float | None = None) -> Request:
+    request = ask([1] * prompt, count)
+    request.arrived = clock.now
+    request.deadline = None if first_s is None else Deadline(first_s)
+    return request
+
+
+def test_who_cannot_be_served_in_time_is_refused_at_once() -> None:
+    """A seat is free after four passes, and then comes the prompt's."""
+    engine, clock = busy_engine()
+    with pytest.raises(Overloaded, match="too much waits: the first token") as caught:
+        engine.add(timed(clock, 1, 5, 4.0))
+    assert 0 < caught.value.retry_after_s < 10
+    assert len(engine.scheduler.waiting) == 0
+    queue(engine, patient := timed(clock, 1, 5, 9.0), timed(clock, 1, 5))
+    finish(engine)
+    assert patient.in_time
+    assert patient.first_token_s == 5.0
+
+
+def test_times_are_those_of_the_clock() -> None:
+    clock = Ticking()
+    engine, network = make(clock=clock)
+    network.before = clock.tick
+    request, later = timed(clock, 9, 3), timed(clock, 4, 1)
+    engine.add(request)
+    for _ in range(3):
+        engine.step()
+    assert (request.first_token_s, request.longest_gap_s) == (3.0, 0.0)
+    later.arrived = clock.now
+    finish(engine, later)
+    # Before its last token, the other one's prompt was read.
+    assert request.longest_gap_s == 2.0
+    assert request.last_token_at == 6.0

@@ -1,11 +1,13 @@
 """Several streams at once: each one's last output comes, whoever ran the step that ended it."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 
 from models import greedy, open_llm, prompt_of
-from retinue import LLM
+from retinue import LLM, Deadline, Overloaded
+from retinue.policy.base import Job, Queues
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +51,39 @@ def test_a_stream_goes_on_after_another_one_was_interrupted_in_a_pass_of_both(
     *_, last = kept
     assert last.finish_reason == "length"
     assert last.token_ids == plain.token_ids
+    assert llm.assembly.engine.busy is False
+
+
+def test_more_prompts_than_may_wait_are_queued_as_others_run(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = llm.assembly.engine
+    few = replace(engine.limits, queue=2, batch=1)
+    monkeypatch.setattr(engine, "limits", few)
+    monkeypatch.setattr(engine.scheduler, "limits", few)
+    outputs = llm.generate([prompt_of(4, seed) for seed in range(6)], greedy(2), progress=False)
+    assert [len(output.token_ids) for output in outputs] == [2] * 6
+    streams = [llm.stream(prompt_of(4, seed), greedy(2)) for seed in range(6)]
+    assert [[*stream][-1].finish_reason for stream in streams] == ["length"] * 6
+
+
+def test_what_is_refused_is_raised_after_the_others_were_answered(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order = llm.assembly.engine.scheduler.order
+    seen: list[Job] = []
+
+    def refuse(job: Job, queues: Queues) -> float | None:
+        seen.append(job)
+        return 1.5 if len(seen) == 2 else None
+
+    monkeypatch.setattr(order, "refuse", refuse)
+    prompts = [prompt_of(4, seed) for seed in range(3)]
+    with pytest.raises(Overloaded) as caught:
+        llm.generate(prompts, greedy(2), deadline=Deadline(9.0), progress=False)
+    assert caught.value.retry_after_s == 1.5
+    assert [job.deadline for job in seen] == [Deadline(9.0)] * 3
+    assert [job.answered for job in seen] == [2, 0, 2]
     assert llm.assembly.engine.busy is False
 
 

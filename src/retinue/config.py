@@ -27,6 +27,8 @@ ENVIRONMENT_KEYS = (
     "fetch_above",
     "read_limit",
     "task",
+    "period",
+    "forecaster",
     "infer_task",
     "precision",
     "threads",
@@ -111,6 +113,14 @@ class Config:
     profile: str | None = _option(
         None, "what `retinue profile` wrote; default: what it remembered of this model", "FILE"
     )
+    period: int | None = _option(
+        None,
+        "prompts between two forecasts of presets that make them (default: the profile's)",
+        "P",
+    )
+    forecaster: str | None = _option(
+        None, "who forecasts for presets that ask (default: the preset's)", "NAME"
+    )
     order: str = _option(
         "emoe",
         "who goes first: emoe (by deadlines; without any, by arrival), shortest, fcfs",
@@ -164,17 +174,10 @@ class Config:
             )
         if self.order not in ORDERS:
             raise UsageError(f"unknown order: `{self.order}`", hint=f"one of {', '.join(ORDERS)}")
-        counts = (
-            "context",
-            "threads",
-            "kv_tokens",
-            "batch",
-            "chunk",
-            "queue",
-            "choices",
-            "max_prompt",
-        )
-        for name in counts:
+        for name in (
+            *("context", "threads", "kv_tokens", "batch", "chunk"),
+            *("queue", "choices", "max_prompt", "period"),
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name} is out of range: `{value}`", hint="1 or more")
@@ -275,15 +278,22 @@ def _coerce(key: str, kind: object, value: Any) -> Any:
             return _integer(value)
         if kind in (float, float | None):
             return float(value)
-        if key in ("keys", "routes"):
-            return _tasks(value)
         if key == "deadlines":
             return {str(task): _deadline(given) for task, given in value.items()}
+        if key in ("keys", "routes"):
+            return _tasks(value)
         if key == "stop":
             return (value,) if isinstance(value, str) else tuple(str(item) for item in value)
         return value if isinstance(value, (str, int)) else str(value)
     except (AttributeError, TypeError, ValueError) as error:
         raise UsageError(f"{key} has the wrong type: `{value}`") from error
+
+
+def _deadline(given: Any) -> Deadline:
+    """A deadline from a file: `{first_token_s: 2, between_tokens_s: 0.5}`."""
+    if isinstance(given, Deadline):
+        return given
+    return Deadline(**{str(key): float(value) for key, value in given.items()})
 
 
 def _tasks(value: Any) -> dict[str, dict[str, str]]:
@@ -293,13 +303,6 @@ def _tasks(value: Any) -> dict[str, dict[str, str]]:
         if given.keys() - {"task"} or not all(isinstance(task, str) for task in given.values()):
             raise ValueError(value)
     return found
-
-
-def _deadline(given: Any) -> Deadline:
-    """A deadline from a file: `{first_token_s: 2, between_tokens_s: 0.5}`."""
-    if isinstance(given, Deadline):
-        return given
-    return Deadline(**{str(key): float(value) for key, value in given.items()})
 
 
 def _integer(value: Any) -> int:

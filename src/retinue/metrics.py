@@ -81,17 +81,6 @@ class Costs:
 
 
 @dataclass(slots=True)
-class LayerCounters:
-    """What the routers of one layer asked for in one phase: as in `PhaseCounters`."""
-
-    hits: int = 0
-    pending: int = 0
-    misses: int = 0
-    routed_weight: float = 0.0
-    degraded_weight: float = 0.0
-
-
-@dataclass(slots=True)
 class Usage:
     """What the routers chose for one request, and how much of it others had to serve.
 
@@ -136,6 +125,17 @@ class Usage:
 
 
 @dataclass(slots=True)
+class LayerCounters:
+    """What the routers of one layer asked for in one phase: as in `PhaseCounters`."""
+
+    hits: int = 0
+    pending: int = 0
+    misses: int = 0
+    routed_weight: float = 0.0
+    degraded_weight: float = 0.0
+
+
+@dataclass(slots=True)
 class Metrics:
     """`now` counts the forward pass that runs, `total` all that succeeded.
 
@@ -146,6 +146,20 @@ class Metrics:
     total: Costs = field(default_factory=Costs)
     phase: Phase = "prefill"
     layers: dict[tuple[Phase, int], LayerCounters] = field(default_factory=dict)
+    refreshes: int = 0  # times that the resident set was chosen anew, without the first
+    refresh_s: float = 0.0  # what that took, forecasts and reads included
+    refresh_bytes: int = 0
+    _tasks: dict[str | None, Usage] = field(default_factory=dict)
+
+    @property
+    def tasks(self) -> Mapping[str | None, Usage]:
+        """What the routers chose and what was degraded, by task and layer, since the start."""
+        return MappingProxyType(self._tasks)
+
+    def account(self, task: str | None, usage: Usage) -> None:
+        """Count what a pass that succeeded did for a request of `task`."""
+        before = self._tasks.get(task)
+        self._tasks[task] = usage if before is None else before.plus(usage)
 
     def count(self, layer: int, hits: int, pending: int = 0, misses: int = 0) -> None:
         """Count what one layer of the running pass looked up."""
@@ -165,18 +179,6 @@ class Metrics:
         if key not in self.layers:
             self.layers[key] = LayerCounters()
         return self.layers[key]
-
-    _tasks: dict[str | None, Usage] = field(default_factory=dict)
-
-    @property
-    def tasks(self) -> Mapping[str | None, Usage]:
-        """What the routers chose and what was degraded, by task and layer, since the start."""
-        return MappingProxyType(self._tasks)
-
-    def account(self, task: str | None, usage: Usage) -> None:
-        """Count what a pass that succeeded did for a request of `task`."""
-        before = self._tasks.get(task)
-        self._tasks[task] = usage if before is None else before.plus(usage)
 
     def begin(self, phase: Phase) -> PhaseCounters:
         """A pass of `phase` starts; returns its counters."""

@@ -3,7 +3,7 @@
 import importlib
 import os
 import sys
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, ArgumentTypeError, BooleanOptionalAction, Namespace
 from collections.abc import Sequence
 
 from retinue import __version__
@@ -46,6 +46,7 @@ def build_parser() -> ArgumentParser:
     _add_profile(verbs)
     _add_train_predictor(verbs)
     _add_eval(verbs)
+    _add_reproduce(verbs)
     new_verb(verbs, "presets", "every preset with its source and parts", "retinue presets --json")
     new_verb(verbs, "list", "the models in the hub's cache", "retinue list --json")
     _add_rm(verbs)
@@ -103,7 +104,7 @@ def _add_doctor(verbs: object) -> None:
     doctor.add_argument(
         "--verify", action="store_true", help="read all of a pack and compare its checksums"
     )
-    unused = ("task", "profile", "fetch_above", "read_limit")
+    unused = ("task", "profile", "period", "forecaster", "fetch_above", "read_limit")
     add_config_options(doctor, tuple(name for name in ENGINE if name not in unused))
 
 
@@ -163,15 +164,52 @@ def _add_profile(verbs: object) -> None:
     profile = new_verb(
         verbs,
         "profile",
-        "per task: which experts it uses; remembered for the presets that ask",
+        "per task: which experts it uses, where wrong routing hurts, how long its answers are; what"
+        " a pass costs here; remembered for the presets that ask",
         "retinue profile ./OLMoE-1B-7B --data tasks.jsonl --per-task 20",
     )
     _add_texts(profile)
     profile.add_argument("--out", metavar="FILE", help="write there, not to the cache folder")
     profile.add_argument("--merge", metavar="FILE", help="a profile whose counts are added")
+    profile.add_argument(
+        "--sensitivity",
+        type=_number_or_off,
+        default=2,
+        metavar="N",
+        help="texts of each task that run with random routing, up to eight times each, or `off`"
+        " (default: 2)",
+    )
+    profile.add_argument(
+        "--insensitive-above",
+        type=float,
+        default=0.85,
+        metavar="SHARE",
+        help="layers count as insensitive while this share of next tokens stays the same under"
+        " random routing (default: 0.85)",
+    )
+    profile.add_argument(
+        "--answers",
+        type=_number_or_off,
+        default=2,
+        metavar="N",
+        help="texts of each task that are answered to see how long answers are, or `off`; where"
+        " the model does not end most of them the texts' own continuations count (default: 2)",
+    )
+    profile.add_argument(
+        "--costs",
+        action=BooleanOptionalAction,
+        default=True,
+        help="measure what a pass, a token and the read of an expert cost here",
+    )
     add_config_options(
         profile, ("memory", "experts", "context", "precision", "threads", "self_check")
     )
+
+
+def _number_or_off(text: str) -> int:
+    if text != "off" and not text.isdecimal():
+        raise ArgumentTypeError(f"`{text}` is neither a number nor `off`")
+    return 0 if text == "off" else int(text)
 
 
 def _add_train_predictor(verbs: object) -> None:
@@ -207,6 +245,25 @@ def _add_eval(verbs: object) -> None:
     # One text after the other, each with its own task.
     unused = ("task", "batch", "kv_tokens")
     add_config_options(evaluation, tuple(name for name in ENGINE if name not in unused))
+
+
+def _add_reproduce(verbs: object) -> None:
+    reproduction = new_verb(
+        verbs,
+        "reproduce",
+        "a paper's evaluation on this model: a page with plots, and JSON; resumed",
+        "retinue reproduce emoe sample --out emoe-report --quick",
+    )
+    reproduction.add_argument("name", metavar="NAME", help="the paper: emoe (2503.06823)")
+    _add_texts(reproduction)
+    reproduction.add_argument(
+        "--out", metavar="DIR", help="for the report and what was measured (default: retinue-NAME)"
+    )
+    reproduction.add_argument("--only", metavar="NAMES", help="experiments, with commas between")
+    reproduction.add_argument("--quick", action="store_true", help="fewer texts, shares, repeats")
+    reproduction.add_argument("--fresh", action="store_true", help="measure again what is there")
+    names = ("memory", "context", "profile", "precision", "threads", "self_check")
+    add_config_options(reproduction, names)
 
 
 def _add_texts(parser: ArgumentParser) -> None:

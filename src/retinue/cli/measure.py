@@ -32,7 +32,7 @@ def measured(options: Namespace, config: Config) -> Iterator[tuple[Assembly, lis
     texts = read_texts(data, options.per_task)
     folder = locate(options.model, note)
     facts = survey(folder, config.precision)
-    ids = as_ids(texts, _encoder(folder, texts), facts.vocab_size)
+    ids = as_ids(texts, encoder(folder, texts), facts.vocab_size)
     if config.context is None:
         longest = max(len(text.ids) for text in ids)
         config = replace(config, context=min(longest, facts.max_context, config.chunk))
@@ -88,7 +88,11 @@ def byte_bar() -> Iterator[Callable[[int, int], Any]]:
         yield advance
 
 
-def _encoder(folder: Path, texts: list[TaskText]) -> Callable[[str, bool], list[int]]:
+def encoder(folder: Path, texts: list[TaskText]) -> Callable[[str, bool], list[int]]:
+    """What turns texts into ids: the tokenizer in `folder`; its own tokens only where asked for.
+
+    Raises UsageError where there is none and `texts` are not ids already.
+    """
     tokenizer = load_tokenizer(folder)
     words = any(
         isinstance(part, str) for text in texts for part in (text.prompt, text.continuation)

@@ -12,7 +12,7 @@ MODEL_HELP = (
 )
 ROOM = ("memory", "experts", "context", "kv_tokens", "chunk", "batch")
 ENGINE = (
-    *(*ROOM, "preset", "fetch_above", "task", "profile"),
+    *(*ROOM, "preset", "fetch_above", "task", "profile", "period", "forecaster"),
     *("precision", "threads", "read_limit", "self_check", "eager"),
 )
 QUEUE = ("order", "first_token_deadline", "token_deadline", "queue")

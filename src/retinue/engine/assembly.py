@@ -12,7 +12,7 @@ from retinue.engine.cohort import Cohort
 from retinue.engine.engine import Engine
 from retinue.engine.ordering import order_of
 from retinue.engine.reserve import Reserved
-from retinue.engine.residents import Residents, known_beforehand
+from retinue.engine.residents import Beforehand, Residents, known_beforehand, residents_of
 from retinue.engine.scheduler import Limits, Scheduler
 from retinue.memory.budget import Split
 from retinue.memory.cache import ExpertCache
@@ -37,7 +37,6 @@ from retinue.model.survey import survey_abilities
 from retinue.policy.base import Order, Policies
 from retinue.policy.classify.classifiers import Classifier, classifier
 from retinue.policy.presets import Preset
-from retinue.policy.profile import Profile
 from retinue.types import BLOCK_TOKENS, Facts
 
 BLIND = "no look-ahead: some routers of this model cannot be asked"
@@ -88,7 +87,7 @@ def assemble(reserved: Reserved) -> Assembly:
     use_threads(threads)
     with ExitStack() as undo:
         undo.callback(reserved.release)
-        known = known_beforehand(folder, facts, policies.placement, config)
+        known = known_beforehand(folder, facts, policies, config)
         network = build(open_checkpoint(folder), config.precision)
         network.model.set_experts_implementation(IMPLEMENTATION)
         abilities = survey_abilities(network)
@@ -104,14 +103,14 @@ def assemble(reserved: Reserved) -> Assembly:
         if facts.plain_bytes and host.cache.holds_everything and not policies.placement.fixed:
             host.cache.place(network.experts.there)  # encoded once, here, and not while it answers
         store = _store(network, limits, abilities)
-        order = order_of(config, facts, known, policies.placement, host.cache)
+        order = order_of(config, facts, known.profile, policies.placement, host.cache)
         scheduler = _scheduler(facts, limits, config, abilities, store, order)
         steps = None if config.eager else _steps(network, host, store, abilities, notes)
         runner = Runner(network, host, mover, metrics, store, steps)
         engine = Engine(runner, scheduler, facts.vocab_size, end_tokens(network))
         tokenizer = load_tokenizer(folder)
         residents = _residents(host, policies, known, network, config)
-        by_task = known if policies.placement.by_task else None
+        by_task = known.profile if policies.placement.by_task else None
         infers = classifier(config.infer_task, by_task, tokenizer and tokenizer.decode)
         undo.pop_all()
     notes += [reader.note] if reader.note else []
@@ -206,11 +205,11 @@ def _host(
 
 
 def _residents(
-    host: ExpertHost, policies: Policies, known: Profile | None, network: Network, config: Config
+    host: ExpertHost, policies: Policies, known: Beforehand, network: Network, config: Config
 ) -> Residents | None:
     """The set that stays, loaded and serving, if the preset has one."""
     if not policies.placement.fixed:
         return None
-    residents = Residents(host, policies.placement, known, network.experts.there)
+    residents = residents_of(host, policies.placement, known, network.experts.there, config)
     residents.start(config.task)
     return residents

@@ -14,6 +14,7 @@ from retinue.errors import Cancelled, RetinueError, UsageError
 from retinue.metrics import PhaseCounters
 from retinue.model.experts import ExpertHost
 from retinue.model.kv import Segment, Sequence
+from retinue.policy.base import Running
 from retinue.types import FinishReason, Phase, SamplingParams
 
 Part = tuple[Request, Segment]
@@ -144,7 +145,7 @@ class Engine:
         host.stop = lambda: all(request.cancelled.is_set() for request in requests)
         try:
             started = self.scheduler.clock()
-            read = host.begin([request.task for request in self.scheduler.running])
+            read = self._begin()
             begun_s = self.scheduler.clock() - started
             logits, counters = self._runner.run([segment for _, segment in parts], phase)
             self.scheduler.passed(phase, counters, read, begun_s)
@@ -165,9 +166,7 @@ class Engine:
                     self._end(request, State.FAILED)
             raise
         else:
-            for request, usage in zip(requests, host.accounts.usages, strict=False):
-                request.usage = usage if request.usage is None else request.usage.plus(usage)
-                host.metrics.account(request.task, usage)
+            self._account(requests)
             for row, (request, segment) in enumerate(parts):
                 count = len(segment.tokens)
                 request.costs.of(phase).add(counters, tokens=count)
@@ -176,11 +175,28 @@ class Engine:
             return counters
         return None
 
+    def _begin(self) -> int:
+        """Say what runs next; returns the bytes that were read for it."""
+        running = self.scheduler.running
+        read = self._runner.host.begin([_running(each) for each in running])
+        for each in running:
+            each.begun = True
+        return read
+
+    def _account(self, requests: list[Request]) -> None:
+        """Keep what the routers chose for `requests` in the pass that succeeded."""
+        host = self._runner.host
+        for request, usage in zip(requests, host.accounts.usages, strict=False):
+            request.usage = usage if request.usage is None else request.usage.plus(usage)
+            host.metrics.account(request.task, usage)
+
     def _advance(self, request: Request, logits: torch.Tensor) -> None:
         if request.done < len(request.prompt):
             return
         if request.state is State.PREFILL:
             request.state = State.DECODE
+            if request.usage is not None:
+                self._runner.host.observe(request.task, request.usage.used)
             self.scheduler.share(request)
         self._accept(request, logits)
 
@@ -228,6 +244,12 @@ ENDED_BY: dict[State, FinishReason] = {State.CANCELLED: "cancelled", State.FAILE
 def _is_lost(request: Request) -> bool:
     """Whether a pass that stopped in its middle has damaged a cache of the model's own."""
     return request.sequence is not None and request.sequence.own is not None
+
+
+def _running(request: Request) -> Running:
+    """What is known of `request` before a pass."""
+    limit = request.params.max_new_tokens
+    return Running(request.task, len(request.prompt), limit, new=not request.begun)
 
 
 def _segment(request: Request, tokens: list[int]) -> Segment:

@@ -16,7 +16,7 @@ from retinue.engine.replay import Replay
 from retinue.engine.tasks import TaskIds
 from retinue.metrics import Usage
 from retinue.model.scoring import Scored, Scorer
-from retinue.policy.profile import Profile, TaskCounts
+from retinue.policy.base import Running
 from retinue.types import IntArray
 
 
@@ -132,30 +132,6 @@ def evaluate(
     return Evaluation(tasks, _compare(scored, plain, cost.degraded_share), cost)
 
 
-def make_profile(
-    assembly: Assembly, texts: Sequence[TaskIds], advance: Callable[[], object]
-) -> Profile:
-    """Count the routing of `texts`, prompts and continuations, by task.
-
-    Raises what `evaluate` raises.
-    """
-    facts, scorer = assembly.facts, _scorer(assembly)
-    shape = (facts.layers, facts.experts_per_layer)
-    profile = Profile(facts.name, *shape, facts.top_k, {})
-    with scorer.recording(next_scores=False) as routing:
-        for text in texts:
-            scorer.score(text.ids, 1)
-            choices, weight = np.zeros(shape, np.int64), np.zeros(shape, np.float32)
-            for layer in routing:
-                valid = layer.experts < shape[1]
-                np.add.at(choices[layer.layer], layer.experts[valid], 1)
-                np.add.at(weight[layer.layer], layer.experts[valid], layer.weights[valid])
-            counts = TaskCounts(1, len(text.ids), choices, weight)
-            profile = profile.plus(Profile(facts.name, *shape, facts.top_k, {text.task: counts}))
-            advance()
-    return profile
-
-
 def _scorer(assembly: Assembly) -> Scorer:
     return Scorer(assembly.network, assembly.host, assembly.mover, assembly.metrics)
 
@@ -199,17 +175,23 @@ def _restricted(
 ) -> tuple[list[Scored], Cost]:
     residents = assembly.residents
     assert residents is not None
-    residents.begin([texts[0].task])  # the first placement is not the pass's
+    residents.begin([_running(texts[0], new=False)])  # the first placement is not the pass's
     before = residents.bytes_read
     scored, used = [], dict[str, Usage]()
     for text in texts:
-        residents.begin([text.task])
+        residents.begin([_running(text, new=True)])
         scored.append(_score(scorer, text, advance))
         (usage,) = assembly.host.accounts.usages
+        residents.observe(text.task, usage.used)
         used[text.task] = used[text.task].plus(usage) if text.task in used else usage
     counters = scorer.costs
     read = residents.bytes_read - before + counters.fetched_bytes
     return scored, Cost(counters.missed, counters.fetched, read, used)
+
+
+def _running(text: TaskIds, *, new: bool) -> Running:
+    """A text as a request: its continuation is the answer."""
+    return Running(text.task, len(text.ids) - text.scored, text.scored, new=new)
 
 
 def _compare(scored: Sequence[Scored], plain: Sequence[Scored], degraded: float) -> TaskScore:

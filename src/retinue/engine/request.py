@@ -57,6 +57,7 @@ class Request:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     done: int = 0  # tokens of prompt and answer whose keys and values are computed
     reused: int = 0  # of those, computed for another request
+    begun: bool = False  # whether it was counted among those that run
     table: Table | None = None
     sequence: "Sequence | None" = None
     costs: Costs = field(default_factory=Costs)

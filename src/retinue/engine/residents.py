@@ -1,110 +1,190 @@
-"""Keeps the experts of a fixed placement in memory, and changes them with the tasks that run.
+"""Keeps the experts of a placement in memory, and changes them with what runs and what is forecast.
 
-It is asked before every step and acts when the tasks are others than before. Nothing else loads
-or evicts while its preset restricts the routers.
+It is asked before every step. When other requests run than before, their set is placed; every
+`period` prompts the forecaster is asked anew (eMoE, arXiv 2503.06823, section 4.1), and earlier
+where prompts are served clearly worse than it said. The first set comes from the profile and is
+within the budget, where the paper begins with everything loaded. Only what a new set lacks is
+read. Nothing else loads or evicts while a preset restricts routers.
 """
 
 import logging
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from retinue.config import Config
+from retinue.engine.tables import Tables
 from retinue.errors import UsageError
 from retinue.model.experts import ExpertHost
+from retinue.model.predictors import find_predictor
 from retinue.model.profiles import find_profile
-from retinue.policy.base import BoolArray, Placement, Popularity
-from retinue.policy.place.even import even_rooms
+from retinue.policy.base import BoolArray, Forecaster, Placement, Policies, Running, Stock
+from retinue.policy.place.drift import EARLIEST, Drift
+from retinue.policy.predict.forecasters import LEARNED, forecaster
+from retinue.policy.predict.own_prefill import OwnPrefill
 from retinue.policy.profile import Profile
-from retinue.types import Facts
+from retinue.types import Facts, FloatArray
 
 log = logging.getLogger("retinue")
 
+PERIOD = 40  # prompts between two refreshes where the profile says nothing, as in the paper
 
-def known_beforehand(
-    folder: Path, facts: Facts, placement: Placement, config: Config
-) -> Profile | None:
-    """The profile that `placement` needs, before anything is loaded.
 
-    Raises Unsupported where there is no profile, UsageError for one that is damaged, another
-    model's, or read by nobody.
+@dataclass(frozen=True, slots=True)
+class Beforehand:
+    """What a placement goes by: what was learnt of the model, and who forecasts."""
+
+    profile: Profile | None = None
+    forecaster: Forecaster | None = None
+
+
+def known_beforehand(folder: Path, facts: Facts, policies: Policies, config: Config) -> Beforehand:
+    """The profile and the forecaster that the policies need, before anything is loaded.
+
+    Raises Refused where there is no profile, or no predictor for a forecaster that is learnt;
+    UsageError for one that is damaged, another model's, or read by nobody, for an unknown
+    forecaster, and for other settings that the preset does not use.
     """
-    if placement.needs_profile:
-        return find_profile(folder, facts, config.profile)
+    if not policies.placement.periodic:
+        for name in ("period", "forecaster"):
+            if (value := getattr(config, name)) is not None:
+                raise UsageError(
+                    f"the preset `{config.preset}` forecasts nothing: `--{name} {value}`",
+                    hint=f"leave `--{name}` out, or use `--preset emoe`",
+                )
+    if policies.placement.needs_profile:
+        profile = find_profile(folder, facts, config.profile)
+        if not policies.placement.periodic:
+            return Beforehand(profile)
+        name = config.forecaster or policies.forecaster
+        learned = find_predictor(folder, facts) if name in LEARNED else None
+        made = forecaster(name, profile, learned)
+        if isinstance(made, OwnPrefill) and config.period is not None:
+            raise UsageError(
+                f"`--forecaster {name}` looks at each prompt: `--period {config.period}`",
+                hint="leave `--period` out",
+            )
+        return Beforehand(profile, made)
     if config.profile is not None:
         raise UsageError(
             f"the preset `{config.preset}` reads no profile: `{config.profile}`",
             hint="leave `--profile` out, or use a preset that does, such as `popular`",
         )
-    return None
+    return Beforehand()
+
+
+def residents_of(
+    host: ExpertHost, placement: Placement, known: Beforehand, there: BoolArray, config: Config
+) -> "Residents":
+    """The set of a preset that has one; `there` [layers, experts]: which experts the model has."""
+    period = config.period or (known.profile.period if known.profile else None) or PERIOD
+    tables = Tables((there.shape[0], there.shape[1]), known.profile, known.forecaster)
+    return Residents(host, placement, tables, there, period)
 
 
 class Residents:
-    """The placement of one model; `there` [layers, experts] says which experts it has."""
+    """The placement of one model. `period` is how many prompts a table of forecasts serves."""
 
     def __init__(
         self,
         host: ExpertHost,
         placement: Placement,
-        known: Profile | None,
+        tables: Tables,
         there: BoolArray,
+        period: int = PERIOD,
     ) -> None:
-        self._host, self._placement = host, placement
-        self._known: Popularity = known if known is not None else _Nothing()
-        self._names = frozenset(known.tasks) if known is not None else frozenset()
-        self._there = there
-        self._rooms = even_rooms(host.cache.slots, self._there)
-        self._tasks: tuple[str | None, ...] | None = None
+        self._host, self._placement, self._tables = host, placement, tables
+        self._there, self._period = there, period
+        self._since = 0  # prompts since the forecaster was asked
+        self._drift = Drift()
+        self._placed: list[Running] | None = None  # what the set was placed for
         self._said: set[str | None] = set()
         self.bytes_read = 0  # by all changes
 
     def start(self, task: str | None) -> None:
         """Load the first set, and let it serve from now on."""
-        self._change((task,))
+        running = [Running(task, prompt_tokens=1)]
+        self._change(running, self._key(running))
         assert self._host.restriction is not None
         self._host.restriction.active = True
-        self._host.begin = self.begin
+        self._host.begin, self._host.observe = self.begin, self.observe
 
-    def begin(self, tasks: Sequence[str | None]) -> int:
-        """Requests of `tasks`, one each, run next: load their set where it is another.
+    def begin(self, running: Sequence[Running]) -> int:
+        """These requests run next: load their set where it is another.
 
         Returns the bytes read. Raises the error of a read that failed.
         """
-        wanted = tuple(sorted(tasks, key=str)) if self._placement.by_task else ()
-        for task in set(wanted) - self._said - self._names:
-            self._said.add(task)
-            what = "no task was given" if task is None else f"the profile has no task `{task}`"
-            log.warning("%s: the popularity of all tasks together decides", what)
-        if self._tasks == wanted:
-            return 0
-        before = self.bytes_read
-        self._change(wanted)
+        started, before = time.perf_counter(), self.bytes_read
+        fresh = sum(request.new for request in running)
+        due = fresh > 0 and self._due
+        key = self._key(running)
+        if key != self._placed or due:
+            self._name_unknown(running)
+            if due:
+                self._tables.renew()
+                self._drift.reset()
+                self._since = 0
+            self._change(running, key)
+            metrics = self._host.metrics
+            metrics.refreshes += 1
+            metrics.refresh_bytes += self.bytes_read - before
+            metrics.refresh_s += time.perf_counter() - started
+        self._since += fresh
         return self.bytes_read - before
+
+    def observe(self, task: str | None, used: FloatArray) -> None:
+        """A prompt of `task` was read; `used` [layers, experts] is what its own routers chose."""
+        self._drift.observe(self._tables.shares(task), used, self._host.cache.slot_of >= 0)
+        self._tables.observe(task, used)
+        if self._tables.own:
+            self._placed = None  # its answer has a set of its own
+
+    @property
+    def _due(self) -> bool:
+        """Whether the forecaster is to be asked anew before the next prompt."""
+        if not self._placement.periodic:
+            return False
+        if self._tables.own:
+            return True
+        early = self._drift.due and self._since * EARLIEST >= self._period
+        return early or self._since >= self._period
 
     @contextmanager
     def away(self) -> Iterator[None]:
         """Within, the plain model runs and use decides what stays; afterwards `begin` loads."""
         assert self._host.restriction is not None
         self._host.restriction.active = False
-        self._tasks = None
+        self._placed = None
         try:
             yield
         finally:
             self._host.restriction.active = True
 
-    def _change(self, tasks: tuple[str | None, ...]) -> None:
-        self._tasks = None  # should a read fail, the next step tries again
-        wanted = self._placement.place(self._rooms, self._there, tasks, self._known)
-        known = [self._known.shares(task) for task in tasks or (None,)]
+    def _key(self, running: Sequence[Running]) -> list[Running]:
+        """What decides: the requests in any order, if the placement asks for them."""
+        if not self._placement.by_task:
+            return []
+        each = [replace(request, new=False) for request in running]
+        return sorted(each, key=lambda one: (str(one.task), one.prompt_tokens, one.answer_tokens))
+
+    def _change(self, running: Sequence[Running], key: list[Running]) -> None:
+        self._placed = None  # should a read fail, the next step tries again
+        cache = self._host.cache
+        stock = Stock(cache.slots, cache.top_k, self._there, cache.slot_of >= 0)
+        wanted = self._placement.place(stock, running, self._tables)
+        known = [self._tables.shares(request.task) for request in running or (Running(None),)]
         self.bytes_read += self._host.place(wanted, np.mean(known, axis=0))
-        self._tasks = tasks if self._placement.by_task else ()
+        self._placed = key
 
-
-class _Nothing:
-    """No profile: every expert is as popular as any other."""
-
-    def shares(self, task: str | None) -> npt.NDArray[np.float64]:
-        return np.zeros((1, 1))
+    def _name_unknown(self, running: Sequence[Running]) -> None:
+        """Say once of each task that the profile does not know it."""
+        if not self._placement.by_task:
+            return
+        for task in {request.task for request in running} - self._said - self._tables.names:
+            self._said.add(task)
+            what = "no task was given" if task is None else f"the profile has no task `{task}`"
+            log.warning("%s: the popularity of all tasks together decides", what)

@@ -191,7 +191,8 @@ class ExpertCache:
     def let_go(self, layer: int, experts: IntArray) -> IntArray:
         """Evict those of `experts` that are READY and not pinned; returns them."""
         slots = self.slot_of[layer, experts]
-        idle = experts[(slots >= 0) & (self._pins[layer, experts] == 0)]
+        free = (slots >= 0) & (self._pins[layer, experts] == 0)
+        idle = np.asarray(experts[free], dtype=np.int64)
         for slot in self.slot_of[layer, idle].tolist():
             self._evict(slot)
         return idle

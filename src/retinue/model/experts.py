@@ -26,7 +26,7 @@ from retinue.model.kernels import ExpertKernel
 from retinue.model.restriction import Restriction
 from retinue.model.routing import Router
 from retinue.model.work import NativeWork, Work
-from retinue.policy.base import Ahead, BoolArray, Choice, Policies
+from retinue.policy.base import Ahead, BoolArray, Choice, Policies, Running
 from retinue.policy.miss.book import Books, Served, Shares
 from retinue.types import Demand, FloatArray, IntArray, Phase
 
@@ -41,7 +41,8 @@ WAIT_S = 0.1  # how often a stalled layer looks whether its request was cancelle
 class ExpertHost:
     """Runs the experts of one model out of one cache. `stop` is asked once a layer and in waits.
 
-    `begin` is told the tasks of the requests that run, before a step; returns bytes it read.
+    `begin` is told of the requests that run, before a step; returns the bytes that it read.
+    `observe` is told what a prompt used when it is done: its task, [layers, experts] of weight.
     `restriction` stands between the routers and an approximate preset's routing; while it is
     active, `books` say who serves and what is fetched. Raises Unsupported where the routers do not
     obey it. `accounts` say what the last pass was for each of its requests.
@@ -60,7 +61,8 @@ class ExpertHost:
         self.cache, self.metrics = cache, metrics
         self.kernels = kernels or {}
         self.stop: Callable[[], bool] = lambda: False
-        self.begin: Callable[[Sequence[str | None]], int] = lambda tasks: 0
+        self.begin: Callable[[Sequence[Running]], int] = lambda running: 0
+        self.observe: Callable[[str | None, FloatArray], None] = lambda task, used: None
         self.watch: Watch | None = None
         self.last_missed = np.full_like(cache.last_used, -1)  # step, when it was asked for
         self.restriction: Restriction | None = None
@@ -140,7 +142,8 @@ class ExpertHost:
         if self.restriction is not None:
             self.restriction.close()
         self.watch = None
-        self.begin = lambda tasks: 0
+        self.begin = lambda running: 0
+        self.observe = lambda task, used: None
         self.stop = lambda: False
 
     def run(

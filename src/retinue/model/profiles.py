@@ -20,6 +20,11 @@ def default_profile(folder: Path) -> Path:
     return cache_folder() / f"profile-{fingerprint(folder)}.json"
 
 
+def learnt_profile(folder: Path) -> Path:
+    """Where what requests taught of the checkpoint in `folder` is remembered, beside that."""
+    return cache_folder() / f"learnt-{fingerprint(folder)}.json"
+
+
 def find_profile(folder: Path, facts: Facts, file: str | None) -> Profile:
     """The profile in `file`, or else what is remembered of the checkpoint or ships with it.
 

@@ -154,20 +154,56 @@ class Forecaster(Popularity, Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A request whose passes come next: its task, and its length in tokens.
+
+    `answer_tokens` is how long its answer may become at most, 0 if that is not known. `new` says
+    that it has had no pass yet.
+    """
+
+    task: str | None
+    prompt_tokens: int = 0
+    answer_tokens: int = 0
+    new: bool = False
+
+
+class Known(Popularity, Protocol):
+    """What placements may know of tasks; None or an unknown task stands for all of them."""
+
+    def sensitive(self, task: str | None) -> BoolArray:
+        """In which layers it matters to the task which expert serves: `[layers]`."""
+        ...
+
+    def answer_tokens(self, task: str | None) -> float:
+        """How long the task's answers are on average; 0 if that is not known."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Stock:
+    """What a placement disposes of; arrays are `[layers, experts]`, never write."""
+
+    slots: int
+    top_k: int  # as many experts must stay in each layer, or all that it has
+    there: BoolArray  # which experts the model has
+    resident: BoolArray  # which of them are placed now; none at the start
+
+
 class Placement(Protocol):
-    """Which experts stay in memory. `fixed` says that they leave only when it says so."""
+    """Which experts stay in memory. `fixed` says that they leave only when it says so.
+
+    `by_task` says that the answer depends on what runs, `periodic` that it is asked anew every
+    so many prompts, with what a forecaster then says in place of the profile.
+    """
 
     fixed: bool
     needs_profile: bool
     by_task: bool
+    periodic: bool
 
-    def place(
-        self, rooms: IntArray, there: BoolArray, tasks: Sequence[str | None], known: Popularity
-    ) -> BoolArray:
-        """`[layers, experts]`: at most `rooms[layer]` experts of those that are `there`.
-
-        tasks: of the requests that will run next, one for each request.
-        """
+    def place(self, stock: Stock, running: Sequence[Running], known: Known) -> BoolArray:
+        """`[layers, experts]`: at most `stock.slots` experts, for the requests that run next."""
         ...
 
 
@@ -292,12 +328,11 @@ class NoPlacement:
     fixed = False
     needs_profile = False
     by_task = False
+    periodic = False
 
-    def place(
-        self, rooms: IntArray, there: BoolArray, tasks: Sequence[str | None], known: Popularity
-    ) -> BoolArray:
+    def place(self, stock: Stock, running: Sequence[Running], known: Known) -> BoolArray:
         """Nothing is loaded beforehand."""
-        return np.zeros_like(there)
+        return np.zeros_like(stock.there)
 
 
 @dataclass(frozen=True, slots=True)
@@ -313,6 +348,7 @@ class Policies:
     miss: MissHandler
     routing: Routing = field(default_factory=OwnRouting)
     placement: Placement = field(default_factory=NoPlacement)
+    forecaster: str = "popularity"  # whom a periodic placement asks, by its name
     fetch_above: float = 1.0
 
     @property

@@ -8,7 +8,9 @@ from dataclasses import asdict, dataclass, field
 from itertools import accumulate
 from typing import Any
 
-EXACT_LENGTHS = 100  # answers of up to so many tokens are counted exactly, longer ones to 1 %
+EXACT_LENGTHS = (
+    100  # answers of up to so many tokens are counted exactly, longer ones to two digits
+)
 
 Counts = Mapping[int, int]
 

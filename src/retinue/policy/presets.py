@@ -1,7 +1,7 @@
 """Every preset: a named combination of policies, with its source and how we deviate from it."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from retinue.errors import UsageError
@@ -10,6 +10,7 @@ from retinue.policy.evict.pace import Pace
 from retinue.policy.evict.recency import Recency
 from retinue.policy.miss.fetch import FetchAll
 from retinue.policy.place.chance import Chance
+from retinue.policy.place.emoe import Emoe
 from retinue.policy.place.popular import Popular, PopularByTask
 from retinue.policy.predict.next_gate import NextGate
 from retinue.policy.predict.whole_layer import WholeLayer
@@ -91,6 +92,17 @@ PRESETS = {
             f"{_RULE}; popularity is the profile's, not a predictor's; requests of several tasks"
             " that run at once share the slots by the sum of their tasks' shares",
             lambda: _rerouted(PopularByTask()),
+        ),
+        Preset(
+            "emoe",
+            False,
+            "eMoE, 2503.06823",
+            (*_REROUTED, "place: emoe", "forecast: running-mean"),
+            f"{_RULE}; starts with the profile's most popular experts instead of all; a set changes"
+            " between steps, so that no layer waits for another one's reads; forecasts by a running"
+            " mean of the task's prompts, which serves as well or better (`--forecaster emoe-a` and"
+            " `emoe-l` are the paper's)",
+            lambda: replace(_rerouted(Emoe()), forecaster="running-mean"),
         ),
         Preset(
             "random",

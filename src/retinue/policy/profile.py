@@ -29,9 +29,10 @@ from retinue.policy.measured import (
     sensitivity_dict,
     sensitivity_from,
 )
+from retinue.policy.transitions import Transitions, transitions_dict, transitions_from
 from retinue.types import FloatArray, IntArray
 
-Part = TypeVar("Part", Sensitivity, Periods)
+Part = TypeVar("Part", Sensitivity, Periods, Transitions)
 FORMAT, VERSION = "retinue-profile", 1
 WORDS = 1000  # token ids of prompts that a task keeps, the most frequent ones
 
@@ -54,6 +55,7 @@ class TaskCounts:
     answers: Counts = field(default_factory=dict)
     continuations: Counts = field(default_factory=dict)
     sensitivity: Sensitivity | None = None
+    transitions: Transitions | None = None
 
     def plus(self, other: "TaskCounts") -> "TaskCounts":
         """Both together."""
@@ -67,6 +69,7 @@ class TaskCounts:
             add_counts(self.answers, other.answers),
             add_counts(self.continuations, other.continuations),
             _either(self.sensitivity, other.sensitivity),
+            _either(self.transitions, other.transitions),
         )
 
 
@@ -197,6 +200,8 @@ def _task_dict(task: TaskCounts) -> dict[str, Any]:
             parts[name] = {str(length): lengths[length] for length in sorted(lengths)}
     if task.sensitivity is not None:
         parts["sensitivity"] = sensitivity_dict(task.sensitivity)
+    if task.transitions is not None:
+        parts["transitions"] = transitions_dict(task.transitions, task.choices.shape[1])
     return parts
 
 
@@ -217,6 +222,7 @@ def _task_from(task: Any, shape: tuple[int, int]) -> TaskCounts:
         counts_from(task.get("answers", {})),
         counts_from(task.get("continuations", {})),
         sensitivity_from(task["sensitivity"]) if "sensitivity" in task else None,
+        transitions_from(task["transitions"]) if "transitions" in task else None,
     )
 
 

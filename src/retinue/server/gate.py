@@ -24,8 +24,8 @@ GUARDED = "/v1/"
 class Gate:
     """An ASGI application around another one; refuses in OpenAI's shape.
 
-    `responded` is told the status of every answer. The task that follows from key or route is left
-    in `scope["state"]["task"]`.
+    `responded` is told the status of every answer. It leaves the task that follows from key or
+    route in `scope["state"]["task"]`.
     """
 
     def __init__(self, app: Application, config: Config, responded: Callable[[int], None]) -> None:

@@ -189,8 +189,8 @@ class _Engine:
             yield family
         for field, (name, text) in PHASE_COUNTERS.items():
             family = CounterMetricFamily(f"retinue_{name}", text, labels=["phase"])
-            for phase, numbers in (("prefill", picture.prefill), ("decode", picture.decode)):
-                family.add_metric([phase], numbers[field])
+            for phase, spent in (("prefill", picture.prefill), ("decode", picture.decode)):
+                family.add_metric([phase], spent[field])
             yield family
 
     def _gauge(self, name: str, text: str, value: float) -> GaugeMetricFamily:

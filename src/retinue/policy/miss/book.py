@@ -21,6 +21,7 @@ from retinue.types import FloatArray, IntArray
 
 Shares = npt.NDArray[np.float64]
 HALF_LIFE = 64  # tokens after which routing weight counts half, see docs/LOG.md
+PRIOR = 0.25  # of what is known before counts: a text soon departs from its task
 _GAINS = 2.0 ** (np.arange(HALF_LIFE) / HALF_LIFE)
 _BLOCK = 64  # tokens that are searched at once for the next one that fetches
 
@@ -45,8 +46,8 @@ class LayerBook:
 
     def __init__(self, there: BoolArray, popularity: Shares, above: float) -> None:
         self.there, self._above = there.copy(), above
-        # What it would be if all tokens so far had been routed by it.
-        self._heat = popularity * _GAINS.sum()
+        # Tokens that had always been routed by it would leave the sum of all gains.
+        self._heat = popularity * (PRIOR * _GAINS.sum())
         self._clock = 0  # tokens since heat was halved
 
     def copy(self) -> "LayerBook":
@@ -86,7 +87,7 @@ class LayerBook:
     def _next(self, experts: IntArray, heavy: BoolArray, row: int) -> int:
         """One beyond the next token from `row` that fetches, or the end of a block without one."""
         end = row + _BLOCK
-        lacking = (heavy[row:end] & ~self.there[experts[row:end]]).any(axis=1)
+        lacking = np.asarray((heavy[row:end] & ~self.there[experts[row:end]]).any(axis=1))
         return row + (int(lacking.argmax()) + 1 if lacking.any() else len(lacking))
 
     def _fetch(self, lacking: list[int], needed: IntArray) -> None:

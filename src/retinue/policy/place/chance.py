@@ -4,9 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from retinue.policy.base import BoolArray, Popularity
-from retinue.policy.place.popular import most
-from retinue.types import IntArray
+from retinue.policy.base import BoolArray, Known, Running, Stock
+from retinue.policy.place.even import even_rooms, most
 
 
 class Chance:
@@ -15,12 +14,12 @@ class Chance:
     fixed = True
     needs_profile = False
     by_task = False
+    periodic = False
 
     def __init__(self, seed: int = 0) -> None:
         self._seed = seed
 
-    def place(
-        self, rooms: IntArray, there: BoolArray, tasks: Sequence[str | None], known: Popularity
-    ) -> BoolArray:
+    def place(self, stock: Stock, running: Sequence[Running], known: Known) -> BoolArray:
         """As many experts of each layer as it has room for, each as likely as any other."""
-        return most(np.random.default_rng(self._seed).random(there.shape), rooms, there)
+        drawn = np.random.default_rng(self._seed).random(stock.there.shape)
+        return most(drawn, even_rooms(stock.slots, stock.there), stock.there)

@@ -7,10 +7,9 @@ popularity in place of a predictor's. Each request counts the same, whatever its
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 
-from retinue.policy.base import BoolArray, Popularity
-from retinue.types import IntArray
+from retinue.policy.base import BoolArray, Known, Running, Stock
+from retinue.policy.place.even import even_rooms, most
 
 
 class Popular:
@@ -19,12 +18,11 @@ class Popular:
     fixed = True
     needs_profile = True
     by_task = False
+    periodic = False
 
-    def place(
-        self, rooms: IntArray, there: BoolArray, tasks: Sequence[str | None], known: Popularity
-    ) -> BoolArray:
+    def place(self, stock: Stock, running: Sequence[Running], known: Known) -> BoolArray:
         """The most used experts of each layer over all tasks."""
-        return most(known.shares(None), rooms, there)
+        return most(known.shares(None), even_rooms(stock.slots, stock.there), stock.there)
 
 
 class PopularByTask:
@@ -33,21 +31,11 @@ class PopularByTask:
     fixed = True
     needs_profile = True
     by_task = True
+    periodic = False
 
-    def place(
-        self, rooms: IntArray, there: BoolArray, tasks: Sequence[str | None], known: Popularity
-    ) -> BoolArray:
-        """The most used experts of each layer over `tasks`; an unknown task counts as all."""
-        total = np.zeros(there.shape, dtype=np.float64)
-        for task in tasks or [None]:
+    def place(self, stock: Stock, running: Sequence[Running], known: Known) -> BoolArray:
+        """The most used experts of each layer over the tasks; an unknown task counts as all."""
+        total = np.zeros(stock.there.shape, dtype=np.float64)
+        for task in [request.task for request in running] or [None]:
             total += known.shares(task)
-        return most(total, rooms, there)
-
-
-def most(scores: npt.NDArray[np.float64], rooms: IntArray, there: BoolArray) -> BoolArray:
-    """The `rooms[layer]` highest of `there` in each layer, the first of ties."""
-    chosen = np.zeros_like(there)
-    order = np.argsort(-np.where(there, scores, -np.inf), axis=1, kind="stable")
-    for layer, room in enumerate(rooms.tolist()):
-        chosen[layer, order[layer, :room]] = True
-    return chosen & there
+        return most(total, even_rooms(stock.slots, stock.there), stock.there)

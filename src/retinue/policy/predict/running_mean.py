@@ -13,7 +13,8 @@ from retinue.policy.predict.shares import Shares, blend, shares_of
 from retinue.types import FloatArray
 
 DECAY = 0.98  # of a prompt's weight, with each later prompt of its task
-# As many prompts does the profile count as: for a task that it knows, for another.
+# As many prompts does the profile count as: for a task that it knows, and for one of which it
+# says what it says of all together.
 KNOWN_PROMPTS, UNKNOWN_PROMPTS = 8.0, 1.0
 
 

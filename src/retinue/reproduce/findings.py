@@ -1,0 +1,122 @@
+"""From measured rows to what is said of them: one JSON document, and one page."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from retinue.config import format_size
+from retinue.reproduce.base import Chart, Column, Experiment, Row, number
+from retinue.reproduce.drawing import can_draw, draw
+from retinue.reproduce.ledger import Ledger
+from retinue.reproduce.report import Figure, Report, Section, Table
+from retinue.reproduce.similarity import HOW_TO_GET, can_embed
+from retinue.reproduce.studies import Study
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What one experiment measured so far; `done` says that nothing is missing."""
+
+    experiment: Experiment
+    rows: Sequence[Row]
+    done: bool
+
+    @property
+    def verdict(self) -> str:
+        """A sentence about the rows."""
+        said = self.experiment.verdict(self.rows)
+        return said if self.done else f"Not finished yet. {said}"
+
+
+def collect(study: Study, ledger: Ledger) -> list[Finding]:
+    """What the ledger has of the study's experiments; those that never began are left out."""
+    entries = [(experiment, ledger.entry(experiment.name)) for experiment in study.experiments]
+    return [Finding(each, entry.rows, entry.done) for each, entry in entries if entry.cells]
+
+
+def document(
+    study: Study, setting: Mapping[str, Any], findings: Sequence[Finding]
+) -> dict[str, Any]:
+    """Everything, as JSON."""
+    experiments = {
+        finding.experiment.name: {
+            "title": finding.experiment.title,
+            "claim": finding.experiment.claim,
+            "verdict": finding.verdict,
+            "done": finding.done,
+            "rows": list(finding.rows),
+        }
+        for finding in findings
+    }
+    head = {"study": study.name, "paper": study.paper, "setting": dict(setting)}
+    return head | {"experiments": experiments}
+
+
+def report(study: Study, setting: Mapping[str, Any], findings: Sequence[Finding]) -> Report:
+    """The page's parts; plots only where matplotlib is installed, which the page says."""
+    notes = list(study.notes)
+    if not can_draw():
+        notes.append(f"Plots are missing, since matplotlib is not installed: {HOW_TO_GET}")
+    if not can_embed():
+        notes.append(f"Similarity is missing, since its package is not installed: {HOW_TO_GET}")
+    return Report(
+        title=study.title,
+        lead=study.paper,
+        claim_heading="The paper",
+        found_heading="Found here",
+        setting=[(key.replace("_", " "), _word(value)) for key, value in setting.items()],
+        sections=[_section(finding) for finding in findings],
+        notes=notes,
+    )
+
+
+def _section(finding: Finding) -> Section:
+    experiment = finding.experiment
+    charts = experiment.charts(finding.rows) if finding.rows else []
+    return Section(
+        name=experiment.name,
+        title=experiment.title,
+        claim=experiment.claim,
+        found=finding.verdict,
+        figures=_figures(experiment.name, charts) if can_draw() else (),
+        table=_table(experiment.columns, finding.rows) if finding.rows else None,
+        notes=experiment.notes,
+    )
+
+
+def _figures(name: str, charts: Sequence[Chart]) -> list[Figure]:
+    return [Figure(draw(chart, f"{name}-{at}"), chart.title) for at, chart in enumerate(charts)]
+
+
+def _table(columns: Sequence[Column], rows: Sequence[Row]) -> Table:
+    """The columns that any row has."""
+    shown = [column for column in columns if any(row.get(column.key) is not None for row in rows)]
+    return Table(
+        header=[column.heading for column in shown],
+        rows=[[cell(column, row) for column in shown] for row in rows],
+        numeric=[bool(column.form) for column in shown],
+    )
+
+
+def cell(column: Column, row: Row) -> str:
+    """One value as people read it, its interval on a second line; empty where there is none."""
+    value = row.get(column.key)
+    if value is None:
+        return ""
+    low, high = number(row, column.low), number(row, column.high)
+    text = _written(value, column.form)
+    if low is None or high is None or low == high:
+        return text
+    return f"{text}\n{_written(low, column.form)} to {_written(high, column.form)}"
+
+
+def _written(value: Any, form: str) -> str:
+    if form == "bytes":
+        return format_size(float(value))
+    return format(value, form) if form else str(value)
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return ", ".join(str(item) for item in value)
+    return str(value)
