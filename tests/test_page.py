@@ -288,10 +288,10 @@ def test_what_an_expert_was(exact: bool, absent: str) -> None:
     resident = np.array([[False, True, True, True, False]] * 2)
     used, missed = np.full((2, 5), -1), np.full((2, 5), -1)
     assert activity.rows(resident, used, missed, 0) == ["01110", "011--"]
-    now[0], used[:, 2], missed[:, 3:] = 10.5, 1, 1
+    now[0], used[:, 2], missed[:, 3:] = 10.1, 1, 1
     used[:, 3] = 1
     assert activity.rows(resident, used, missed, 1) == [f"0123{absent}", "012--"]
-    now[0] = 11.4  # the pass was less than a second ago
+    now[0] = 10.3  # the pass was a moment ago
     assert activity.rows(resident, used, missed, 2) == [f"0123{absent}", "012--"]
-    now[0], used[:, 1] = 11.6, 3
+    now[0], used[:, 1] = 10.4, 3
     assert activity.rows(resident, used, missed, 3) == ["02110", "021--"]
