@@ -45,7 +45,7 @@ def execute(options: Namespace) -> int:
     with cancel_on(bench.stop.set, SIGINT, SIGTERM) as came:
         try:
             for experiment in wanted:
-                bench.run(experiment)
+                experiment.measure(bench)
         except Cancelled as error:
             file, _ = _write(options, chosen, bench)
             raise Cancelled(

@@ -31,7 +31,8 @@ from retinue.engine.scheduler import Scheduler
 from retinue.errors import Overloaded
 from retinue.policy.order.estimate import Estimate
 from retinue.policy.order.named import order_named
-from retinue.reproduce.base import NOTHING_YET, Chart, Column, Experiment, Row, lines_by, number
+from retinue.reproduce.base import NOTHING_YET, Chart, Column, Row, lines_by, number
+from retinue.reproduce.experiment import Experiment
 from retinue.reproduce.workbench import Workbench
 from retinue.types import Deadline, SamplingParams
 
@@ -76,18 +77,25 @@ def _measure(bench: Workbench) -> list[Row]:
     with bench.opened(preset="auto", experts="100%", **room) as llm:
         llm.fill()
         machine = _saturated(bench, llm, max(WARM, live))
-        rows = []
-        for load in LOADS:
-            arrivals = poisson(machine.kinds, load * machine.rate, SIMULATED, SEED)
-            for order in ORDERS:
-                rows.append(_row(machine, order, load, simulate(machine, order, arrivals), False))
-        for load in LIVE_LOADS if live else ():
-            arrivals = poisson(machine.kinds, load * machine.rate, live, SEED)
-            for order in LIVE_ORDERS:
-                rows.append(
-                    _row(machine, order, load, serve(bench, machine, order, arrivals), True)
-                )
-    return rows
+        return [*_simulated(machine), *_live(bench, machine, live)]
+
+
+def _simulated(machine: Machine) -> list[Row]:
+    return [
+        _row(machine, order, load, simulate(machine, order, arrivals), False)
+        for load in LOADS
+        for arrivals in [poisson(machine.kinds, load * machine.rate, SIMULATED, SEED)]
+        for order in ORDERS
+    ]
+
+
+def _live(bench: Workbench, machine: Machine, count: int) -> list[Row]:
+    return [
+        _row(machine, order, load, serve(bench, machine, order, arrivals), True)
+        for load in (LIVE_LOADS if count else ())
+        for arrivals in [poisson(machine.kinds, load * machine.rate, count, SEED)]
+        for order in LIVE_ORDERS
+    ]
 
 
 def _saturated(bench: Workbench, llm: LLM, count: int) -> Machine:

@@ -1,11 +1,7 @@
-"""What an experiment is: how it is measured, shown and judged. It knows no model and no page."""
+"""Rows, columns and charts: what experiments find and how it is shown. Plain data."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from retinue.reproduce.workbench import Workbench
 
 Value = str | float | int | bool | None
 Row = dict[str, Value]  # one line of a table; JSON-shaped, so that a run can go on from the disk
@@ -51,25 +47,6 @@ class Chart:
     log_x: bool = False
     reference: float | None = None  # a horizontal line, such as the plain model's value
     reference_label: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Experiment:
-    """One part of a paper's evaluation.
-
-    claim: what the paper says, with its numbers. run: measures, cell by cell, through
-    `Workbench.once`. verdict: a sentence about `rows`, computed from them. notes: what differs
-    from the paper, whatever the rows say.
-    """
-
-    name: str
-    title: str
-    claim: str
-    columns: Sequence[Column]
-    run: Callable[["Workbench"], list[Row]]
-    charts: Callable[[Sequence[Row]], list[Chart]]
-    verdict: Callable[[Sequence[Row]], str]
-    notes: Sequence[str] = ()
 
 
 def number(row: Row, key: str) -> float | None:

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from retinue.config import format_size
-from retinue.reproduce.base import Chart, Column, Experiment, Row, number
+from retinue.reproduce.base import Chart, Column, Row, number
 from retinue.reproduce.drawing import can_draw, draw
+from retinue.reproduce.experiment import Experiment
 from retinue.reproduce.ledger import Ledger
 from retinue.reproduce.report import Figure, Report, Section, Table
 from retinue.reproduce.similarity import HOW_TO_GET, can_embed

@@ -4,15 +4,8 @@ from collections.abc import Sequence
 from functools import partial
 
 from retinue.engine.evaluate import evaluate
-from retinue.reproduce.base import (
-    NOTHING_YET,
-    Chart,
-    Column,
-    Experiment,
-    Row,
-    lines_by,
-    number,
-)
+from retinue.reproduce.base import NOTHING_YET, Chart, Column, Row, lines_by, number
+from retinue.reproduce.experiment import Experiment
 from retinue.reproduce.workbench import Workbench
 
 NAME = "period"

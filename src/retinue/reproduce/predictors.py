@@ -6,7 +6,8 @@ from functools import partial
 
 from retinue.engine.tracing import record, trace_head
 from retinue.policy.predict.forecasters import LEARNED
-from retinue.reproduce.base import NOTHING_YET, Chart, Column, Experiment, Row, Series, number
+from retinue.reproduce.base import NOTHING_YET, Chart, Column, Row, Series, number
+from retinue.reproduce.experiment import Experiment
 from retinue.reproduce.workbench import Workbench
 from retinue.train.fit import EPOCHS
 from retinue.train.predictors import train

@@ -6,7 +6,8 @@ from functools import partial
 
 from retinue.config import format_size
 from retinue.engine.evaluate import evaluate
-from retinue.reproduce.base import NOTHING_YET, Chart, Column, Experiment, Row, lines_by, number
+from retinue.reproduce.base import NOTHING_YET, Chart, Column, Row, lines_by, number
+from retinue.reproduce.experiment import Experiment
 from retinue.reproduce.workbench import Workbench
 
 NAME = "refresh"

@@ -5,7 +5,8 @@ from functools import partial
 
 from retinue.model.profiles import find_profile
 from retinue.policy.measured import Damage
-from retinue.reproduce.base import NOTHING_YET, Chart, Column, Experiment, Row, lines_by, number
+from retinue.reproduce.base import NOTHING_YET, Chart, Column, Row, lines_by, number
+from retinue.reproduce.experiment import Experiment
 from retinue.reproduce.workbench import Workbench
 
 NAME = "sensitivity"

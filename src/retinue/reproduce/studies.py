@@ -14,7 +14,7 @@ from retinue.reproduce import (
     sensitivity,
     shares,
 )
-from retinue.reproduce.base import Experiment
+from retinue.reproduce.experiment import Experiment
 
 
 @dataclass(frozen=True, slots=True)

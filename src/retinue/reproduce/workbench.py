@@ -21,7 +21,7 @@ from retinue.engine.tasks import TaskIds
 from retinue.errors import Cancelled, DoesNotFit
 from retinue.model.scoring import Scored
 from retinue.policy.presets import preset
-from retinue.reproduce.base import Experiment, Row
+from retinue.reproduce.base import Row
 from retinue.reproduce.ledger import Ledger
 from retinue.reproduce.similarity import Embed, embedder
 from retinue.types import Facts, SamplingParams
@@ -84,12 +84,6 @@ class Workbench:
             self.ledger.keep(experiment)
             self.say(f"{experiment}: {key} ({time.perf_counter() - started:.1f} s)")
         return cells[key]
-
-    def run(self, experiment: Experiment) -> None:
-        """Measure what is not in the ledger yet. Raises Cancelled, or what a measurement raises."""
-        experiment.run(self)
-        self.ledger.entry(experiment.name).done = True
-        self.ledger.keep(experiment.name)
 
     def check(self) -> None:
         """Raise Cancelled once somebody wants to stop."""
