@@ -43,6 +43,9 @@ class Known:
     def answer_tokens(self, task: str | None) -> float:
         return self._answers
 
+    def damage(self) -> np.ndarray:
+        return np.array([[1.0] * 4, [0.1] * 4])
+
 
 def chosen(mask: np.ndarray) -> list[list[int]]:
     return [np.flatnonzero(row).tolist() for row in mask]
@@ -144,6 +147,13 @@ def test_an_exchange_has_to_be_worth_its_read() -> None:
     # Ten times the tokens, ten times the gain.
     many = running(*["json"] * 10)
     assert chosen(Emoe(worth=6.1).place(held, many, Known())) == [[1, 3], [0, 1]]
+
+
+def test_slots_go_where_wrong_routing_hurts() -> None:
+    tasks = running("json")
+    assert chosen(SPREAD.place(stock(4), tasks, Known())) == [[1, 3], [0, 1]]
+    weighed = Emoe(marginal_split, weigh=True)
+    assert chosen(weighed.place(stock(4), tasks, Known())) == [[1, 2, 3], [0]]
 
 
 def test_the_marginal_split_serves_as_much_as_any_other() -> None:

@@ -214,8 +214,10 @@ def test_presets_are_what_they_say(name: str) -> None:
         words = part.partition(": ")[2]
         # What fetches nothing for a token does fetch for the self-check, before it serves any.
         special = {"nothing": "NoPredictor", "fetch nothing": "FetchAll"}
+        special[f"fetch above {made.fetch_above}"] = "FetchAll"
         assert type(answer).__name__ == special.get(words, words.title().replace(" ", ""))
-    assert ("miss: fetch nothing" in row.parts) == made.placement.fixed
+    nothing = made.placement.fixed and made.fetch_above >= 1
+    assert ("miss: fetch nothing" in row.parts) == nothing
     assert made.routing.exact == row.exact
     assert made.placement.fixed != row.exact  # nobody else loads where nothing is fetched
     assert "build" not in row.as_dict()

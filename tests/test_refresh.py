@@ -12,9 +12,9 @@ from retinue.engine.tables import Tables
 from retinue.errors import ReadError
 from retinue.metrics import Metrics
 from retinue.policy.base import Forecaster, Placement, Running
-from retinue.policy.place.drift import Drift
 from retinue.policy.place.emoe import Emoe
 from retinue.policy.place.popular import Popular, PopularByTask
+from retinue.policy.place.rhythm import Drift, Rhythm
 from retinue.policy.predict.own_prefill import OwnPrefill
 from retinue.policy.profile import Profile, TaskCounts
 
@@ -75,7 +75,12 @@ class Rig:
     """Residents over a noted cache; `begin` names the tasks that run, new ones with a `+`."""
 
     def __init__(
-        self, placement: Placement, period: int = 3, forecast: Forecaster | None = None
+        self,
+        placement: Placement,
+        period: int = 3,
+        forecast: Forecaster | None = None,
+        *,
+        impatient: bool = False,
     ) -> None:
         self.cache, self.metrics, self.forecast = Cache(), Metrics(), Forecast()
         self.forecast.now = {"sql": (0, 1), "json": (2, 3)}
@@ -87,7 +92,8 @@ class Rig:
         )
         tables = Tables(SHAPE, profile(), forecast or self.forecast)
         there = np.ones(SHAPE, dtype=bool)
-        self.residents = Residents(self.host, placement, tables, there, period)
+        rhythm = Rhythm(period, impatient=impatient)
+        self.residents = Residents(self.host, placement, tables, there, rhythm)
         self.residents.start(None)
 
     def begin(self, *tasks: str) -> int:
@@ -211,26 +217,59 @@ def used(*experts: int) -> np.ndarray:
     return table
 
 
-def test_what_is_served_worse_than_promised_is_forecast_early_but_not_ever() -> None:
-    rig = Rig(Emoe(), period=40)
-    rig.begin("sql+")
-    rig.host.observe("sql", used(0, 1))  # as promised
-    rig.forecast.now["sql"] = (2, 3)
-    for _ in range(4):
+def test_after_a_change_forecasts_come_sooner_and_then_ever_more_rarely() -> None:
+    rhythm = Rhythm(6, impatient=True)
+
+    def prompts(count: int) -> list[int]:
+        """Which of the next prompts find a forecast due."""
+        found = []
+        for number in range(1, count + 1):
+            if rhythm.due:
+                rhythm.forecast()
+                found.append(number)
+            rhythm.count(1)
+        return found
+
+    assert prompts(21) == [2, 4, 8, 14, 20]  # after 1, 2, 4, then 6 and 6
+    rhythm.change()
+    assert prompts(8) == [1, 3, 7]
+
+
+def test_the_papers_period_is_not_cut_short() -> None:
+    rhythm = Rhythm(3, impatient=False)
+    rhythm.change()
+    for _ in range(3):
+        assert not rhythm.due
+        rhythm.count(1)
+    assert rhythm.due
+
+
+def test_what_is_served_worse_than_promised_is_forecast_early() -> None:
+    rig = Rig(Emoe(), period=40, impatient=True)
+    for _ in range(60):
         rig.begin("sql+")
-    assert rig.cache.sets == [[0, 1]] * 2
+        rig.host.observe("sql", used(0, 1))  # as promised
+    rig.forecast.now["sql"] = (2, 3)
+    for _ in range(3):
+        rig.begin("sql+")
+    assert rig.cache.sets == [[0, 1]] * 2  # the period has not ended
     rig.host.observe("sql", used(2, 3))
     rig.begin("sql")
     assert rig.cache.sets == [[0, 1]] * 2  # no other prompt comes
     rig.begin("sql+")
     assert rig.cache.sets == [[2, 3]] * 2
-    rig.forecast.now["sql"] = (4, 5)
-    rig.host.observe("sql", used(4, 5))
-    for _ in range(3):
+
+
+def test_a_task_that_was_never_forecast_lets_forecasts_come_early() -> None:
+    rig = Rig(Emoe(), period=40, impatient=True)
+    for _ in range(60):
         rig.begin("sql+")
-        assert rig.cache.sets == [[2, 3]] * 2  # a tenth of the period has not passed
-    rig.begin("sql+")
-    assert rig.cache.sets == [[4, 5]] * 2
+    rig.begin("json+")
+    rig.forecast.now["json"] = (0, 1)
+    rig.begin("json")
+    assert rig.cache.sets == [[2, 3]] * 2
+    rig.begin("json+")
+    assert rig.cache.sets == [[0, 1]] * 2
 
 
 def test_drift_is_what_was_promised_and_not_served() -> None:

@@ -210,6 +210,6 @@ def _residents(
     """The set that stays, loaded and serving, if the preset has one."""
     if not policies.placement.fixed:
         return None
-    residents = residents_of(host, policies.placement, known, network.experts.there, config)
+    residents = residents_of(host, policies, known, network.experts.there, config)
     residents.start(config.task)
     return residents

@@ -23,7 +23,7 @@ from retinue.model.experts import ExpertHost
 from retinue.model.predictors import find_predictor
 from retinue.model.profiles import find_profile
 from retinue.policy.base import BoolArray, Forecaster, Placement, Policies, Running, Stock
-from retinue.policy.place.drift import EARLIEST, Drift
+from retinue.policy.place.rhythm import Drift, Rhythm
 from retinue.policy.predict.forecasters import LEARNED, forecaster
 from retinue.policy.predict.own_prefill import OwnPrefill
 from retinue.policy.profile import Profile
@@ -78,16 +78,17 @@ def known_beforehand(folder: Path, facts: Facts, policies: Policies, config: Con
 
 
 def residents_of(
-    host: ExpertHost, placement: Placement, known: Beforehand, there: BoolArray, config: Config
+    host: ExpertHost, policies: Policies, known: Beforehand, there: BoolArray, config: Config
 ) -> "Residents":
     """The set of a preset that has one; `there` [layers, experts]: which experts the model has."""
     period = config.period or (known.profile.period if known.profile else None) or PERIOD
     tables = Tables((there.shape[0], there.shape[1]), known.profile, known.forecaster)
-    return Residents(host, placement, tables, there, period)
+    rhythm = Rhythm(period, impatient=policies.impatient)
+    return Residents(host, policies.placement, tables, there, rhythm)
 
 
 class Residents:
-    """The placement of one model. `period` is how many prompts a table of forecasts serves."""
+    """The placement of one model. `rhythm` says when what `tables` hold is to be forecast anew."""
 
     def __init__(
         self,
@@ -95,12 +96,11 @@ class Residents:
         placement: Placement,
         tables: Tables,
         there: BoolArray,
-        period: int = PERIOD,
+        rhythm: Rhythm,
     ) -> None:
         self._host, self._placement, self._tables = host, placement, tables
-        self._there, self._period = there, period
-        self._since = 0  # prompts since the forecaster was asked
-        self._drift = Drift()
+        self._there = there
+        self._rhythm, self._drift = rhythm, Drift()
         self._placed: list[Running] | None = None  # what the set was placed for
         self._said: set[str | None] = set()
         self.bytes_read = 0  # by all changes
@@ -120,38 +120,35 @@ class Residents:
         """
         started, before = time.perf_counter(), self.bytes_read
         fresh = sum(request.new for request in running)
-        due = fresh > 0 and self._due
+        unheard = not all(self._tables.knows(request.task) for request in running)
+        early = self._tables.own or self._rhythm.due
+        due = fresh > 0 and self._placement.periodic and early
         key = self._key(running)
         if key != self._placed or due:
             self._name_unknown(running)
             if due:
                 self._tables.renew()
                 self._drift.reset()
-                self._since = 0
+                self._rhythm.forecast()
             self._change(running, key)
             metrics = self._host.metrics
             metrics.refreshes += 1
             metrics.refresh_bytes += self.bytes_read - before
             metrics.refresh_s += time.perf_counter() - started
-        self._since += fresh
+        if unheard:
+            self._rhythm.change()
+        self._rhythm.count(fresh)
         return self.bytes_read - before
 
     def observe(self, task: str | None, used: FloatArray) -> None:
         """A prompt of `task` was read; `used` [layers, experts] is what its own routers chose."""
         self._drift.observe(self._tables.shares(task), used, self._host.cache.slot_of >= 0)
         self._tables.observe(task, used)
+        if self._drift.due:
+            self._drift.reset()
+            self._rhythm.change()
         if self._tables.own:
             self._placed = None  # its answer has a set of its own
-
-    @property
-    def _due(self) -> bool:
-        """Whether the forecaster is to be asked anew before the next prompt."""
-        if not self._placement.periodic:
-            return False
-        if self._tables.own:
-            return True
-        early = self._drift.due and self._since * EARLIEST >= self._period
-        return early or self._since >= self._period
 
     @contextmanager
     def away(self) -> Iterator[None]:

@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from retinue.policy.base import BoolArray, Forecaster
+from retinue.policy.place.damage import damage
 from retinue.policy.predict.own_prefill import OwnPrefill
 from retinue.policy.profile import Profile
 from retinue.types import FloatArray
@@ -26,6 +27,8 @@ class Tables:
     ) -> None:
         self._shape, self._profile, self._forecaster = shape, profile, forecaster
         self._kept: dict[str | None, Shares] = {}
+        self._asked: set[str | None] = set()
+        self._damage: Shares | None = None
 
     @property
     def names(self) -> frozenset[str]:
@@ -37,6 +40,7 @@ class Tables:
         if task not in self._kept:
             source = self._forecaster or self._profile
             shares = np.ones(self._shape) if source is None else source.shares(task)
+            self._asked.add(task)
             self._kept[task] = np.asarray(shares, dtype=np.float64)
         return self._kept[task]
 
@@ -50,6 +54,17 @@ class Tables:
         """How long the task's answers are on average; 0 if that is not known."""
         lengths = None if self._profile is None else self._profile.output_tokens(task)
         return 0.0 if lengths is None else lengths.mean
+
+    def knows(self, task: str | None) -> bool:
+        """Whether it was ever asked for the table of `task`."""
+        return task in self._asked
+
+    def damage(self) -> Shares:
+        """How much it hurts when another expert serves; see `policy.base.Known`."""
+        if self._damage is None:
+            known = self._profile
+            self._damage = np.ones(self._shape) if known is None else damage(known)
+        return self._damage
 
     @property
     def own(self) -> bool:

@@ -179,6 +179,13 @@ class Known(Popularity, Protocol):
         """How long the task's answers are on average; 0 if that is not known."""
         ...
 
+    def damage(self) -> npt.NDArray[np.float64]:
+        """How much it hurts when another expert serves: `[layers, experts]`, about 1 on average.
+
+        A unit of routing weight, relative to the same in other layers and on other experts.
+        """
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Stock:
@@ -349,6 +356,7 @@ class Policies:
     routing: Routing = field(default_factory=OwnRouting)
     placement: Placement = field(default_factory=NoPlacement)
     forecaster: str = "popularity"  # whom a periodic placement asks, by its name
+    impatient: bool = False  # whether it is asked before the period ends if that may pay
     fetch_above: float = 1.0
 
     @property

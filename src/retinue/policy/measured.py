@@ -63,13 +63,15 @@ class Sensitivity:
     """What random routing does to a task, by how many layers it begins or ends with.
 
     `first[n]` is with the first `n` decoder layers random, as eMoE (arXiv 2503.06823, section
-    3.3) does it; `last[n]` with the last `n`. Layers count as insensitive where the agreement
-    stays at `above` or more. Deviation: the paper compares the meaning of whole answers.
+    3.3) does it; `last[n]` with the last `n`; `alone[n]` with layer `n` only. Layers count as
+    insensitive where the agreement stays at `above` or more. Deviation: the paper compares the
+    meaning of whole answers.
     """
 
     above: float
     first: Mapping[int, Damage] = field(default_factory=dict)
     last: Mapping[int, Damage] = field(default_factory=dict)
+    alone: Mapping[int, Damage] = field(default_factory=dict)
 
     def insensitive(self, layers: int) -> range:
         """The layers that random routing may have, of the side that allows more of them.
@@ -82,7 +84,12 @@ class Sensitivity:
     def plus(self, other: "Sensitivity") -> "Sensitivity":
         """The means of both, weighted by texts; `above` is the stricter one."""
         above = max(self.above, other.above)
-        return Sensitivity(above, _both(self.first, other.first), _both(self.last, other.last))
+        return Sensitivity(
+            above,
+            _both(self.first, other.first),
+            _both(self.last, other.last),
+            _both(self.alone, other.alone),
+        )
 
     def _depth(self, side: Mapping[int, Damage]) -> int:
         deepest = 0
@@ -160,6 +167,7 @@ def sensitivity_dict(value: Sensitivity) -> dict[str, Any]:
         "above": value.above,
         "first": {str(depth): _damage_dict(damage) for depth, damage in value.first.items()},
         "last": {str(depth): _damage_dict(damage) for depth, damage in value.last.items()},
+        "alone": {str(layer): _damage_dict(damage) for layer, damage in value.alone.items()},
     }
 
 
@@ -172,9 +180,9 @@ def sensitivity_from(content: Any) -> Sensitivity:
                 int(depth): Damage(
                     int(row["texts"]), float(row["agreement"]), float(row["added_nll"])
                 )
-                for depth, row in dict(content[side]).items()
+                for depth, row in dict(content.get(side, {})).items()
             }
-            for side in ("first", "last")
+            for side in ("first", "last", "alone")
         ),
     )
 

@@ -30,6 +30,9 @@ Split = Callable[[Scores, Stock], BoolArray]
 class Emoe:
     """The paper's score; `split` chooses by it which experts stay.
 
+    `weigh` multiplies it by what wrong routing does to the layer and for the expert, as far as the
+    profile knows that (`policy/place/damage.py`), which the paper does not.
+
     `worth`: an expert takes another one's place only if it serves so much more routing weight of
     the requests that run. A token's routing weight in a layer is 1, so that 1 asks of each read
     to save a whole token of a layer. 0 is the paper's rule.
@@ -40,8 +43,10 @@ class Emoe:
     by_task = True
     periodic = True
 
-    def __init__(self, split: Split = even_split, worth: float = 0.0) -> None:
-        self._split, self._worth = split, worth
+    def __init__(
+        self, split: Split = even_split, *, weigh: bool = False, worth: float = 0.0
+    ) -> None:
+        self._split, self._weigh, self._worth = split, weigh, worth
 
     def place(self, stock: Stock, running: Sequence[Running], known: Known) -> BoolArray:
         """The set for the requests that run; without any, by popularity over all tasks."""
@@ -49,6 +54,8 @@ class Emoe:
         nothing = np.asarray(~scores.astype(bool).any(axis=1))
         if nothing.any():
             scores[nothing] = known.shares(None)[nothing]
+        if self._weigh:
+            scores *= known.damage()
         kept: BoolArray = nothing & stock.resident.any(axis=1)
         wanted = stock.resident & kept[:, None]
         rest = replace(

@@ -1,8 +1,10 @@
-"""Whether prompts are served clearly worse than was promised, so that a period should end early.
+"""When to forecast before a period ends: after a change, then ever more rarely.
 
 eMoE (arXiv 2503.06823, section 4.1) forecasts once in 40 prompts, so that a burst of a task that
-was not forecast waits for up to 39. Here each prompt that was read says which share of its
-routing weight the resident experts could serve; the tables said which share they would serve.
+was not forecast waits for up to 39. Here a change lets the next forecasts come after 1, 2, 4, ...
+prompts, until it is the period again: a task of which there was no table, or prompts that are
+served clearly worse than was promised. Each prompt that was read says which share of its routing
+weight the resident experts could serve; the tables said which share they would serve.
 """
 
 import numpy as np
@@ -13,7 +15,34 @@ from retinue.types import FloatArray
 
 DECAY = 0.7  # of what prompts before said, with each further one
 LIMIT = 0.1  # of routing weight
-EARLIEST = 10  # at most so many refreshes a period: what cannot be forecast is not asked for ever
+
+
+class Rhythm:
+    """Counts prompts from one forecast to the next. `impatient`: changes shorten the period."""
+
+    def __init__(self, period: int, *, impatient: bool) -> None:
+        self._period, self._impatient = period, impatient
+        self._interval = 1 if impatient else period
+        self._since = 0
+
+    @property
+    def due(self) -> bool:
+        """Whether to forecast before the next prompt."""
+        return self._since >= self._interval
+
+    def count(self, prompts: int) -> None:
+        """So many prompts began."""
+        self._since += prompts
+
+    def change(self) -> None:
+        """What is forecast may be wrong now."""
+        if self._impatient:
+            self._interval = 1
+
+    def forecast(self) -> None:
+        """It was done."""
+        self._since = 0
+        self._interval = min(2 * self._interval, self._period)
 
 
 class Drift:
