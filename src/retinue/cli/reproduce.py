@@ -19,6 +19,7 @@ from retinue.config import Config
 from retinue.engine.tasks import TaskIds, as_ids, cut_to, read_texts
 from retinue.errors import Cancelled, UsageError
 from retinue.memory.home import locate, sample_tasks
+from retinue.model.profiles import find_profile
 from retinue.model.survey import fingerprint, survey
 from retinue.reproduce.drawing import can_draw
 from retinue.reproduce.findings import collect, document, report
@@ -75,6 +76,7 @@ def _workbench(options: Namespace, chosen: Study) -> Workbench:
         settings = replace(settings, texts_per_task=options.per_task, answers_per_task=answers)
     config, folder = config_from(options), locate(options.model, note)
     facts = survey(folder, config.precision)
+    find_profile(folder, facts, config.profile)  # most experiments ask for it: refuse now
     config, texts = _texts(options, config, facts, settings, folder)
     text = json.dumps([[each.task, each.ids, each.scored] for each in texts])
     setting = {
