@@ -81,19 +81,22 @@ class Rig:
         forecast: Forecaster | None = None,
         *,
         impatient: bool = False,
+        keeps: bool = False,
     ) -> None:
         self.cache, self.metrics, self.forecast = Cache(), Metrics(), Forecast()
+        self.expected: list[np.ndarray] = []  # what kept sets were told
         self.forecast.now = {"sql": (0, 1), "json": (2, 3)}
         self.host: Any = SimpleNamespace(
             cache=self.cache,
             metrics=self.metrics,
             restriction=SimpleNamespace(active=False),
             place=self.cache.place,
+            books=SimpleNamespace(expect=self.expected.append),
         )
         tables = Tables(SHAPE, profile(), forecast or self.forecast)
         there = np.ones(SHAPE, dtype=bool)
         rhythm = Rhythm(period, impatient=impatient)
-        self.residents = Residents(self.host, placement, tables, there, rhythm)
+        self.residents = Residents(self.host, placement, tables, there, rhythm, keeps=keeps)
         self.residents.start(None)
 
     def begin(self, *tasks: str) -> int:
@@ -209,6 +212,31 @@ def test_a_refresh_that_failed_is_tried_again() -> None:
     rig.cache.broken = False
     rig.begin("sql+")
     assert rig.cache.sets == [[0, 1]] * 2
+
+
+def test_a_set_that_is_kept_waits_for_the_next_forecast_and_reads_nothing_before() -> None:
+    rig = Rig(Emoe(), period=2, keeps=True)
+    assert rig.begin("sql+") == rig.begin("sql+", "json") == 0
+    assert rig.cache.sets == [[4, 5]] * 2  # the first one
+    assert rig.metrics.refreshes == 0
+    for told, mean in zip(rig.expected, ([0.6, 0.4, 0, 0], [0.3, 0.2, 0.3, 0.2]), strict=True):
+        assert told[:, :4] == pytest.approx(np.array([mean] * 2))
+    rig.begin("json+")
+    assert rig.cache.sets == [[2, 3]] * 2
+    rig.begin("json")  # nothing is new
+    assert len(rig.expected) == 3 - 1
+    rig.begin("sql")
+    assert rig.cache.sets == [[2, 3]] * 2
+    assert rig.metrics.refreshes == 1
+
+
+def test_a_set_that_is_kept_is_loaded_again_where_it_was_lost() -> None:
+    rig = Rig(Emoe(), keeps=True)
+    with rig.residents.away():
+        pass
+    rig.begin("sql")
+    assert rig.cache.sets == [[0, 1]] * 2
+    assert not rig.expected
 
 
 def used(*experts: int) -> np.ndarray:
