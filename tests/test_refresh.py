@@ -1,13 +1,15 @@
 """When a resident set is chosen anew, and by which forecast: with a cache that only notes it."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from retinue.engine.residents import Residents
+from retinue.config import Config
+from retinue.engine.residents import Beforehand, Residents, residents_of
 from retinue.engine.tables import Tables
 from retinue.errors import ReadError
 from retinue.metrics import Metrics
@@ -16,6 +18,7 @@ from retinue.policy.place.emoe import Emoe
 from retinue.policy.place.popular import Popular, PopularByTask
 from retinue.policy.place.rhythm import Drift, Rhythm
 from retinue.policy.predict.own_prefill import OwnPrefill
+from retinue.policy.presets import preset
 from retinue.policy.profile import Profile, TaskCounts
 
 SHAPE = (2, 6)
@@ -237,6 +240,21 @@ def test_a_set_that_is_kept_is_loaded_again_where_it_was_lost() -> None:
     rig.begin("sql")
     assert rig.cache.sets == [[0, 1]] * 2
     assert not rig.expected
+
+
+@pytest.mark.parametrize(
+    ("name", "above", "kept"),
+    [("emoe-fetch", 0.25, True), ("emoe-fetch", 0.9, False), ("emoe", 0.25, False)],
+)
+def test_sets_are_kept_where_fetching_mends_them_and_a_forecast_comes_soon(
+    name: str, above: float, kept: bool
+) -> None:
+    rig = Rig(Emoe())
+    policies = replace(preset(name).build(), fetch_above=above)
+    known = Beforehand(profile(), rig.forecast)
+    residents = residents_of(rig.host, policies, known, np.ones(SHAPE, dtype=bool), Config())
+    residents.start(None)
+    assert (residents.begin([Running("sql", 10, 10, new=True)]) == 0) == kept
 
 
 def used(*experts: int) -> np.ndarray:

@@ -33,7 +33,7 @@ from retinue.types import Facts, FloatArray
 
 log = logging.getLogger("retinue")
 
-KEEP_BELOW = 0.5  # of `fetch_above`: beyond, too few come to replace a set, see docs/LOG.md
+KEEP_BELOW = 0.5  # of `fetch_above`: beyond it fetching is too rare to mend a set, see docs/LOG.md
 PERIOD = 40  # prompts between two refreshes where the profile says nothing, as in the paper
 
 
@@ -91,7 +91,7 @@ def residents_of(
     period = config.period or (known.profile.period if known.profile else None) or PERIOD
     tables = Tables((there.shape[0], there.shape[1]), known.profile, known.forecaster)
     rhythm = Rhythm(period, impatient=policies.impatient)
-    keeps = policies.fetch_above < KEEP_BELOW
+    keeps = policies.impatient and policies.fetch_above < KEEP_BELOW
     return Residents(host, policies.placement, tables, there, rhythm, keeps=keeps)
 
 
@@ -196,7 +196,7 @@ class Residents:
     def _popularity(self, running: Sequence[Running]) -> Shares:
         """Each expert's share of routing weight, mean over the requests: [layers, experts]."""
         known = [self._tables.shares(request.task) for request in running or (Running(None),)]
-        return np.mean(known, axis=0)
+        return np.asarray(np.mean(known, axis=0))
 
     def _name_unknown(self, running: Sequence[Running]) -> None:
         """Say once of each task that the profile does not know it."""
