@@ -34,7 +34,7 @@ METHODS = (
     Method("emoe, running mean", "emoe"),
     Method("emoe, own prompt", "emoe", {"forecaster": "own-prefill"}),
     Method("emoe, fetch above 0.3", "emoe", {"fetch_above": 0.3}),
-    Method("emoe, fetch above 0.2", "emoe", {"fetch_above": 0.2}),
+    Method("emoe-fetch", "emoe-fetch"),
     Method("random set", "random"),
     Method("popularity", "popular"),
     Method("popularity by task", "popular-by-task"),
