@@ -137,14 +137,8 @@ def charts(rows: Sequence[Row]) -> list[Chart]:
         if lines:
             chart = Chart(title, x, y, lines, reference=reference, reference_label="all resident")
             found.append(chart)
-    found.append(
-        Chart(
-            "Time of an answer",
-            x,
-            "seconds, median",
-            lines_by(rows, "method", "share", "answer_s"),
-        )
-    )
+    times = lines_by(rows, "method", "share", "answer_s")
+    found += [Chart("Time of an answer", x, "seconds, median", times)] if times else []
     return found
 
 
