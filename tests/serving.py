@@ -28,7 +28,7 @@ CONTEXT = 96
 CHAT = {"model": NAME, "messages": [{"role": "user", "content": "!"}], "max_tokens": 4}
 TEXT = {"model": NAME, "prompt": "AB", "max_tokens": 3}
 NEVER = np.full((1, 4), -1)
-WAIT_S = 20.0  # for what has to happen; never reached
+WAIT_S = 60.0  # for what has to happen; never reached
 
 
 class Characters:

@@ -59,6 +59,10 @@ def test_a_study_from_end_to_end(call: Call, study: tuple[object, ...], tmp_path
     assert rows[0]["share"] == 100
     exact = [row for row in rows if row["exact"]]
     assert all(row["added"] == 0 and row["agreement"] == 1 for row in exact)
+    assert {row["method"] for row in rows} >= {"emoe, running mean", "popularity by task"}
+    left_out = document["experiments"]["shares"]["left_out"]
+    assert "one token needs 8" in left_out["random set, 20 %"]
+    assert "has to be trained" in left_out["eMoE-A, 40 %"]
     random = next(row for row in rows if row["method"] == "random set" and row["share"] == 40)
     assert 0 < random["degraded_share"] < 1
     assert random["resident"] == 12  # of 32, three in each of four layers
@@ -66,6 +70,7 @@ def test_a_study_from_end_to_end(call: Call, study: tuple[object, ...], tmp_path
     labels = document["experiments"]["labels"]["rows"]
     assert [row["wrong"] for row in labels] == [0, 20, 40, 60, 80, 100]
     text = (tmp_path / "report.html").read_text()
+    assert "Left out: eMoE-A, 20 %" in text
     for experiment in EMOE.experiments:
         assert (f'id="{experiment.name}"' in text) == (experiment.name in FAST)
 
@@ -89,7 +94,7 @@ def test_a_killed_run_goes_on(
         assert f"shares: {key}" not in done.err
         assert all(row in done.document["experiments"]["shares"]["rows"] for row in rows)
     assert "shares: look-ahead, 40 %" in done.err
-    assert "shares: " not in call(*command).err.split("written")[0]  # nothing is left to do
+    assert "shares: random set, 40 %" not in call(*command).err  # nothing is left to do
     assert "shares: random set, 40 %" in call(*command, "--fresh").err
 
 
@@ -146,6 +151,12 @@ def test_unknown_names(call: Call, study: tuple[object, ...], tmp_path: Path) ->
     done = call(*study, "--only", "shares,colour", "--out", tmp_path)
     refused(done, 2, "unknown experiment: `colour`")
     assert ", ".join(each.name for each in EMOE.experiments) in done.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_a_profile(call: Call, study: tuple[object, ...], tmp_path: Path) -> None:
+    at = study.index("--profile")
+    refused(call(*study[:at], *study[at + 2 :], "--out", tmp_path), 3, "no profile of")
     assert not list(tmp_path.iterdir())
 
 

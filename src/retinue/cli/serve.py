@@ -17,7 +17,7 @@ LOCAL = ("127.0.0.1", "::1", "localhost")
 
 def execute(options: Namespace) -> int:
     """Serve until a signal; returns the exit code."""
-    config = config_from(options, temperature=1.0, batch=DEFAULT_BATCH)
+    config = config_from(options, temperature=1.0, batch=DEFAULT_BATCH, learn=True)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("retinue").setLevel(logging.INFO)
     folder = locate(options.model, note)

@@ -17,11 +17,12 @@ from pathlib import Path
 import numpy as np
 
 from retinue.config import Config
+from retinue.engine.learning import Learner
 from retinue.engine.tables import Tables
 from retinue.errors import UsageError
 from retinue.model.experts import ExpertHost
 from retinue.model.predictors import find_predictor
-from retinue.model.profiles import find_profile
+from retinue.model.profiles import find_profile, learnt_profile
 from retinue.policy.base import BoolArray, Forecaster, Placement, Policies, Running, Stock
 from retinue.policy.place.rhythm import Drift, Rhythm
 from retinue.policy.predict.forecasters import LEARNED, forecaster
@@ -45,6 +46,8 @@ class Beforehand:
 def known_beforehand(folder: Path, facts: Facts, policies: Policies, config: Config) -> Beforehand:
     """The profile and the forecaster that the policies need, before anything is loaded.
 
+    Where requests teach, the profile holds what earlier ones taught.
+
     Raises Refused where there is no profile, or no predictor for a forecaster that is learnt;
     UsageError for one that is damaged, another model's, or read by nobody, for an unknown
     forecaster, and for other settings that the preset does not use.
@@ -58,6 +61,8 @@ def known_beforehand(folder: Path, facts: Facts, policies: Policies, config: Con
                 )
     if policies.placement.needs_profile:
         profile = find_profile(folder, facts, config.profile)
+        if config.learn:
+            profile = Learner(profile, learnt_profile(folder)).profile
         if not policies.placement.periodic:
             return Beforehand(profile)
         name = config.forecaster or policies.forecaster

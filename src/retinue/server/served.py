@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retinue.config import Config
+from retinue.engine.learning import Finished, Learner
 from retinue.engine.llm import LLM, Prompt
-from retinue.engine.request import Request
+from retinue.engine.request import Request, State
 from retinue.memory.machine import resident_bytes
 from retinue.metrics import LayerCounters, Metrics, PhaseCounters
+from retinue.model.profiles import find_profile, learnt_profile
 from retinue.policy.base import BoolArray
 from retinue.server.activity import Activity
 from retinue.types import Phase
@@ -54,6 +56,7 @@ class Served:
         self.engine = self.assembly.engine
         self.tokenizer: Any | None = self.llm.tokenizer
         self.loaded_at = int(time.time())
+        self._learner = _learner(self.llm) if config.learn else None
         self._activity = Activity(self.assembly.network.experts.there, self.assembly.preset.exact)
         self.picture = draw(self.assembly, self._activity)
 
@@ -62,14 +65,34 @@ class Served:
         return self.llm.task_of(prompt, ids)
 
     def stepped(self, moved: list[Request]) -> None:
-        """See `bridge.Model`: takes a new picture now and then, and when nothing is left to do."""
+        """See `bridge.Model`: learns, and takes a new picture now and then."""
+        if self._learner is not None:
+            for request in moved:
+                if request.state is State.DONE:
+                    self._learner.learn(_finished(request))
         old = time.monotonic() - self.picture.at >= PICTURE_S
         if old or not self.engine.busy:
             self.picture = draw(self.assembly, self._activity)
 
     def close(self) -> None:
-        """Free threads, files and memory."""
+        """Keep what was learnt; free threads, files and memory."""
+        if self._learner is not None:
+            self._learner.close()
         self.llm.close()
+
+
+def _learner(llm: LLM) -> Learner | None:
+    """Who learns from requests, if the preset reads a profile."""
+    assembly = llm.assembly
+    if not assembly.preset.build().placement.needs_profile:
+        return None
+    measured = find_profile(assembly.folder, assembly.facts, llm.config.profile)
+    return Learner(measured, learnt_profile(assembly.folder))
+
+
+def _finished(request: Request) -> Finished:
+    used = request.usage.used if request.usage is not None else None
+    return Finished(request.task, used, request.prompt, len(request.token_ids))
 
 
 def draw(assembly: "Assembly", activity: Activity) -> Picture:
