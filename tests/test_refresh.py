@@ -89,6 +89,7 @@ class Rig:
             metrics=self.metrics,
             restriction=SimpleNamespace(active=False),
             place=self.cache.place,
+            books=SimpleNamespace(there=lambda: self.cache.slot_of >= 0),
         )
         tables = Tables(SHAPE, profile(), forecast or self.forecast)
         there = np.ones(SHAPE, dtype=bool)

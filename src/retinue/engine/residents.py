@@ -175,8 +175,10 @@ class Residents:
 
     def _change(self, running: Sequence[Running], key: list[Running]) -> None:
         self._placed = None  # should a read fail, the next step tries again
-        cache = self._host.cache
-        stock = Stock(cache.slots, cache.top_k, self._there, cache.slot_of >= 0)
+        cache, placed = self._host.cache, self._host.books.there()
+        # Not what the cache holds: that is the plain model's after `away`, and half a set after a
+        # read that failed, in which a layer may have fewer experts than a token needs.
+        stock = Stock(cache.slots, cache.top_k, self._there, placed)
         wanted = self._placement.place(stock, running, self._tables)
         known = [self._tables.shares(request.task) for request in running or (Running(None),)]
         self.bytes_read += self._host.place(wanted, np.mean(known, axis=0))
