@@ -46,6 +46,10 @@ class LayerBook:
 
     def __init__(self, there: BoolArray, popularity: Shares, above: float) -> None:
         self.there, self._above = there.copy(), above
+        self.expect(popularity)
+
+    def expect(self, popularity: Shares) -> None:
+        """Forget what was counted: from now on it is `popularity` that is known."""
         # Tokens that had always been routed by it would leave the sum of all gains.
         self._heat = popularity * (PRIOR * _GAINS.sum())
         self._clock = 0  # tokens since heat was halved
@@ -149,6 +153,15 @@ class Books:
         }
         self._before.clear()
         self.astray = False
+
+    def expect(self, popularity: Shares) -> None:
+        """Other requests run: who is there stays, and who leaves first is known anew.
+
+        popularity: as for `place`.
+        """
+        known = np.broadcast_to(popularity, self._shape)
+        for layer, book in self._books.items():
+            book.expect(known[layer])
 
     def serve(self, choice: Choice) -> Served:
         """Decide for a layer's tokens."""
