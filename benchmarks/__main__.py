@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 
-from benchmarks import alone, arrivals, kernels, packed, sharing, step, versus
+from benchmarks import alone, arrivals, kernels, packed, sharing, soak, step, versus
 from benchmarks.checkpoint import Checkpoint, NoCheckpointError, inspect
 from benchmarks.child import ChildFailedError, run_child, say
 from benchmarks.results import Document, Report, show
@@ -33,6 +33,7 @@ BENCHMARKS: dict[str, Callable[[Setting], Report]] = {
     "batch": sharing.batch,
     "second-turn": sharing.second_turn,
     "arrivals": arrivals.arrivals,
+    "soak": soak.soak,
     "step": step.step,
     "llamacpp-small": packed.llamacpp_small,
     "llamacpp-whole": packed.llamacpp_whole,

@@ -24,7 +24,8 @@ from retinue.server.answer import (
     chat_envelope,
     completion_envelope,
 )
-from retinue.server.bridge import Bridge, Call
+from retinue.server.bridge import Bridge
+from retinue.server.call import Call
 from retinue.server.deliver import ClientLeft, Delivery
 from retinue.server.gate import Gate
 from retinue.server.metrics import ServerMetrics
@@ -67,14 +68,14 @@ class Server:
         """Answer one request of either endpoint."""
         served = self.bridge.model
         self._check(body)
-        work = partial(self._call, served, body, self._task(request, body))
+        work = partial(self._call, served, body, _task(request, body, served.tasks))
         groups, echoes = await asyncio.get_running_loop().run_in_executor(self.texts, work)
         shape: Shape = ChatShape(served.tokenizer)
         envelope = chat_envelope(body.model)
         if isinstance(body, CompletionBody):
             shape = CompletionShape(served.tokenizer, echoes)
             envelope = completion_envelope(body.model)
-        delivery = Delivery(self.bridge, Call(groups), shape, envelope)
+        delivery = Delivery(self.bridge, Call(groups, body.user), shape, envelope)
         options = body.stream_options
         with_usage = bool(options is not None and options.include_usage)
         try:
@@ -94,9 +95,6 @@ class Server:
         if body.count > self.config.choices:
             text = f"n is {body.count}, this server gives {self.config.choices} answers at most"
             raise Problem(400, text, param="n")
-
-    def _task(self, request: Request, body: Common) -> str | None:
-        return body.task or request.headers.get(TASK_HEADER) or request.state.task
 
     def _call(
         self, served: Served, body: ChatBody | CompletionBody, task: str | None
@@ -204,6 +202,12 @@ def _prompts(
         return
     for prompt in body.prompts:
         yield prompt, prompt_ids(tokenizer, prompt)
+
+
+def _task(request: Request, body: Common, known: frozenset[str]) -> str | None:
+    """What the request says it is; a name that nobody knows is as if it were not given."""
+    said = (body.task, request.headers.get(TASK_HEADER), request.state.task)
+    return next((name for name in said if name in known), None)
 
 
 def _several(params: SamplingParams, count: int) -> list[SamplingParams]:
