@@ -1,5 +1,6 @@
 """What a server does to its machine under many clients of every kind: `soak`."""
 
+import re
 import sys
 
 from benchmarks.child import run_child
@@ -9,6 +10,7 @@ from benchmarks.setting import Setting
 SECONDS, CLIENTS = 120, 64
 GROWTH = 1.05  # of resident bytes, from half of the time to its end
 IDLE_S = 5.0
+BROKEN = re.compile(r"LOST|error at its end|: 5")
 
 
 def soak(setting: Setting) -> Report:
@@ -23,7 +25,7 @@ def soak(setting: Setting) -> Report:
 def judged(found: Document) -> dict[str, bool]:
     """What was promised, and whether it held."""
     before, _, half, full, after = found["weights"]
-    lost = [what for what in found["outcomes"] if "LOST" in what or what.split(": ")[1][0] == "5"]
+    lost = [what for what in found["outcomes"] if BROKEN.search(what)]
     cost = {row["task"]: row for row in found["tasks"]}
     return {
         "every request was answered, refused, or left by its client": not lost,
@@ -53,12 +55,12 @@ def rows(found: Document, verdicts: dict[str, bool]) -> list[Row]:
 def notes(found: Document, verdicts: dict[str, bool]) -> list[str]:
     """What became of the requests, the server's weight on the way, and what did not hold."""
     lines = [f"{count:6} x {what}" for what, count in found["outcomes"].items()]
-    for weight in found["weights"]:
-        lines.append(
-            f"threads {weight['threads']}, files {weight['files']}, resident"
-            f" {weight['resident_bytes'] >> 20} MiB (peak {weight['peak_bytes'] >> 20}),"
-            f" processor {weight['processor_s']:.0f} s"
-        )
+    lines += [
+        f"threads {weight['threads']}, files {weight['files']}, resident"
+        f" {weight['resident_bytes'] >> 20} MiB (peak {weight['peak_bytes'] >> 20}),"
+        f" processor {weight['processor_s']:.0f} s"
+        for weight in found["weights"]
+    ]
     lines += [f"NOT SO: {what}" for what, held in verdicts.items() if not held]
     lines += [f"log: {line}" for line in found["log"]]
     return lines

@@ -16,7 +16,7 @@ from retinue import __version__
 from retinue.config import Config
 from retinue.engine.request import Request as EngineRequest
 from retinue.engine.request import new_request
-from retinue.errors import RetinueError
+from retinue.errors import RetinueError, UsageError
 from retinue.server.answer import (
     ChatShape,
     CompletionShape,
@@ -106,7 +106,7 @@ class Server:
         for prompt, ids in _prompts(tokenizer, body):
             context = served.engine.limits.context
             check_length(len(ids), body.longest, context, self.config.max_prompt)
-            served.engine.check(ids, params)
+            _check_ids(served, ids, params, body)
             kind = task or served.task_of(prompt, ids)
             due = body.due(self.config, kind)
             several = _several(params, body.count)
@@ -208,6 +208,19 @@ def _task(request: Request, body: Common, known: frozenset[str]) -> str | None:
     """What the request says it is; a name that nobody knows is as if it were not given."""
     said = (body.task, request.headers.get(TASK_HEADER), request.state.task)
     return next((name for name in said if name in known), None)
+
+
+def _check_ids(
+    served: Served, ids: list[int], params: SamplingParams, body: ChatBody | CompletionBody
+) -> None:
+    """Raise Problem for what the engine would refuse, by the field that is to blame."""
+    param = "messages" if isinstance(body, ChatBody) else "prompt"
+    for check in (partial(served.engine.check, ids), partial(served.engine.check, ids, params)):
+        try:
+            check()
+        except UsageError as error:
+            raise problem_of(error, param=param) from error
+        param = "logit_bias"
 
 
 def _several(params: SamplingParams, count: int) -> list[SamplingParams]:

@@ -114,6 +114,9 @@ class Bridge(Generic[Served]):
         """
         if self.phase != "ready":
             raise self.unready()
+        if len(call.requests) > self._limits.room:
+            text = f"asks for {len(call.requests)} answers, this server takes {self._limits.room}"
+            raise Problem(400, text, code="too_many_answers")
         if self.held + len(call.requests) > self._limits.room:
             text = f"{self.held} answers wait, run and are being sent: the queue is full"
             raise Problem(429, text, code="queue_full", retry_after_s=1)
