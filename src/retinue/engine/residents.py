@@ -118,6 +118,11 @@ class Residents:
         self._said: set[str | None] = set()
         self.bytes_read = 0  # by all changes
 
+    @property
+    def period(self) -> int | None:
+        """Prompts between two forecasts; None where nothing is forecast."""
+        return self._rhythm.period if self._placement.periodic else None
+
     def start(self, task: str | None) -> None:
         """Load the first set, and let it serve from now on."""
         running = [Running(task, prompt_tokens=1)]
