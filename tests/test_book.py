@@ -173,7 +173,8 @@ def part(whole: Choice, rows: slice) -> Choice:
 def test_books_forget_a_pass_that_failed() -> None:
     there = np.zeros((3, EXPERTS), dtype=bool)
     there[[0, 2], :3] = True  # layer 1 has no experts
-    books = Books(above=0.3)
+    books = Books(above=0.3, shape=(3, EXPERTS))
+    assert not books.there().any()
     books.place(there, np.zeros(1))
     case = choice([[3, 4]], [[0.6, 0.4]], layer=2)
     first = books.serve(case)
@@ -214,7 +215,7 @@ def test_what_is_expected_anew_says_who_leaves_and_moves_nobody() -> None:
 
 
 def test_a_book_that_fetches_nothing_keeps_no_copies() -> None:
-    books = Books(above=1.0)
+    books = Books(above=1.0, shape=(1, EXPERTS))
     there = np.zeros((1, EXPERTS), dtype=bool)
     there[0, :3] = True
     books.place(there, np.zeros(1))

@@ -94,7 +94,9 @@ class Rig:
             metrics=self.metrics,
             restriction=SimpleNamespace(active=False),
             place=self.cache.place,
-            books=SimpleNamespace(expect=self.expected.append),
+            books=SimpleNamespace(
+                there=lambda: self.cache.slot_of >= 0, expect=self.expected.append
+            ),
         )
         tables = Tables(SHAPE, profile(), forecast or self.forecast)
         there = np.ones(SHAPE, dtype=bool)

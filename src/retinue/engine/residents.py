@@ -118,6 +118,11 @@ class Residents:
         self._said: set[str | None] = set()
         self.bytes_read = 0  # by all changes
 
+    @property
+    def period(self) -> int | None:
+        """Prompts between two forecasts; None where nothing is forecast."""
+        return self._rhythm.period if self._placement.periodic else None
+
     def start(self, task: str | None) -> None:
         """Load the first set, and let it serve from now on."""
         running = [Running(task, prompt_tokens=1)]
@@ -187,8 +192,10 @@ class Residents:
 
     def _change(self, running: Sequence[Running], key: list[Running]) -> None:
         self._placed = None  # should a read fail, the next step tries again
-        cache = self._host.cache
-        stock = Stock(cache.slots, cache.top_k, self._there, cache.slot_of >= 0)
+        cache, placed = self._host.cache, self._host.books.there()
+        # Not what the cache holds: that is the plain model's after `away`, and half a set after a
+        # read that failed, in which a layer may have fewer experts than a token needs.
+        stock = Stock(cache.slots, cache.top_k, self._there, placed)
         wanted = self._placement.place(stock, running, self._tables)
         self.bytes_read += self._host.place(wanted, self._popularity(running))
         self._placed = key

@@ -32,8 +32,6 @@ METHODS = (
     Method("eMoE-L", "emoe", {"forecaster": "emoe-l"}),
     Method("eMoE-E", "emoe", {"forecaster": "emoe-a", "period": 1}),
     Method("emoe, running mean", "emoe"),
-    Method("emoe, own prompt", "emoe", {"forecaster": "own-prefill"}),
-    Method("emoe, fetch above 0.3", "emoe", {"fetch_above": 0.3}),
     Method("emoe-fetch", "emoe-fetch"),
     Method("random set", "random"),
     Method("popularity", "popular"),
