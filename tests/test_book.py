@@ -199,7 +199,7 @@ def test_what_is_expected_anew_says_who_leaves_and_moves_nobody() -> None:
     there[1, :3] = True  # layer 0 has no experts
     popular = np.zeros((2, EXPERTS))
     popular[1, :3] = [0.1, 0.2, 0.3]
-    books = Books(above=0.5)
+    books = Books(above=0.5, shape=(2, EXPERTS))
     books.place(there, popular)
     books.serve(choice([[2, 1]] * 70, [[0.5, 0.5]] * 70, layer=1))
     books.commit()
@@ -207,7 +207,7 @@ def test_what_is_expected_anew_says_who_leaves_and_moves_nobody() -> None:
     assert (books.there() == there).all()
     served = books.serve(choice([[5, 1]], [[0.9, 0.1]], layer=1))
     assert rows(served.may) == [[0, 1, 5]]  # 2 was the hottest, and is now expected least
-    anew = Books(above=0.5)
+    anew = Books(above=0.5, shape=(2, EXPERTS))
     anew.place(there, popular[:, [2, 1, 0, *range(3, EXPERTS)]])
     many = choice([[6, 0], [7, 1]] * 70, [[0.7, 0.3]] * 140, layer=1)
     anew.serve(choice([[5, 1]], [[0.9, 0.1]], layer=1))
