@@ -91,7 +91,11 @@ def test_errors_are_the_clients_own(client: openai.OpenAI) -> None:
 
 def test_closing_a_stream_cancels_it(client: openai.OpenAI, sample: Running) -> None:
     stream = client.completions.create(
-        model=NAME, prompt="A: Hello", max_tokens=240, stream=True, extra_body={"task": "python_code"}
+        model=NAME,
+        prompt="A: Hello",
+        max_tokens=240,
+        stream=True,
+        extra_body={"task": "python_code"},
     )
     next(iter(stream))
     stream.close()
