@@ -16,7 +16,7 @@ from pathlib import Path
 
 from benchmarks.results import Document
 
-MEMORY, QUEUE, CONTEXT = "900MiB", 40, 512
+MODEL, MEMORY, QUEUE, CONTEXT = "sample", "900MiB", 40, 512
 MOST_BODY = 1 << 16
 PATIENCE_S = 120.0  # for one answer: who waits longer counts it as lost
 TASKS = ("dialogue", "python_code", "english_prose", None)
@@ -45,17 +45,21 @@ class Client:
         """One request after the other."""
         kinds = [kind for kind, count in KINDS.items() for _ in range(count)]
         while time.monotonic() < until:
-            kind = self._random.choice(kinds)
-            try:
-                async with asyncio.timeout(PATIENCE_S):
-                    outcome = await kind(self)
-            except (Lost, EOFError, OSError, TimeoutError, ValueError) as error:
-                outcome = f"LOST {type(error).__name__}: {error}"[:120]
-                self.close()
-            self._seen[f"{kind.__name__.strip('_')}: {outcome}"] += 1
+            outcome = await self.once(self._random.choice(kinds))
             if outcome.startswith("429"):
                 await asyncio.sleep(self._random.uniform(0.2, 1.0))
         self.close()
+
+    async def once(self, kind: "Kind") -> str:
+        """One request; returns and counts what came of it."""
+        try:
+            async with asyncio.timeout(PATIENCE_S):
+                outcome = await kind(self)
+        except (Lost, EOFError, OSError, TimeoutError, ValueError) as error:
+            outcome = f"LOST {type(error).__name__}: {error}"[:120]
+            self.close()
+        self._seen[f"{kind.__name__.strip('_')}: {outcome}"] += 1
+        return outcome
 
     def close(self) -> None:
         """Leave, as a client does whose process ends."""
@@ -75,7 +79,7 @@ class Client:
 
     async def _chat(self) -> str:
         said = [{"role": "user", "content": self._text()}]
-        body = {"model": "sample", "messages": said, "max_tokens": self._random.randrange(1, 24)}
+        body = {"model": MODEL, "messages": said, "max_tokens": self._random.randrange(1, 24)}
         status, found = await self._post(body, "/v1/chat/completions")
         return _checked(status, found)
 
@@ -160,7 +164,7 @@ class Client:
         return "A: Hello " + " ".join(self._random.choices(WORDS, k=self._random.randrange(1, 60)))
 
     def _body(self, **fields: object) -> dict[str, object]:
-        body: dict[str, object] = {"model": "sample", "prompt": self._text()}
+        body: dict[str, object] = {"model": MODEL, "prompt": self._text()}
         body["max_tokens"] = self._random.randrange(1, 24)
         task = self._random.choice((*TASKS, f"unheard-{self._random.randrange(10**6)}"))
         return body | {"task": task} | fields
@@ -210,7 +214,8 @@ class Client:
 
 
 WORDS = ("the", "a", "river", "stone", "went", "over", "house", "and", "light", "small", "words")
-KINDS: dict[Callable[[Client], Awaitable[str]], int] = {
+Kind = Callable[[Client], Awaitable[str]]
+KINDS: dict[Kind, int] = {  # and how often each comes
     Client._whole: 6,
     Client._several: 3,
     Client._chat: 4,
@@ -251,7 +256,7 @@ class Served:
     def __init__(self, folder: Path, log: Path) -> None:
         config = folder / "soak.yaml"
         config.write_text(DEADLINES, encoding="utf-8")
-        command = [sys.executable, "-m", "retinue", "serve", "sample", "--port", "0", "--json"]
+        command = [sys.executable, "-m", "retinue", "serve", MODEL, "--port", "0", "--json"]
         command += ["--preset", "emoe-fetch", "--experts", "40%", "--memory", MEMORY]
         command += ["--context", str(CONTEXT), "--kv-tokens", str(8 * CONTEXT)]
         command += ["--queue", str(QUEUE), "--max-body", str(MOST_BODY), "--config", str(config)]

@@ -21,6 +21,7 @@ def execute(options: Namespace) -> int:
     config = config_from(options, temperature=1.0, batch=DEFAULT_BATCH, learn=True)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("retinue").setLevel(logging.INFO)
+    logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of clients that have left
     folder = locate(options.model, note)
     names = _names(options.model, folder, config)
     _remark_on_keys(config)
