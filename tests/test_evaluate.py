@@ -142,7 +142,7 @@ def test_the_degraded_share_is_what_is_missing(olmoe: Path) -> None:
 
 
 def test_what_the_plain_pass_left_does_not_stay(olmoe: Path, profile: str, tmp_path: Path) -> None:
-    """A layer that does not matter to the task keeps its set: the preset's, not the plain pass's."""
+    """A layer that does not matter to a task keeps the preset's set, not the plain pass's."""
     known = read_profile(Path(profile))
     harmless = Sensitivity(0.85, last={models.LAYERS - 1: Damage(1, 1.0, 0.0)})
     tasks = {name: replace(task, sensitivity=harmless) for name, task in known.tasks.items()}

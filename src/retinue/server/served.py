@@ -60,9 +60,9 @@ class Served:
         self._activity = Activity(self.assembly.network.experts.there, self.assembly.preset.exact)
         self.picture = draw(self.assembly, self._activity)
 
-    def task_of(self, prompt: Prompt, ids: list[int]) -> str | None:
-        """The task of a prompt that names none; None: unknown. From any thread."""
-        return self.llm.task_of(prompt, ids)
+    def task_of(self, prompt: Prompt, ids: list[int], task: str | None) -> str | None:
+        """The task of a request that may name one; None: unknown. From one thread at a time."""
+        return self.llm.task_of(prompt, ids, task)
 
     def stepped(self, moved: list[Request]) -> None:
         """See `bridge.Model`: learns, and takes a new picture now and then."""
