@@ -21,6 +21,7 @@ from benchmarks import (
     saved,
     sharing,
     slow_disk,
+    soak,
     step,
     versus,
 )
@@ -48,6 +49,7 @@ BENCHMARKS: dict[str, Callable[[Setting], Report]] = {
     "quality": quality.quality,
     "slow-disk": slow_disk.slow_disk,
     "saved": saved.saved,
+    "soak": soak.soak,
     "step": step.step,
     "llamacpp-small": packed.llamacpp_small,
     "llamacpp-whole": packed.llamacpp_whole,

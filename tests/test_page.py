@@ -5,6 +5,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,13 @@ import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
+import models
 from browser import CHROMIUM, DRIVER, Browser, browser
+from retinue.config import Config
 from retinue.server.activity import Activity
 from retinue.server.page import HEADERS, add_page, html
+from retinue.server.served import Served
+from serving import NAME, running
 
 needs_browser = pytest.mark.skipif(
     CHROMIUM is None or DRIVER is None, reason="there is no chromium with its chromedriver here"
@@ -236,6 +241,25 @@ def test_a_key_is_asked_for_once_and_kept_in_the_tab(window: Browser, stub: Stub
     window.script("sessionStorage.clear()")
 
 
+@needs_browser
+def test_a_request_is_seen_on_the_map(window: Browser, olmoe: Path) -> None:
+    config = Config(memory=models.MEMORY, context=64, experts="50%", preset="on-demand")
+    with running(lambda: Served(olmoe, config, 0)) as it:
+        it.until(lambda: it.server.bridge.phase == "ready")
+        window.complaints()
+        window.open(f"{it.url}/")
+        window.until(lambda: window.text("status") == "ready", "the first state")
+        before = drawn(window)
+        with it.client() as client:
+            body = {"model": NAME, "prompt": models.prompt_of(20), "max_tokens": 4}
+            assert client.post("/v1/completions", json=body).status_code == 200
+        window.until(lambda: drawn(window) != before, "another map")
+        assert window.text("resident") == "16"
+        assert "2" in window.script("return state.experts.map((layer) => layer.map).join('')")
+        assert window.text("tasks").split()[0] == "unknown"
+        assert window.complaints() == []
+
+
 # --- without a browser
 
 
@@ -264,10 +288,10 @@ def test_what_an_expert_was(exact: bool, absent: str) -> None:
     resident = np.array([[False, True, True, True, False]] * 2)
     used, missed = np.full((2, 5), -1), np.full((2, 5), -1)
     assert activity.rows(resident, used, missed, 0) == ["01110", "011--"]
-    now[0], used[:, 2], missed[:, 3:] = 10.5, 1, 1
+    now[0], used[:, 2], missed[:, 3:] = 10.1, 1, 1
     used[:, 3] = 1
     assert activity.rows(resident, used, missed, 1) == [f"0123{absent}", "012--"]
-    now[0] = 11.4  # the pass was less than a second ago
+    now[0] = 10.3  # the pass was a moment ago
     assert activity.rows(resident, used, missed, 2) == [f"0123{absent}", "012--"]
-    now[0], used[:, 1] = 11.6, 3
+    now[0], used[:, 1] = 10.4, 3
     assert activity.rows(resident, used, missed, 3) == ["02110", "021--"]

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -13,9 +14,14 @@ import models
 from command import MEMORY, Call, caller, refused
 from retinue import LLM
 from retinue.cli.main import main
+from retinue.config import ORDERS, Config
 from retinue.engine.tasks import TaskIds
+from retinue.errors import Cancelled, RetinueError
+from retinue.reproduce.arrivals import LOADS
 from retinue.reproduce.labels import mislabelled
 from retinue.reproduce.memory import most
+from retinue.reproduce.peak import Load, measure_peak
+from retinue.reproduce.sensitivity import SIDES
 from retinue.reproduce.spread import mean
 from retinue.reproduce.studies import EMOE
 from retinue.reproduce.workbench import Answer, Workbench
@@ -59,6 +65,10 @@ def test_a_study_from_end_to_end(call: Call, study: tuple[object, ...], tmp_path
     assert rows[0]["share"] == 100
     exact = [row for row in rows if row["exact"]]
     assert all(row["added"] == 0 and row["agreement"] == 1 for row in exact)
+    assert {row["method"] for row in rows} >= {"emoe, running mean", "popularity by task"}
+    left_out = document["experiments"]["shares"]["left_out"]
+    assert "one token needs 8" in left_out["random set, 20 %"]
+    assert "has to be trained" in left_out["eMoE-A, 40 %"]
     random = next(row for row in rows if row["method"] == "random set" and row["share"] == 40)
     assert 0 < random["degraded_share"] < 1
     assert random["resident"] == 12  # of 32, three in each of four layers
@@ -66,6 +76,7 @@ def test_a_study_from_end_to_end(call: Call, study: tuple[object, ...], tmp_path
     labels = document["experiments"]["labels"]["rows"]
     assert [row["wrong"] for row in labels] == [0, 20, 40, 60, 80, 100]
     text = (tmp_path / "report.html").read_text()
+    assert "Left out: eMoE-A, 20 %" in text
     for experiment in EMOE.experiments:
         assert (f'id="{experiment.name}"' in text) == (experiment.name in FAST)
 
@@ -89,8 +100,34 @@ def test_a_killed_run_goes_on(
         assert f"shares: {key}" not in done.err
         assert all(row in done.document["experiments"]["shares"]["rows"] for row in rows)
     assert "shares: look-ahead, 40 %" in done.err
-    assert "shares: " not in call(*command).err.split("written")[0]  # nothing is left to do
+    assert "shares: random set, 40 %" not in call(*command).err  # nothing is left to do
     assert "shares: random set, 40 %" in call(*command, "--fresh").err
+
+
+def test_the_other_experiments(call: Call, study: tuple[object, ...], tmp_path: Path) -> None:
+    done = call(*study, "--only", "sensitivity,period,arrivals", "--out", tmp_path, "--json")
+    assert done.code == 0, done.err
+    found = done.document["experiments"]
+    assert {row["side"] for row in found["sensitivity"]["rows"]} == set(SIDES.values())
+    assert [row["period"] for row in found["period"]["rows"]] == [1, 1]
+    assert "has to be trained" in found["period"]["left_out"]["emoe-a, every 1"]
+    rows = found["arrivals"]["rows"]
+    assert {row["clock"] for row in rows} == {"simulated"}  # quick
+    assert all(0 <= row["attainment"] <= 1 and row["p50"] <= row["p99"] for row in rows)
+    alone = {row["order"]: row for row in rows if row["load"] == min(LOADS)}
+    assert set(alone) == set(ORDERS)
+
+
+def test_a_peak_is_of_a_process_of_its_own(olmoe: Path) -> None:
+    config = Config(memory=models.MEMORY, context=17, kv_tokens=34, batch=2, threads=1)
+    found = measure_peak(Load(str(olmoe), config, tokens=16, batch=2), Event())
+    assert 100 << 20 < found < 2 << 30
+    with pytest.raises(RetinueError, match="no such folder"):
+        measure_peak(Load("nowhere", config, tokens=16, batch=2), Event())
+    stopped = Event()
+    stopped.set()
+    with pytest.raises(Cancelled):
+        measure_peak(Load(str(olmoe), config, tokens=16, batch=2), stopped)
 
 
 def falling(after: int) -> Any:
@@ -146,6 +183,12 @@ def test_unknown_names(call: Call, study: tuple[object, ...], tmp_path: Path) ->
     done = call(*study, "--only", "shares,colour", "--out", tmp_path)
     refused(done, 2, "unknown experiment: `colour`")
     assert ", ".join(each.name for each in EMOE.experiments) in done.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_a_profile(call: Call, study: tuple[object, ...], tmp_path: Path) -> None:
+    at = study.index("--profile")
+    refused(call(*study[:at], *study[at + 2 :], "--out", tmp_path), 3, "no profile of")
     assert not list(tmp_path.iterdir())
 
 

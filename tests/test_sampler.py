@@ -170,3 +170,58 @@ def test_what_is_no_number_is_refused(name: str, value: float) -> None:
     with pytest.raises(UsageError, match=f"{name} is out of range") as caught:
         SamplingParams(**{name: value})
     assert name in caught.value.hint
+
+
+# --- what changes logits before a token is chosen
+
+
+def changed(logits: list[float], answer: list[int], **fields: object) -> list[float]:
+    """The obvious reference of OpenAI's penalties and biases, token by token."""
+    params = SamplingParams(**fields)
+    out = []
+    for token, value in enumerate(logits):
+        count = answer.count(token)
+        value -= count * params.frequency_penalty
+        value -= (count > 0) * params.presence_penalty
+        out.append(value + params.logit_bias.get(token, 0.0))
+    return out
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"presence_penalty": 1.5},
+        {"presence_penalty": -2.0},
+        {"frequency_penalty": 0.75},
+        {"frequency_penalty": -0.5},
+        {"logit_bias": {3: 100.0}},
+        {"logit_bias": {0: -100.0, 2: 1.25}},
+        {"presence_penalty": 0.5, "frequency_penalty": 1.0, "logit_bias": {1: -3.0}},
+    ],
+)
+@pytest.mark.parametrize("answer", [[], [0], [1, 1, 2], [4, 4, 4, 0]])
+def test_penalties_and_biases_are_as_written(fields: dict[str, object], answer: list[int]) -> None:
+    logits = [2.0, 1.75, 1.0, 0.5, 2.25]
+    expected = changed(logits, answer, **fields)
+    chosen = Sampler(SamplingParams(**fields)).choose(torch.tensor(logits), [2, 3], answer)
+    assert expected[chosen] == max(expected)
+    # What is sampled follows the same logits.
+    params = SamplingParams(temperature=1.0, seed=3, **fields)
+    sampler = Sampler(params)
+    drawn = Counter(sampler.choose(torch.tensor(logits), [2, 3], answer) for _ in range(2000))
+    shares = torch.softmax(torch.tensor(expected), 0).tolist()
+    assert all(abs(drawn[i] / 2000 - share) < 0.05 for i, share in enumerate(shares))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"presence_penalty": 2.1},
+        {"frequency_penalty": math.nan},
+        {"logit_bias": {-1: 0.0}},
+        {"logit_bias": {0: 101.0}},
+    ],
+)
+def test_penalties_out_of_range(fields: dict[str, object]) -> None:
+    with pytest.raises(UsageError, match="out of range"):
+        SamplingParams(**fields)

@@ -147,6 +147,9 @@ class Config:
     min_p: float = _option(0.0, "sample from tokens this likely, relative to the likeliest", "P")
     seed: int | None = _option(None, "makes a sampled answer reproducible", "N")
     stop: tuple[str, ...] = _option((), "a text that ends the answer; may be repeated", "TEXT")
+    learn: bool | None = _option(
+        None, "keep what requests teach of each task, for later starts (default: in `serve`)"
+    )
     host: str = _option("127.0.0.1", "address to listen at", "ADDRESS")
     port: int = _option(8000, "port to listen at; 0: any that is free", "N")
     api_key: str | None = _option(
@@ -270,7 +273,7 @@ def _read_file(path: Path) -> dict[str, Any]:
 def _coerce(key: str, kind: object, value: Any) -> Any:
     """Turn a text from a file or the environment into the field's own type."""
     try:
-        if kind is bool:
+        if kind in (bool, bool | None):
             return _boolean(value)
         if isinstance(value, bool):
             raise ValueError(value)

@@ -17,6 +17,7 @@ ENGINE = (
 )
 QUEUE = ("order", "first_token_deadline", "token_deadline", "queue")
 SERVER = (
+    "learn",
     *("host", "port", "api_key", "served_name", "time_limit", "grace"),
     *("choices", "max_prompt", "max_body"),
 )
@@ -44,7 +45,7 @@ def add_config_options(parser: ArgumentParser, names: tuple[str, ...]) -> None:
             continue
         flag = "--" + item.name.replace("_", "-")
         text = item.metadata["help"]
-        if item.type is bool:
+        if item.type in (bool, bool | None):
             parser.add_argument(flag, action=BooleanOptionalAction, default=None, help=text)
         elif item.name == "stop":
             parser.add_argument(flag, action="append", metavar=item.metadata["metavar"], help=text)

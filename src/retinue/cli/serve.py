@@ -1,6 +1,7 @@
 """`retinue serve`: an HTTP server in the OpenAI form."""
 
 import logging
+import os
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -17,7 +18,7 @@ LOCAL = ("127.0.0.1", "::1", "localhost")
 
 def execute(options: Namespace) -> int:
     """Serve until a signal; returns the exit code."""
-    config = config_from(options, temperature=1.0, batch=DEFAULT_BATCH)
+    config = config_from(options, temperature=1.0, batch=DEFAULT_BATCH, learn=True)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("retinue").setLevel(logging.INFO)
     folder = locate(options.model, note)
@@ -29,8 +30,11 @@ def execute(options: Namespace) -> int:
         if options.json:
             emit_json({"url": address, "model": names[0]})
 
-    run_server(make_server(folder, names, config, _remark_on_model), listening)
+    loading = run_server(make_server(folder, names, config, _remark_on_model), listening)
     note("stopped")
+    if loading:
+        sys.stdout.flush()
+        os._exit(0)  # Python would wait for the thread that loads
     return 0
 
 

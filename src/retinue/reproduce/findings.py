@@ -21,6 +21,7 @@ class Finding:
     experiment: Experiment
     rows: Sequence[Row]
     done: bool
+    left_out: Mapping[str, str]
 
     @property
     def verdict(self) -> str:
@@ -32,7 +33,11 @@ class Finding:
 def collect(study: Study, ledger: Ledger) -> list[Finding]:
     """What the ledger has of the study's experiments; those that never began are left out."""
     entries = [(experiment, ledger.entry(experiment.name)) for experiment in study.experiments]
-    return [Finding(each, entry.rows, entry.done) for each, entry in entries if entry.cells]
+    return [
+        Finding(each, entry.rows, entry.done, entry.left_out)
+        for each, entry in entries
+        if entry.cells or entry.left_out
+    ]
 
 
 def document(
@@ -45,6 +50,7 @@ def document(
             "claim": finding.experiment.claim,
             "verdict": finding.verdict,
             "done": finding.done,
+            "left_out": dict(finding.left_out),
             "rows": list(finding.rows),
         }
         for finding in findings
@@ -81,8 +87,16 @@ def _section(finding: Finding) -> Section:
         found=finding.verdict,
         figures=_figures(experiment.name, charts) if can_draw() else (),
         table=_table(experiment.columns, finding.rows) if finding.rows else None,
-        notes=experiment.notes,
+        notes=[*experiment.notes, *_left_out(finding)],
     )
+
+
+def _left_out(finding: Finding) -> list[str]:
+    """One note for each reason."""
+    found: dict[str, list[str]] = {}
+    for key, reason in finding.left_out.items():
+        found.setdefault(reason, []).append(key)
+    return [f"Left out: {'; '.join(keys)}: {reason}." for reason, keys in found.items()]
 
 
 def _figures(name: str, charts: Sequence[Chart]) -> list[Figure]:
@@ -106,9 +120,10 @@ def cell(column: Column, row: Row) -> str:
         return ""
     low, high = number(row, column.low), number(row, column.high)
     text = _written(value, column.form)
-    if low is None or high is None or low == high:
+    if low is None or high is None:
         return text
-    return f"{text}\n{_written(low, column.form)} to {_written(high, column.form)}"
+    ends = _written(low, column.form), _written(high, column.form)
+    return text if ends[0] == ends[1] else f"{text}\n{ends[0]} to {ends[1]}"
 
 
 def _written(value: Any, form: str) -> str:

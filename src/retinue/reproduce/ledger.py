@@ -6,7 +6,7 @@ which they were measured; cells of another setting are never mixed with them.
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,13 @@ from retinue.reproduce.base import Row
 
 @dataclass(slots=True)
 class Entry:
-    """The finished cells of one experiment, by key, in their order; `done`: there are no others."""
+    """The finished cells of one experiment, by key, in their order; `done`: there are no others.
+
+    left_out: why other cells could not be measured, by key.
+    """
 
     cells: dict[str, list[Row]] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
     done: bool = False
 
     @property
@@ -47,7 +51,7 @@ class Ledger:
         """Write the entry, whole or not at all. Raises UsageError where that is not possible."""
         file, entry = self._file(experiment), self.entry(experiment)
         draft = file.with_name(f".{file.name}.part")
-        content = {"setting": self._setting, "done": entry.done, "cells": entry.cells}
+        content = {"setting": self._setting, **asdict(entry)}
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             draft.write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
@@ -65,8 +69,9 @@ class Ledger:
             return Entry()
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
-            setting, entry = dict(content["setting"]), Entry(dict(content["cells"]))
-            entry.done = bool(content["done"])
+            setting = dict(content["setting"])
+            cells, left_out = dict(content["cells"]), dict(content["left_out"])
+            entry = Entry(cells, left_out, bool(content["done"]))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UsageError(
                 f"cannot read `{file}`: {error}", hint="start again with `--fresh`"

@@ -18,7 +18,7 @@ from retinue.config import Config
 from retinue.engine.evaluate import score_plain
 from retinue.engine.llm import LLM
 from retinue.engine.tasks import TaskIds
-from retinue.errors import Cancelled, DoesNotFit
+from retinue.errors import Cancelled, Refused
 from retinue.model.scoring import Scored
 from retinue.policy.presets import preset
 from retinue.reproduce.base import Row
@@ -40,7 +40,7 @@ class Settings:
     quick: bool = False
 
 
-FULL = Settings((20, 40, 60, 80), 8, 1, 32, 3, 64)
+FULL = Settings((20, 40, 60, 80), 7, 1, 32, 2, 64)
 QUICK = Settings((20, 40), 1, 1, 12, 1, 0, quick=True)
 
 
@@ -70,20 +70,22 @@ class Workbench:
     def once(self, experiment: str, key: str, measure: Callable[[], list[Row]]) -> list[Row]:
         """The rows of one cell: those of the ledger, or what `measure` gives, which is kept.
 
-        None where the model does not fit that way: a small share may be less than one token needs.
+        None where the model cannot be run that way: a small share may be less than one token needs,
+        a forecaster may have to be trained. The ledger keeps the reason; another run tries again.
         """
-        cells = self.ledger.entry(experiment).cells
-        if key not in cells:
+        entry = self.ledger.entry(experiment)
+        if key not in entry.cells:
             self.check()
             started = time.perf_counter()
             try:
-                cells[key] = measure()
-            except DoesNotFit as error:
+                entry.cells[key] = measure()
+                entry.left_out.pop(key, None)
+                self.say(f"{experiment}: {key} ({time.perf_counter() - started:.1f} s)")
+            except Refused as error:
+                entry.left_out[key] = str(error)
                 self.say(f"{experiment}: {key} is left out: {error}")
-                cells[key] = []
             self.ledger.keep(experiment)
-            self.say(f"{experiment}: {key} ({time.perf_counter() - started:.1f} s)")
-        return cells[key]
+        return entry.cells.get(key, [])
 
     def check(self) -> None:
         """Raise Cancelled once somebody wants to stop."""

@@ -1,4 +1,4 @@
-"""What each expert was in the last second of work: there, used, read, or missing.
+"""What each expert was in the last moment of work: there, used, read, or missing.
 
 One character an expert, so that a map of thousands of them is a few kilobytes of JSON.
 """
@@ -12,7 +12,7 @@ import numpy as np
 from retinue.policy.base import BoolArray
 from retinue.types import IntArray
 
-LATELY_S = 1.0
+LATELY_S = 0.25  # in a second, a fast model uses almost every expert
 NONE = "-"  # this layer has no such expert
 ABSENT, RESIDENT, HIT, READ, REPLACED, GONE = "012345"
 
