@@ -18,7 +18,8 @@ from retinue.engine.request import Request
 from retinue.metrics import Metrics
 from retinue.server.activity import Activity
 from retinue.server.app import Server
-from retinue.server.bridge import Bridge, Limits
+from retinue.server.bridge import Bridge
+from retinue.server.call import Limits
 from retinue.server.metrics import ServerMetrics
 from retinue.server.run import serve
 from retinue.server.served import draw
@@ -27,6 +28,7 @@ NAME = "counter"
 CONTEXT = 96
 CHAT = {"model": NAME, "messages": [{"role": "user", "content": "!"}], "max_tokens": 4}
 TEXT = {"model": NAME, "prompt": "AB", "max_tokens": 3}
+TASKS = ("chat", "inferred", "routed", "keyed", "headed", "said", "slow")
 NEVER = np.full((1, 4), -1)
 WAIT_S = 60.0  # for what has to happen; never reached
 
@@ -49,6 +51,7 @@ class FakeServed:
     def __init__(self, **fields: Any) -> None:
         self.engine, self.network = fakes.make(blocks=100, **({"context": CONTEXT} | fields))
         self.tokenizer, self.loaded_at = Characters(), 1
+        self.tasks = frozenset(TASKS)
         self.gate = threading.Event()
         self.gate.set()
         self.network.before = lambda: self.gate.wait(WAIT_S)
@@ -64,6 +67,7 @@ class FakeServed:
             engine=self.engine,
             cache=SimpleNamespace(slot_of=np.array([[0, -1, 1, -1]]), last_used=NEVER, step=0),
             host=SimpleNamespace(last_missed=NEVER),
+            residents=None,
         )
         self._activity = Activity(np.ones((1, 4), dtype=bool), exact=True)
         self.picture = draw(self.assembly, self._activity)

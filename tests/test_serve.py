@@ -27,7 +27,7 @@ CONFIG: dict[str, Any] = {"preset": "popular-by-task", "experts": "40%", "contex
 
 @pytest.fixture(scope="module")
 def sample() -> Iterator[Running]:
-    config = Config(**CONFIG, batch=8, learn=True)
+    config = Config(**CONFIG, batch=8, learn=True, routes={"/c": {"task": "configured"}})
     folder = locate("sample", print)
     with running(lambda: Served(folder, config, server_bytes(config)), **CONFIG) as it:
         it.until(lambda: it.server.bridge.phase == "ready")
@@ -91,12 +91,16 @@ def test_errors_are_the_clients_own(client: openai.OpenAI) -> None:
 
 def test_closing_a_stream_cancels_it(client: openai.OpenAI, sample: Running) -> None:
     stream = client.completions.create(
-        model=NAME, prompt="A: Hello", max_tokens=240, stream=True, extra_body={"task": "quit"}
+        model=NAME,
+        prompt="A: Hello",
+        max_tokens=240,
+        stream=True,
+        extra_body={"task": "python_code"},
     )
     next(iter(stream))
     stream.close()
     sample.idle()
-    assert sample.server.metrics.tally.tasks["quit"].cancelled == 1
+    assert sample.server.metrics.tally.tasks["python_code"].cancelled == 1
 
 
 def test_tasks_are_inferred_and_their_degradation_counted(
@@ -110,8 +114,29 @@ def test_tasks_are_inferred_and_their_degradation_counted(
     shares = {row["task"]: row["layers"] for row in experts["degraded_by_task"]}
     assert max(shares["dialogue"]) > 0
     assert sum(layer["decode"]["misses"] for layer in experts["layers"]) > 0
+    assert experts["period"] is None  # this preset forecasts nothing
+    assert experts["refreshes"]["refreshes"] > 0
+    assert f"retinue_refreshes_total {experts['refreshes']['refreshes']}.0" in metrics(sample)
     state = httpx.get(f"{sample.url}/v1/state").json()
     assert state["memory"]["budget_bytes"] > state["memory"]["resident_bytes"] > 0
+
+
+def test_names_that_the_profile_lacks_leave_no_trace(
+    client: openai.OpenAI, sample: Running
+) -> None:
+    served = sample.server.bridge.model
+    assert {"dialogue", "configured"} <= served.tasks
+    answer = client.completions.create(
+        model=NAME, prompt="A: Hello", max_tokens=2, extra_body={"task": "unheard"}
+    )
+    assert answer.model_extra is not None
+    assert answer.model_extra["retinue"]["task"] in served.tasks | {None}
+    assert "unheard" not in served.assembly.metrics.tasks
+    assert "unheard" not in metrics(sample)
+
+
+def metrics(sample: Running) -> str:
+    return httpx.get(f"{sample.url}/metrics").text
 
 
 # --- any request that the description allows
@@ -183,3 +208,23 @@ def test_a_process_ends_well() -> None:
     assert process.returncode == 0, said
     assert "preset auto (exact)" in said
     assert "stopping: 1 answers" in said
+
+
+def test_a_process_need_not_have_loaded_to_end() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "retinue", "serve", "sample", "--port", "0", "--json"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        assert "url" in json.loads(process.stdout.readline())
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 0, said
+    assert "stopped" in said
+    assert "loaded in" not in said

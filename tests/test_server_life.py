@@ -76,9 +76,16 @@ def test_one_that_waits_may_leave_too() -> None:
 def test_a_full_queue_refuses() -> None:
     served = FakeServed()
     with ready(served, queue=1) as it, it.client() as client:
-        response = complete(client, n=5)
+        served.gate.clear()
+        first = threading.Thread(target=lambda: complete(client, n=3))
+        first.start()
+        it.until(lambda: it.server.bridge.under_way == 3)
+        with it.client() as other:
+            response = complete(other, n=2)
         assert response.headers["Retry-After"] == "1"
         assert "queue" in refused(response, 429)
+        served.gate.set()
+        first.join()
         assert complete(client, n=3).status_code == 200
         it.idle()
 

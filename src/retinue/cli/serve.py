@@ -1,6 +1,7 @@
 """`retinue serve`: an HTTP server in the OpenAI form."""
 
 import logging
+import os
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -29,8 +30,11 @@ def execute(options: Namespace) -> int:
         if options.json:
             emit_json({"url": address, "model": names[0]})
 
-    run_server(make_server(folder, names, config, _remark_on_model), listening)
+    loading = run_server(make_server(folder, names, config, _remark_on_model), listening)
     note("stopped")
+    if loading:
+        sys.stdout.flush()
+        os._exit(0)  # Python would wait for the thread that loads
     return 0
 
 

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from retinue.engine.request import Request
 from retinue.metrics import Costs
-from retinue.server.bridge import Call, Piece
+from retinue.server.call import Call, Piece
 from retinue.types import TokenLogprob
 
 Json = dict[str, Any]
@@ -180,17 +179,18 @@ def usage(call: Call) -> Json:
     }
 
 
-def costs(requests: Sequence[Request]) -> Json:
-    """What the call took of the experts: ours, beside OpenAI's fields."""
+def ours(call: Call) -> Json:
+    """What OpenAI's answers lack: whom it was for, and what the call took of the experts."""
     total = Costs()
-    for request in requests:
+    for request in call.requests:
         for phase in ("prefill", "decode"):
             total.of(phase).add(request.costs.of(phase))
     both = [total.prefill, total.decode]
     routed = sum(each.routed_weight for each in both)
     degraded = sum(each.degraded_weight for each in both)
     return {
-        "task": requests[0].task,
+        "user": call.user,
+        "task": call.requests[0].task,
         "hits": sum(each.hits for each in both),
         "pending": sum(each.pending for each in both),
         "misses": sum(each.misses for each in both),

@@ -16,7 +16,7 @@ from retinue import __version__
 from retinue.config import Config
 from retinue.engine.request import Request as EngineRequest
 from retinue.engine.request import new_request
-from retinue.errors import RetinueError
+from retinue.errors import RetinueError, UsageError
 from retinue.server.answer import (
     ChatShape,
     CompletionShape,
@@ -24,7 +24,8 @@ from retinue.server.answer import (
     chat_envelope,
     completion_envelope,
 )
-from retinue.server.bridge import Bridge, Call
+from retinue.server.bridge import Bridge
+from retinue.server.call import Call
 from retinue.server.deliver import ClientLeft, Delivery
 from retinue.server.gate import Gate
 from retinue.server.metrics import ServerMetrics
@@ -67,14 +68,14 @@ class Server:
         """Answer one request of either endpoint."""
         served = self.bridge.model
         self._check(body)
-        work = partial(self._call, served, body, self._task(request, body))
+        work = partial(self._call, served, body, _task(request, body, served.tasks))
         groups, echoes = await asyncio.get_running_loop().run_in_executor(self.texts, work)
         shape: Shape = ChatShape(served.tokenizer)
         envelope = chat_envelope(body.model)
         if isinstance(body, CompletionBody):
             shape = CompletionShape(served.tokenizer, echoes)
             envelope = completion_envelope(body.model)
-        delivery = Delivery(self.bridge, Call(groups), shape, envelope)
+        delivery = Delivery(self.bridge, Call(groups, body.user), shape, envelope)
         options = body.stream_options
         with_usage = bool(options is not None and options.include_usage)
         try:
@@ -95,9 +96,6 @@ class Server:
             text = f"n is {body.count}, this server gives {self.config.choices} answers at most"
             raise Problem(400, text, param="n")
 
-    def _task(self, request: Request, body: Common) -> str | None:
-        return body.task or request.headers.get(TASK_HEADER) or request.state.task
-
     def _call(
         self, served: Served, body: ChatBody | CompletionBody, task: str | None
     ) -> tuple[list[list[EngineRequest]], list[str]]:
@@ -108,7 +106,7 @@ class Server:
         for prompt, ids in _prompts(tokenizer, body):
             context = served.engine.limits.context
             check_length(len(ids), body.longest, context, self.config.max_prompt)
-            served.engine.check(ids, params)
+            _check_ids(served, ids, params, body)
             kind = task or served.task_of(prompt, ids)
             due = body.due(self.config, kind)
             several = _several(params, body.count)
@@ -204,6 +202,25 @@ def _prompts(
         return
     for prompt in body.prompts:
         yield prompt, prompt_ids(tokenizer, prompt)
+
+
+def _task(request: Request, body: Common, known: frozenset[str]) -> str | None:
+    """What the request says it is; a name that nobody knows is as if it were not given."""
+    said = (body.task, request.headers.get(TASK_HEADER), request.state.task)
+    return next((name for name in said if name in known), None)
+
+
+def _check_ids(
+    served: Served, ids: list[int], params: SamplingParams, body: ChatBody | CompletionBody
+) -> None:
+    """Raise Problem for what the engine would refuse, by the field that is to blame."""
+    param = "messages" if isinstance(body, ChatBody) else "prompt"
+    for check in (partial(served.engine.check, ids), partial(served.engine.check, ids, params)):
+        try:
+            check()
+        except UsageError as error:
+            raise problem_of(error, param=param) from error
+        param = "logit_bias"
 
 
 def _several(params: SamplingParams, count: int) -> list[SamplingParams]:

@@ -12,60 +12,17 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 from retinue.engine.request import Request, State
 from retinue.errors import RetinueError
+from retinue.server.call import Call, Limits, Piece
 from retinue.server.problem import STOPPING, Problem, problem_of
-from retinue.types import FinishReason, TokenLogprob
 
 LATE = "time_limit"
 
 log = logging.getLogger("retinue.server")
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """What a step gave one answer of a call. The last one of an answer has a `finish`."""
-
-    choice: int
-    text: str
-    tokens: int
-    logprobs: list[TokenLogprob] = field(default_factory=list)
-    finish: FinishReason | None = None
-
-
-class Call:
-    """What one client asked for: answers that are made together, and what came of them so far.
-
-    `groups` hold the requests of each prompt. The first of a group runs alone until its prompt is
-    computed, so that the others share that. Made, read and cancelled on the loop.
-    """
-
-    def __init__(self, groups: list[list[Request]]) -> None:
-        self.groups = groups
-        self.requests = [request for group in groups for request in group]
-        self.accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.pieces: asyncio.Queue[Piece | Problem] = asyncio.Queue()
-        self.began = time.perf_counter()
-        self.left = len(self.requests)
-        self.cancelled = False
-        self.timer: asyncio.TimerHandle | None = None
-
-    def cancel(self) -> None:
-        """End what still runs, as soon as its layer allows."""
-        self.cancelled = True
-        for request in self.requests:
-            request.cancelled.set()
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """`room` answers may run and wait at once, each for `time_s` at most."""
-
-    room: int
-    time_s: float
 
 
 class Engine(Protocol):
@@ -137,7 +94,8 @@ class Bridge(Generic[Served]):
         self._model: Served | None = None
         self.phase = "loading"
         self.failure: BaseException | None = None
-        self.under_way = 0  # answers, counted on the loop
+        self.under_way = 0  # answers that wait and run, counted on the loop
+        self.held = 0  # those, and what slow clients have yet to read
         self.ended = asyncio.Event()
         self.quiet = asyncio.Event()  # set while no answer is under way
         self.quiet.set()
@@ -156,10 +114,15 @@ class Bridge(Generic[Served]):
         """
         if self.phase != "ready":
             raise self.unready()
-        if self.under_way + len(call.requests) > self._limits.room:
-            text = f"{self.under_way} answers are under way and waiting: the queue is full"
+        if len(call.requests) > self._limits.room:
+            text = f"asks for {len(call.requests)} answers, this server takes {self._limits.room}"
+            raise Problem(400, text, code="too_many_answers")
+        if self.held + len(call.requests) > self._limits.room:
+            text = f"{self.held} answers wait, run and are being sent: the queue is full"
             raise Problem(429, text, code="queue_full", retry_after_s=1)
         self.under_way += call.left
+        call.held = call.left
+        self.held += call.held
         self.quiet.clear()
         assert self._loop is not None
         call.timer = self._loop.call_later(self._limits.time_s, self._expire, call)
@@ -170,15 +133,23 @@ class Bridge(Generic[Served]):
         late = Problem(408, f"the request took longer than {self._limits.time_s:g} s", code=LATE)
         self._accept(call, late)
         call.pieces.put_nowait(late)
-        self.cancel(call)
+        call.cancel()
+        self._inbox.put(None)
 
     def cancel(self, call: Call) -> None:
-        """The client has left, or its time is over. Idempotent."""
+        """The client has left or has it all, or its time is over. Idempotent."""
+        self.held -= call.held
+        call.held = 0
         if call.timer is not None:
             call.timer.cancel()
         if call.left and not call.cancelled:
             call.cancel()
             self._inbox.put(None)
+
+    @property
+    def loading(self) -> bool:
+        """Whether the thread is there and has no model yet. Nothing can end it then."""
+        return self._model is None and self._thread.is_alive()
 
     @property
     def model(self) -> Served:
@@ -196,7 +167,12 @@ class Bridge(Generic[Served]):
         return Problem(503, STOPPING, code="stopping", retry_after_s=10)
 
     async def drain(self, grace_s: float) -> None:
-        """Take nothing new; refuse what waits, let what runs end within `grace_s`, end the rest."""
+        """Take nothing new; refuse what waits, let what runs end within `grace_s`, end the rest.
+
+        While the model loads this is the end: `loading` then says that the thread is still at it.
+        """
+        if self.phase == "loading":
+            self.ended.set()
         if self.phase in ("ready", "loading"):
             self.phase = "stopping"
         self._inbox.put(None)
@@ -218,6 +194,7 @@ class Bridge(Generic[Served]):
 
     def _failed(self, error: BaseException) -> None:
         self.phase, self.failure = "failed", error
+        self._refuse_inbox(_failed())  # what came after the thread had looked
 
     def _accept(self, call: Call, problem: Problem | None) -> None:
         if call.accepted.done():
@@ -265,8 +242,8 @@ class Bridge(Generic[Served]):
             self._tell(self.ended.set)
 
     def _fail(self, error: BaseException) -> None:
+        self._refuse_all(_failed())
         self._tell(self._failed, error)
-        self._refuse_all(Problem(500, "the engine has failed", code="failed"))
         self._tell(self.ended.set)
 
     def _serve(self, model: Served) -> bool:
@@ -372,6 +349,9 @@ class Bridge(Generic[Served]):
             last += [Piece(place, "", 0, finish="error") for place in places]
             self._tell(self._hand_out, [(seat.call, piece) for piece in last])
         self._seats.clear()
+        self._refuse_inbox(problem)
+
+    def _refuse_inbox(self, problem: Problem) -> None:
         while not self._inbox.empty():
             if (call := self._inbox.get()) is not None:
                 self._tell(self._accept, call, problem)
@@ -386,6 +366,10 @@ class Bridge(Generic[Served]):
         assert self._loop is not None
         with suppress(RuntimeError):  # the loop has gone: nobody is left to be told
             self._loop.call_soon_threadsafe(function, *arguments)
+
+
+def _failed() -> Problem:
+    return Problem(500, "the engine has failed", code="failed")
 
 
 def _piece(request: Request, seat: _Seat) -> Piece | None:

@@ -8,8 +8,9 @@ from typing import Any, TypeVar
 
 from fastapi.responses import JSONResponse, Response
 
-from retinue.server.answer import Envelope, Json, Shape, costs, usage
-from retinue.server.bridge import Bridge, Call, Piece
+from retinue.server.answer import Envelope, Json, Shape, ours, usage
+from retinue.server.bridge import Bridge
+from retinue.server.call import Call, Piece
 from retinue.server.gate import Receive, Scope, Send
 from retinue.server.problem import Problem, problem_of
 
@@ -46,7 +47,7 @@ class Delivery:
         return EventStream(events, lambda: self.bridge.cancel(self.call))
 
     def _summary(self) -> Json:
-        return {"usage": usage(self.call), "retinue": costs(self.call.requests)}
+        return {"usage": usage(self.call), "retinue": ours(self.call)}
 
     async def _collect(self) -> None:
         self._given: list[list[Piece]] = [[] for _ in self.call.requests]

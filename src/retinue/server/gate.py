@@ -2,8 +2,10 @@
 body. Holds no more bytes of bodies at once than the budget has for them.
 """
 
+import asyncio
 import hmac
 import json
+import logging
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any
 
@@ -17,13 +19,20 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 
+log = logging.getLogger("retinue.server")
+
 HELD_BODIES = 8  # of the longest, at once: more clients wait for theirs to be read
 GUARDED = "/v1/"
+
+
+class Stalled(Exception):
+    """A client that does not read what it is sent."""
 
 
 class Gate:
     """An ASGI application around another one; refuses in OpenAI's shape.
 
+    A client that takes no byte of its answer within `time_limit` is left.
     `responded` is told the status of every answer. It leaves the task that follows from key or
     route in `scope["state"]["task"]`.
     """
@@ -34,6 +43,7 @@ class Gate:
         self._routes = {prefix.rstrip("/"): task for prefix, task in config.routes.items()}
         keys = [*config.keys, *([config.api_key] if config.api_key else [])]
         self._keys = [key.encode() for key in keys]
+        self._patience_s = config.time_limit
         self._longest = parse_size(config.max_body)
         self._room = HELD_BODIES * self._longest
 
@@ -46,12 +56,18 @@ class Gate:
         async def counted(message: Message) -> None:
             if message["type"] == "http.response.start":
                 self._responded(message["status"])
-            await send(message)
+            try:
+                async with asyncio.timeout(self._patience_s):
+                    await send(message)
+            except TimeoutError as error:
+                raise Stalled from error
 
         try:
             await self._pass(scope, receive, counted)
         except Problem as problem:
             await answer(problem, counted)
+        except Stalled:
+            log.info("a client has read nothing for %g s: it is left", self._patience_s)
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
         state = scope.setdefault("state", {})
@@ -101,6 +117,8 @@ class Gate:
         try:
             body = await self._read(receive)
             if body is not None:
+                self._room += count - len(body)
+                count = len(body)
                 await self._app(scope, _Replay(body, receive), send)
         finally:
             self._room += count
@@ -151,8 +169,14 @@ async def answer(problem: Problem, send: Send) -> None:
 def _check_kind(scope: Scope) -> None:
     kind = _header(scope, b"content-type").partition(b";")[0].strip().lower()
     if kind != b"application/json":
-        shown = kind.decode("latin-1")[:60] or "nothing"
-        raise Problem(415, f"Content-Type has to be application/json, not {shown}")
+        raise Problem(415, f"Content-Type has to be application/json, not {_shown(kind)}")
+    coding = _header(scope, b"content-encoding").strip().lower()
+    if coding not in (b"", b"identity"):
+        raise Problem(415, f"Content-Encoding is not served: {_shown(coding)}")
+
+
+def _shown(value: bytes) -> str:
+    return value.decode("latin-1")[:60] or "nothing"
 
 
 def _header(scope: Scope, name: bytes) -> bytes:

@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from retinue.engine.request import Request
-from retinue.server.bridge import Call, Piece
+from retinue.server.call import Call, Piece
 from retinue.server.served import Picture, Served
 from retinue.server.tally import Tally
 
@@ -43,9 +43,18 @@ PHASE_COUNTERS = {
     "bytes_read": ("expert_bytes_read", "bytes of experts read"),
     "used_bytes_read": ("expert_bytes_used", "of them, those of experts that were then used"),
     "stall_s": ("expert_stall_seconds", "time in which a layer waited for reads"),
+    "missed": ("expert_choices_missed", "tokens' chosen experts that were not there"),
+    "fetched": ("expert_choices_fetched", "of those, read for their token, not replaced"),
     "passes": ("passes", "forward passes"),
     "tokens": ("pass_tokens", "tokens that passes computed"),
     "seconds": ("pass_seconds", "time that passes took"),
+}
+
+
+REFRESH_COUNTERS = {
+    "refreshes": ("refreshes", "times that the resident set was chosen anew"),
+    "seconds": ("refresh_seconds", "what that took, forecasts and reads included"),
+    "bytes_read": ("refresh_bytes", "bytes of experts read for it"),
 }
 
 
@@ -163,6 +172,10 @@ class _Engine:
         )
         yield from self._memory(picture)
         yield from self._experts(picture)
+        for field, (name, text) in REFRESH_COUNTERS.items():
+            family = CounterMetricFamily(f"retinue_{name}", text)
+            family.add_metric([], picture.refreshes[field])
+            yield family
 
     def _memory(self, picture: Picture) -> Iterator[Metric]:
         split = self._served.assembly.split

@@ -12,7 +12,8 @@ import uvicorn
 
 from retinue.config import DEFAULT_BATCH, Config, parse_size
 from retinue.server.app import Server, create_app
-from retinue.server.bridge import Bridge, Limits
+from retinue.server.bridge import Bridge
+from retinue.server.call import Limits
 from retinue.server.gate import HELD_BODIES
 from retinue.server.metrics import ServerMetrics
 from retinue.server.served import Served
@@ -46,15 +47,17 @@ def make_server(
     return Server(config, names, Bridge(load, limits, metrics, loaded), metrics)
 
 
-def run_server(server: Server, listening: Callable[[str], None]) -> None:
+def run_server(server: Server, listening: Callable[[str], None]) -> bool:
     """Serve until a signal comes. `listening` is told the address, before the model is loaded.
 
     The first SIGINT or SIGTERM refuses what waits and lets what runs end within `grace`; a second
-    one ends it at once. Raises what made loading fail.
+    one ends it at once. Raises what made loading fail. Returns whether it still loads, which
+    nothing but the end of the process can stop.
     """
     asyncio.run(serve(server, listening))
     if server.bridge.failure is not None:
         raise server.bridge.failure
+    return server.bridge.loading
 
 
 async def serve(server: Server, listening: Callable[[str], None]) -> None:
@@ -71,6 +74,7 @@ async def serve(server: Server, listening: Callable[[str], None]) -> None:
             lifespan="off",
             log_config=None,
             access_log=False,
+            log_level="error",  # what clients do wrong they are told, the log is not
             server_header=False,
             timeout_graceful_shutdown=5,
         )

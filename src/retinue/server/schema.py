@@ -87,7 +87,7 @@ class Common(Body):
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_k: Annotated[int, Field(ge=-1, lt=1 << 31)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    user: str | None = None
+    user: Annotated[str, Field(max_length=256)] | None = None
     # What OpenAI's interface lacks.
     task: Annotated[str, Field(min_length=1, max_length=100)] | None = None
     deadline: DeadlineBody | None = None

@@ -14,6 +14,7 @@ from retinue.config import Config
 from retinue.engine.learning import Finished, Learner
 from retinue.engine.llm import LLM, Prompt
 from retinue.engine.request import Request, State
+from retinue.errors import Unsupported
 from retinue.memory.machine import resident_bytes
 from retinue.metrics import LayerCounters, Metrics, PhaseCounters
 from retinue.model.profiles import find_profile, learnt_profile
@@ -38,6 +39,8 @@ class Picture:
     layers: list[dict[Phase, LayerCounters]]
     running: dict[str | None, int]  # requests, by task
     waiting: dict[str | None, int]
+    period: int | None  # prompts between two forecasts, where the preset forecasts
+    refreshes: dict[str, float]
     degraded: dict[str | None, list[float]]  # by task: the share of each layer's routing weight
     kv_used: float  # share of the blocks
     prefill: dict[str, float]  # the counters of all passes so far
@@ -57,6 +60,7 @@ class Served:
         self.tokenizer: Any | None = self.llm.tokenizer
         self.loaded_at = int(time.time())
         self._learner = _learner(self.llm) if config.learn else None
+        self.tasks = _tasks(config, self.assembly)
         self._activity = Activity(self.assembly.network.experts.there, self.assembly.preset.exact)
         self.picture = draw(self.assembly, self._activity)
 
@@ -79,6 +83,20 @@ class Served:
         if self._learner is not None:
             self._learner.close()
         self.llm.close()
+
+
+def _tasks(config: Config, assembly: "Assembly") -> frozenset[str]:
+    """The names that a request may give: the profile's, and those that the configuration says.
+
+    Tables, counters and labels are kept by task, so that any other name counts as none.
+    """
+    said = [config.task, *config.deadlines]
+    said += [fields.get("task") for fields in (*config.keys.values(), *config.routes.values())]
+    try:
+        measured = find_profile(assembly.folder, assembly.facts, config.profile)
+    except Unsupported:
+        return frozenset(name for name in said if name)
+    return frozenset([*measured.tasks, *(name for name in said if name)])
 
 
 def _learner(llm: LLM) -> Learner | None:
@@ -106,6 +124,8 @@ def draw(assembly: "Assembly", activity: Activity) -> Picture:
         layers=[_layer(assembly.metrics, layer) for layer in range(len(there))],
         running=dict(Counter(request.task for request in scheduler.running)),
         waiting=dict(Counter(request.task for request in scheduler.waiting)),
+        period=assembly.residents.period if assembly.residents is not None else None,
+        refreshes=_refreshes(assembly.metrics),
         degraded={
             task: usage.degraded_by_layer for task, usage in list(assembly.metrics.tasks.items())
         },
@@ -121,9 +141,17 @@ def _layer(metrics: Metrics, layer: int) -> dict[Phase, LayerCounters]:
     return {phase: copy(metrics.layers.get((phase, layer), NOTHING)) for phase in PHASES}
 
 
+def _refreshes(metrics: Metrics) -> dict[str, float]:
+    return {
+        "refreshes": metrics.refreshes,
+        "seconds": metrics.refresh_s,
+        "bytes_read": metrics.refresh_bytes,
+    }
+
+
 def _numbers(counters: PhaseCounters) -> dict[str, float]:
     names = (
         *("passes", "tokens", "seconds", "hits", "pending", "misses", "bytes_read"),
-        *("used_bytes_read", "routed_weight", "degraded_weight", "stall_s"),
+        *("used_bytes_read", "routed_weight", "degraded_weight", "stall_s", "missed", "fetched"),
     )
     return {name: getattr(counters, name) for name in names}

@@ -20,6 +20,8 @@ def experts_view(served: Served) -> Json:
         "exact": preset.exact,
         "resident": int(picture.resident.sum()),
         "total": facts.total_experts,
+        "period": picture.period,
+        "refreshes": picture.refreshes,
         "phases": {"prefill": _phase(picture.prefill), "decode": _phase(picture.decode)},
         "degraded_by_task": [
             {"task": task, "layers": shares} for task, shares in picture.degraded.items()

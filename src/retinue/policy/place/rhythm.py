@@ -21,7 +21,7 @@ class Rhythm:
     """Counts prompts from one forecast to the next. `impatient`: changes shorten the period."""
 
     def __init__(self, period: int, *, impatient: bool) -> None:
-        self._period, self._impatient = period, impatient
+        self.period, self._impatient = period, impatient
         self._interval = 1 if impatient else period
         self._since = 0
 
@@ -42,7 +42,7 @@ class Rhythm:
     def forecast(self) -> None:
         """It was done."""
         self._since = 0
-        self._interval = min(2 * self._interval, self._period)
+        self._interval = min(2 * self._interval, self.period)
 
 
 class Drift:
