@@ -222,8 +222,8 @@ def verdict(rows: Sequence[Row]) -> str:
         ours, other = mine.get(("emoe", load)), mine.get(("fcfs", load))
         if ours is not None and other is not None:
             parts.append(
-                f"{clock.capitalize()}, at {load} times what can be served: {ours['attainment']:.0%} of all"
-                f" requests in time against {other['attainment']:.0%} first come, first served;"
+                f"{clock.capitalize()}, at {load} times what can be served:"
+                f" {ours['attainment']:.0%} of all requests in time against {other['attainment']:.0%} first come, first served;"
                 f" {ours['goodput']:.2f} a second against {other['goodput']:.2f}; 99 % answered"
                 f" within {ours['p99']:.2f} s against {other['p99']:.2f} s"
             )
