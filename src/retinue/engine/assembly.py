@@ -115,8 +115,7 @@ def assemble(reserved: Reserved) -> Assembly:
         by_task = known.profile if policies.placement.by_task else None
         infers = classifier(config.infer_task, by_task, tokenizer and tokenizer.decode)
         undo.pop_all()
-    notes += [reader.note] if reader.note else []
-    notes += abilities.notes
+    notes += [*filter(None, [reader.note]), *abilities.notes]
     notes += [BLIND] if policies.predictor.needs and not host.sees_ahead else []
     notes += [APPROXIMATE] if not policies.exact else []
     notes += _precision_notes(network, facts, limits, config)
