@@ -12,7 +12,19 @@ from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 
-from benchmarks import alone, arrivals, kernels, packed, sharing, soak, step, versus
+from benchmarks import (
+    alone,
+    arrivals,
+    kernels,
+    packed,
+    quality,
+    saved,
+    sharing,
+    slow_disk,
+    soak,
+    step,
+    versus,
+)
 from benchmarks.checkpoint import Checkpoint, NoCheckpointError, inspect
 from benchmarks.child import ChildFailedError, run_child, say
 from benchmarks.results import Document, Report, show
@@ -20,6 +32,7 @@ from benchmarks.setting import Setting
 
 from retinue.config import format_size, parse_size
 from retinue.errors import RetinueError
+from retinue.memory.home import SAMPLE, locate
 from retinue.memory.machine import available_bytes, cores
 
 BENCHMARKS: dict[str, Callable[[Setting], Report]] = {
@@ -33,6 +46,9 @@ BENCHMARKS: dict[str, Callable[[Setting], Report]] = {
     "batch": sharing.batch,
     "second-turn": sharing.second_turn,
     "arrivals": arrivals.arrivals,
+    "quality": quality.quality,
+    "slow-disk": slow_disk.slow_disk,
+    "saved": saved.saved,
     "soak": soak.soak,
     "step": step.step,
     "llamacpp-small": packed.llamacpp_small,
@@ -61,9 +77,8 @@ def build_parser() -> ArgumentParser:
         "checkpoint",
         metavar="CHECKPOINT",
         nargs="?",
-        type=Path,
-        help=f"a checkpoint folder (default: {SMALL_SHAPE} with random weights, 1.1 GB, removed"
-        " at the end)",
+        help="a checkpoint folder, or `sample`"
+        f" (default: {SMALL_SHAPE} with random weights, 1.1 GB, removed at the end)",
     )
     parser.add_argument(
         "--memory",
@@ -75,9 +90,19 @@ def build_parser() -> ArgumentParser:
     each = "(default: each benchmark's own count)"
     parser.add_argument("--prompt-tokens", type=positive, metavar="N", help=each)
     parser.add_argument("--new-tokens", type=positive, metavar="N", help=each)
+    _add_parts(parser)
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=BENCHMARKS, help="some only")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the JSON there as well")
     return parser
+
+
+def _add_parts(parser: ArgumentParser) -> None:
+    """What `quality`, `slow-disk` and `saved` take beside the rest."""
+    texts = "task texts of quality and slow-disk"
+    parser.add_argument("--data", type=Path, metavar="FILE", help=f"{texts} (default: shipped)")
+    parser.add_argument("--per-task", type=positive, metavar="N", help="so many of each task")
+    parser.add_argument("--shares", type=positive, nargs="+", metavar="N", help="of experts, in %%")
+    parser.add_argument("--read-limits", type=positive, nargs="+", metavar="N", help="in MB/s")
 
 
 def positive(text: str) -> int:
@@ -127,7 +152,7 @@ def _setting(options: Namespace, stack: ExitStack) -> Setting:
         parent = stack.enter_context(tempfile.TemporaryDirectory(prefix="retinue-benchmark-"))
         return write_shape(SMALL_SHAPE, Path(parent))
 
-    checkpoint = inspect(options.checkpoint.resolve()) if options.checkpoint else small()
+    checkpoint = inspect(locate(options.checkpoint).resolve()) if options.checkpoint else small()
     say(
         f"{checkpoint.name}: {format_size(checkpoint.total_bytes)},"
         f" {format_size(checkpoint.expert_bytes)} of it in {checkpoint.experts} experts;"
@@ -140,6 +165,11 @@ def _setting(options: Namespace, stack: ExitStack) -> Setting:
         small,
         prompt_tokens=options.prompt_tokens,
         new_tokens=options.new_tokens,
+        model=checkpoint.folder if options.checkpoint else SAMPLE,
+        data=options.data,
+        per_task=options.per_task,
+        shares=options.shares,
+        read_limits=options.read_limits,
     )
 
 

@@ -87,6 +87,11 @@ def values(documents: Sequence[Document], key: str) -> list[float]:
     return [float(document[key]) for document in documents]
 
 
+def median_of(documents: Sequence[Document], key: str) -> float:
+    """The median of one number over all rounds."""
+    return statistics.median(values(documents, key))
+
+
 def best(
     engines: dict[str, list[Document]], key: str, *, less_is_better: bool = False
 ) -> tuple[str, list[float]]:

@@ -1,11 +1,13 @@
 """What all benchmarks of one command share: the checkpoint, the limit, the counts."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from benchmarks.checkpoint import Checkpoint
 
+from retinue.memory.home import SAMPLE
 from retinue.memory.machine import available_bytes
 
 # Libraries, activations, and what a loader holds beside the weights at its peak.
@@ -15,7 +17,10 @@ COMFORT = 1.25
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """`prompt_tokens` and `new_tokens` are None where each benchmark takes its own count."""
+    """Counts, shares and limits are None where each benchmark takes its own.
+
+    `model` is what needs a profile runs with: the checkpoint, or the sample if none was given.
+    """
 
     checkpoint: Checkpoint
     memory_bytes: int
@@ -23,6 +28,11 @@ class Setting:
     small: Callable[[], Checkpoint]  # the small shape, written at the first call
     prompt_tokens: int | None = None
     new_tokens: int | None = None
+    model: str | Path = SAMPLE
+    data: Path | None = None  # task texts; None: those of the sample
+    per_task: int | None = None  # so many of them
+    shares: Sequence[int] | None = None  # of the experts, in percent
+    read_limits: Sequence[int] | None = None  # MB/s
 
     def counts(self, prompt_tokens: int, new_tokens: int) -> dict[str, Any]:
         """The counts that were asked for, or else these."""

@@ -173,7 +173,8 @@ def part(whole: Choice, rows: slice) -> Choice:
 def test_books_forget_a_pass_that_failed() -> None:
     there = np.zeros((3, EXPERTS), dtype=bool)
     there[[0, 2], :3] = True  # layer 1 has no experts
-    books = Books(above=0.3)
+    books = Books(above=0.3, shape=(3, EXPERTS))
+    assert not books.there().any()
     books.place(there, np.zeros(1))
     case = choice([[3, 4]], [[0.6, 0.4]], layer=2)
     first = books.serve(case)
@@ -193,8 +194,28 @@ def test_books_forget_a_pass_that_failed() -> None:
     assert not books.astray
 
 
+def test_what_is_expected_anew_says_who_leaves_and_moves_nobody() -> None:
+    there = np.zeros((2, EXPERTS), dtype=bool)
+    there[1, :3] = True  # layer 0 has no experts
+    popular = np.zeros((2, EXPERTS))
+    popular[1, :3] = [0.1, 0.2, 0.3]
+    books = Books(above=0.5, shape=(2, EXPERTS))
+    books.place(there, popular)
+    books.serve(choice([[2, 1]] * 70, [[0.5, 0.5]] * 70, layer=1))
+    books.commit()
+    books.expect(popular[:, [2, 1, 0, *range(3, EXPERTS)]])
+    assert (books.there() == there).all()
+    served = books.serve(choice([[5, 1]], [[0.9, 0.1]], layer=1))
+    assert rows(served.may) == [[0, 1, 5]]  # 2 was the hottest, and is now expected least
+    anew = Books(above=0.5, shape=(2, EXPERTS))
+    anew.place(there, popular[:, [2, 1, 0, *range(3, EXPERTS)]])
+    many = choice([[6, 0], [7, 1]] * 70, [[0.7, 0.3]] * 140, layer=1)
+    anew.serve(choice([[5, 1]], [[0.9, 0.1]], layer=1))
+    assert np.array_equal(books.serve(many).may, anew.serve(many).may)
+
+
 def test_a_book_that_fetches_nothing_keeps_no_copies() -> None:
-    books = Books(above=1.0)
+    books = Books(above=1.0, shape=(1, EXPERTS))
     there = np.zeros((1, EXPERTS), dtype=bool)
     there[0, :3] = True
     books.place(there, np.zeros(1))

@@ -1,5 +1,6 @@
 """Loss and agreement against transformers itself, and costs against real decoding."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from retinue.engine.reserve import reserve
 from retinue.engine.tasks import TaskIds
 from retinue.errors import Cancelled
 from retinue.model.kv import Segment
-from retinue.model.profiles import write_profile
+from retinue.model.profiles import read_profile, write_profile
+from retinue.policy.measured import Damage, Sensitivity
 
 EXACT = [name for name, row in PRESETS.items() if row.exact]
 APPROXIMATE = [name for name, row in PRESETS.items() if not row.exact]
@@ -137,6 +139,23 @@ def test_the_degraded_share_is_what_is_missing(olmoe: Path) -> None:
         assembly.close()
     assert result.misses == missing
     assert result.degraded_share == pytest.approx(lost / whole, rel=1e-4)
+
+
+def test_what_the_plain_pass_left_does_not_stay(olmoe: Path, profile: str, tmp_path: Path) -> None:
+    """A layer that matters to no task keeps its set: the preset's, not the plain pass's."""
+    known = read_profile(Path(profile))
+    harmless = Sensitivity(0.85, last={models.LAYERS - 1: Damage(1, 1.0, 0.0)})
+    tasks = {name: replace(task, sensitivity=harmless) for name, task in known.tasks.items()}
+    write_profile(replace(known, tasks=tasks), tmp_path / "profile.json")
+    settings = {"preset": "emoe", "experts": "25%", "profile": str(tmp_path / "profile.json")}
+    assembly = opened(olmoe, **settings)
+    try:
+        before = assembly.cache.slot_of >= 0
+        evaluate(assembly, TEXTS, lambda: None)
+        after = assembly.cache.slot_of >= 0
+    finally:
+        assembly.close()
+    assert (after[1:] == before[1:]).all()
 
 
 def test_a_profile_counts_choices_and_weight(olmoe: Path) -> None:

@@ -23,7 +23,6 @@ from retinue.errors import (
     Unsupported,
 )
 from retinue.memory.files import Reader
-from retinue.memory.mover import Mover
 from retinue.types import Want
 
 PROMPT = models.prompt_of(20)
@@ -286,21 +285,10 @@ def test_a_failed_forecast_is_tried_again_on_demand(olmoe: Path, failing: type[F
         assert answers(llm).token_ids == expected
 
 
-def slow(monkeypatch: pytest.MonkeyPatch, bytes_per_s: float) -> None:
-    class Slow(Mover):
-        def __init__(self, source: Any) -> None:
-            super().__init__(source, bytes_per_s=bytes_per_s)
-
-    monkeypatch.setattr("retinue.engine.assembly.Mover", Slow)
-
-
-def test_a_disk_a_hundred_times_slower_finishes(
-    olmoe: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_disk_a_hundred_times_slower_finishes(olmoe: Path) -> None:
     with models.open_llm(olmoe) as whole:
         expected = answers(whole).token_ids
-    slow(monkeypatch, 8e6)
-    with models.open_llm(olmoe, experts="13%", self_check=False) as llm:
+    with models.open_llm(olmoe, experts="13%", read_limit="8MB", self_check=False) as llm:
         output = answers(llm)
     assert output.token_ids == expected
     # 40 KB an expert, 5 ms each, and four slots of 32: most of two dozen lookups are waited for.
@@ -309,13 +297,10 @@ def test_a_disk_a_hundred_times_slower_finishes(
 
 
 @pytest.mark.parametrize("preset", ["auto", "layer-stream"])
-def test_cancel_in_the_middle_of_a_read(
-    olmoe: Path, monkeypatch: pytest.MonkeyPatch, preset: str
-) -> None:
+def test_cancel_in_the_middle_of_a_read(olmoe: Path, preset: str) -> None:
     """One expert takes a fifth of a second; the whole prompt would take many."""
-    slow(monkeypatch, 2e5)
     settings = {"preset": preset, "experts": "13%", "chunk": 4, "self_check": False}
-    with models.open_llm(olmoe, **settings) as llm:
+    with models.open_llm(olmoe, read_limit="200KB", **settings) as llm:
         outputs: list[Output] = []
         thread = threading.Thread(
             target=lambda: outputs.extend(llm.stream(models.prompt_of(60), models.greedy(9)))

@@ -16,6 +16,7 @@ from retinue.engine.tasks import TaskIds
 from retinue.errors import Cancelled, ReadError
 from retinue.memory.files import Reader
 from retinue.model.kv import Segment
+from retinue.policy.base import Running
 
 APPROXIMATE = [name for name, row in PRESETS.items() if not row.exact]
 EXPERTS, TOP_K = 16, 4
@@ -279,7 +280,7 @@ def reset(llm: LLM) -> None:
     assert residents is not None
     with residents.away():
         pass
-    residents.begin([None])
+    residents.begin([Running(None)])
     agree(llm)
 
 

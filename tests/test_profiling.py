@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import models
-from retinue.engine.profiling import Effort, _line, _trials, make_profile, planned
+from retinue.engine.profiling import ALONE, Effort, _line, _trials, make_profile, planned
 from retinue.memory.machine import machine_name
 from retinue.model.scoring import Scorer
 from retinue.policy.base import Choice
@@ -34,11 +34,17 @@ def test_random_layers() -> None:
     assert np.array_equal(drawn, RandomLayers([1], seed=5).rank(choice, resident))
 
 
-def test_trials_from_both_sides() -> None:
-    assert _trials((0, 1, 2, 3)) == [(0,), (0, 1), (3,), (2, 3), (0, 1, 2, 3)]
+def test_trials_from_both_sides_and_one_by_one() -> None:
+    sides = [(0,), (0, 1), (3,), (2, 3), (0, 1, 2, 3)]
+    assert _trials((0, 1, 2, 3)) == [*sides, (1,), (2,)]
     assert _trials((1, 3)) == [(1,), (3,), (1, 3)]
     assert _trials((2,)) == [(2,)]
-    assert [len(trial) for trial in _trials(range(48))] == [1, 12, 24, 1, 12, 24, 48]
+    deep = _trials(range(48))
+    assert [len(trial) for trial in deep if len(trial) > 1] == [12, 24, 12, 24, 48]
+    singles = sorted(trial[0] for trial in deep if len(trial) == 1)
+    assert len(singles) == ALONE
+    assert (singles[0], singles[-1]) == (0, 47)
+    assert set(np.diff(singles).tolist()) <= {3, 4}, "evenly spread"
 
 
 def tokens(*rows: list[list[int]]) -> Any:
@@ -133,6 +139,11 @@ def test_a_whole_profile(olmoe: Path) -> None:
     whole = models.LAYERS
     assert sensitivity.first[whole] == sensitivity.last[whole]
     assert sensitivity.first[1] != sensitivity.last[1]
+    assert list(sensitivity.alone) == list(range(models.LAYERS))
+    assert sensitivity.alone[0] == sensitivity.first[1]
+    assert sensitivity.alone[models.LAYERS - 1] == sensitivity.last[1]
+    tried = [damage.added_nll for damage in sensitivity.alone.values()]
+    assert len(set(tried)) == models.LAYERS, "each layer was another trial"
     assert 0 <= sensitivity.first[whole].agreement < 0.9
     assert sensitivity.above == 0.5
     assert made.costs is not None

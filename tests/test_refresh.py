@@ -1,13 +1,15 @@
 """When a resident set is chosen anew, and by which forecast: with a cache that only notes it."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from retinue.engine.residents import Residents
+from retinue.config import Config
+from retinue.engine.residents import Beforehand, Residents, residents_of
 from retinue.engine.tables import Tables
 from retinue.errors import ReadError
 from retinue.metrics import Metrics
@@ -16,6 +18,7 @@ from retinue.policy.place.emoe import Emoe
 from retinue.policy.place.popular import Popular, PopularByTask
 from retinue.policy.place.rhythm import Drift, Rhythm
 from retinue.policy.predict.own_prefill import OwnPrefill
+from retinue.policy.presets import preset
 from retinue.policy.profile import Profile, TaskCounts
 
 SHAPE = (2, 6)
@@ -81,19 +84,24 @@ class Rig:
         forecast: Forecaster | None = None,
         *,
         impatient: bool = False,
+        keeps: bool = False,
     ) -> None:
         self.cache, self.metrics, self.forecast = Cache(), Metrics(), Forecast()
+        self.expected: list[np.ndarray] = []  # what kept sets were told
         self.forecast.now = {"sql": (0, 1), "json": (2, 3)}
         self.host: Any = SimpleNamespace(
             cache=self.cache,
             metrics=self.metrics,
             restriction=SimpleNamespace(active=False),
             place=self.cache.place,
+            books=SimpleNamespace(
+                there=lambda: self.cache.slot_of >= 0, expect=self.expected.append
+            ),
         )
         tables = Tables(SHAPE, profile(), forecast or self.forecast)
         there = np.ones(SHAPE, dtype=bool)
         rhythm = Rhythm(period, impatient=impatient)
-        self.residents = Residents(self.host, placement, tables, there, rhythm)
+        self.residents = Residents(self.host, placement, tables, there, rhythm, keeps=keeps)
         self.residents.start(None)
 
     def begin(self, *tasks: str) -> int:
@@ -209,6 +217,46 @@ def test_a_refresh_that_failed_is_tried_again() -> None:
     rig.cache.broken = False
     rig.begin("sql+")
     assert rig.cache.sets == [[0, 1]] * 2
+
+
+def test_a_set_that_is_kept_waits_for_the_next_forecast_and_reads_nothing_before() -> None:
+    rig = Rig(Emoe(), period=2, keeps=True)
+    assert rig.begin("sql+") == rig.begin("sql+", "json") == 0
+    assert rig.cache.sets == [[4, 5]] * 2  # the first one
+    assert rig.metrics.refreshes == 0
+    for told, mean in zip(rig.expected, ([0.6, 0.4, 0, 0], [0.3, 0.2, 0.3, 0.2]), strict=True):
+        assert told[:, :4] == pytest.approx(np.array([mean] * 2))
+    rig.begin("json+")
+    assert rig.cache.sets == [[2, 3]] * 2
+    rig.begin("json")  # nothing is new
+    assert len(rig.expected) == 3 - 1
+    rig.begin("sql")
+    assert rig.cache.sets == [[2, 3]] * 2
+    assert rig.metrics.refreshes == 1
+
+
+def test_a_set_that_is_kept_is_loaded_again_where_it_was_lost() -> None:
+    rig = Rig(Emoe(), keeps=True)
+    with rig.residents.away():
+        pass
+    rig.begin("sql")
+    assert rig.cache.sets == [[0, 1]] * 2
+    assert not rig.expected
+
+
+@pytest.mark.parametrize(
+    ("name", "above", "kept"),
+    [("emoe-fetch", 0.25, True), ("emoe-fetch", 0.9, False), ("emoe", 0.25, False)],
+)
+def test_sets_are_kept_where_fetching_mends_them_and_a_forecast_comes_soon(
+    name: str, above: float, kept: bool
+) -> None:
+    rig = Rig(Emoe())
+    policies = replace(preset(name).build(), fetch_above=above)
+    known = Beforehand(profile(), rig.forecast)
+    residents = residents_of(rig.host, policies, known, np.ones(SHAPE, dtype=bool), Config())
+    residents.start(None)
+    assert (residents.begin([Running("sql", 10, 10, new=True)]) == 0) == kept
 
 
 def used(*experts: int) -> np.ndarray:

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -13,9 +14,14 @@ import models
 from command import MEMORY, Call, caller, refused
 from retinue import LLM
 from retinue.cli.main import main
+from retinue.config import ORDERS, Config
 from retinue.engine.tasks import TaskIds
+from retinue.errors import Cancelled, RetinueError
+from retinue.reproduce.arrivals import LOADS
 from retinue.reproduce.labels import mislabelled
 from retinue.reproduce.memory import most
+from retinue.reproduce.peak import Load, measure_peak
+from retinue.reproduce.sensitivity import SIDES
 from retinue.reproduce.spread import mean
 from retinue.reproduce.studies import EMOE
 from retinue.reproduce.workbench import Answer, Workbench
@@ -96,6 +102,32 @@ def test_a_killed_run_goes_on(
     assert "shares: look-ahead, 40 %" in done.err
     assert "shares: random set, 40 %" not in call(*command).err  # nothing is left to do
     assert "shares: random set, 40 %" in call(*command, "--fresh").err
+
+
+def test_the_other_experiments(call: Call, study: tuple[object, ...], tmp_path: Path) -> None:
+    done = call(*study, "--only", "sensitivity,period,arrivals", "--out", tmp_path, "--json")
+    assert done.code == 0, done.err
+    found = done.document["experiments"]
+    assert {row["side"] for row in found["sensitivity"]["rows"]} == set(SIDES.values())
+    assert [row["period"] for row in found["period"]["rows"]] == [1, 1]
+    assert "has to be trained" in found["period"]["left_out"]["emoe-a, every 1"]
+    rows = found["arrivals"]["rows"]
+    assert {row["clock"] for row in rows} == {"simulated"}  # quick
+    assert all(0 <= row["attainment"] <= 1 and row["p50"] <= row["p99"] for row in rows)
+    alone = {row["order"]: row for row in rows if row["load"] == min(LOADS)}
+    assert set(alone) == set(ORDERS)
+
+
+def test_a_peak_is_of_a_process_of_its_own(olmoe: Path) -> None:
+    config = Config(memory=models.MEMORY, context=17, kv_tokens=34, batch=2, threads=1)
+    found = measure_peak(Load(str(olmoe), config, tokens=16, batch=2), Event())
+    assert 100 << 20 < found < 2 << 30
+    with pytest.raises(RetinueError, match="no such folder"):
+        measure_peak(Load("nowhere", config, tokens=16, batch=2), Event())
+    stopped = Event()
+    stopped.set()
+    with pytest.raises(Cancelled):
+        measure_peak(Load(str(olmoe), config, tokens=16, batch=2), stopped)
 
 
 def falling(after: int) -> Any:

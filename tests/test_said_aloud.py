@@ -35,8 +35,9 @@ def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
     ("task", "said"),
     [
         (["--task", "nonsense"], "no task `nonsense`"),
-        ([], "no task was given"),
+        (["--infer-task", "none"], "no task was given"),
         (["--task", "dialogue"], ""),
+        ([], ""),
     ],
 )
 def test_a_task_that_the_first_request_lacks(

@@ -176,7 +176,8 @@ def _add_profile(verbs: object) -> None:
         type=_number_or_off,
         default=2,
         metavar="N",
-        help="texts of each task that run with random routing, up to eight times each, or `off`"
+        help="texts of each task that run with random routing, up to 22 times each (14 with eight"
+        " layers), or `off`"
         " (default: 2)",
     )
     profile.add_argument(

@@ -51,7 +51,7 @@ def _document(profile: Profile, name: str) -> dict[str, Any]:
     found["half_share"] = _half(profile, name)
     if task.sensitivity is not None:
         found["sensitive_layers"] = np.flatnonzero(profile.sensitive(name)).tolist()
-        for side in ("first", "last"):
+        for side in ("first", "last", "alone"):
             damages = getattr(task.sensitivity, side)
             found[f"random_{side}"] = {
                 str(depth): asdict(damage) for depth, damage in damages.items()

@@ -19,6 +19,7 @@ from retinue.config import Config
 from retinue.engine.tasks import TaskIds, as_ids, cut_to, read_texts
 from retinue.errors import Cancelled, UsageError
 from retinue.memory.home import locate, sample_tasks
+from retinue.model.predictors import find_predictor
 from retinue.model.profiles import find_profile
 from retinue.model.survey import fingerprint, survey
 from retinue.reproduce.drawing import can_draw
@@ -76,13 +77,15 @@ def _workbench(options: Namespace, chosen: Study) -> Workbench:
         settings = replace(settings, texts_per_task=options.per_task, answers_per_task=answers)
     config, folder = config_from(options), locate(options.model, note)
     facts = survey(folder, config.precision)
-    find_profile(folder, facts, config.profile)  # most experiments ask for it: refuse now
+    profile = find_profile(folder, facts, config.profile)  # refuse now where there is none
+    predictor = find_predictor(folder, facts)
     config, texts = _texts(options, config, facts, settings, folder)
-    text = json.dumps([[each.task, each.ids, each.scored] for each in texts])
     setting = {
         "version": __version__,
         "model": fingerprint(folder),
-        "texts": sha256(text.encode()).hexdigest()[:16],
+        "profile": _digest(profile.as_dict()),
+        "predictor": "none" if predictor is None else f"of {predictor.texts} texts",
+        "texts": _digest([[each.task, each.ids, each.scored] for each in texts]),
         "precision": config.precision,
         "amount": "quick" if options.quick else "full",
     }
@@ -96,6 +99,11 @@ def _workbench(options: Namespace, chosen: Study) -> Workbench:
         ledger=Ledger(_out(options, chosen), setting),
         say=note,
     )
+
+
+def _digest(content: Any) -> str:
+    """A short name for what is JSON-shaped."""
+    return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _texts(

@@ -29,9 +29,11 @@ from retinue.trace import TraceHead
 from retinue.types import IntArray, SamplingParams
 
 Advance = Callable[[], object]
+_Sides = tuple[dict[int, Damage], dict[int, Damage], dict[int, Damage]]  # first, last, alone
 ANSWER_TOKENS = 256  # of an answer that the model writes to show how long its answers are
 PASS_TOKENS = (16, 64, 256)  # of the passes whose time is measured
 LOADS = (1, 4, 16, 64)  # experts that are read at once to measure what that takes
+ALONE = 16  # layers that are tried one by one; what lies between is interpolated where it is used
 REPEATS = 3  # the fastest of them counts: others may compute here, too
 
 
@@ -171,36 +173,44 @@ def _answers(assembly: Assembly, texts: Sequence[TaskIds], advance: Advance) -> 
 def _sensitivities(
     assembly: Assembly, texts: Sequence[TaskIds], advance: Advance, above: float
 ) -> dict[str, Sensitivity]:
-    """Per task, what random routing in the first and in the last layers does."""
+    """Per task, what random routing does in the first layers, the last ones, and one by one."""
     if not texts:
         return {}
     scorer = _scorer(assembly)
     plain = [_score(scorer, text, advance) for text in texts]
     names = list(dict.fromkeys(text.task for text in texts))
-    found: dict[str, Sensitivity] = {name: Sensitivity(above, {}, {}) for name in names}
-    layers = assembly.facts.layers
-    for random_layers in _trials(trace_head(assembly).routed):
+    sides: dict[str, _Sides] = {name: ({}, {}, {}) for name in names}
+    layers, routed = assembly.facts.layers, trace_head(assembly).routed
+    for random_layers in _trials(routed):
         with _random_routing(assembly, random_layers):
             scored = [_score(scorer, text, advance) for text in texts]
-        for name in names:
+        for name, (first, last, alone) in sides.items():
             at = [i for i, text in enumerate(texts) if text.task == name]
             damage = _damage([scored[i] for i in at], [plain[i] for i in at])
-            own = found[name]
-            first, last = dict(own.first), dict(own.last)
-            if random_layers[0] == trace_head(assembly).routed[0]:
+            if random_layers[0] == routed[0]:
                 first[random_layers[-1] + 1] = damage
-            if random_layers[-1] == trace_head(assembly).routed[-1]:
+            if random_layers[-1] == routed[-1]:
                 last[layers - random_layers[0]] = damage
-            found[name] = Sensitivity(above, first, dict(sorted(last.items())))
-    return found
+            if len(random_layers) == 1:
+                alone[random_layers[0]] = damage
+    ordered = {
+        name: [dict(sorted(side.items())) for side in found] for name, found in sides.items()
+    }
+    return {name: Sensitivity(above, *found) for name, found in ordered.items()}
 
 
 def _trials(routed: Sequence[int]) -> list[tuple[int, ...]]:
-    """The layers to randomise in turn: one, a quarter, half and all of them, from both sides."""
+    """The layers to randomise in turn.
+
+    One, a quarter, half and all of them, from both sides; then up to ALONE layers one by one, the
+    first and the last among them, evenly spread.
+    """
     count = len(routed)
     sizes = sorted({1, max(1, count // 4), max(1, count // 2)} - {count})
-    first = [tuple(routed[:size]) for size in sizes]
-    return [*first, *(tuple(routed[-size:]) for size in sizes), tuple(routed)]
+    sides = [*(tuple(routed[:size]) for size in sizes), *(tuple(routed[-size:]) for size in sizes)]
+    spread = np.linspace(0, count - 1, min(count, ALONE)).round().astype(int)
+    singles = [(routed[at],) for at in spread.tolist()]
+    return list(dict.fromkeys([*sides, tuple(routed), *singles]))
 
 
 @contextmanager

@@ -2,9 +2,10 @@
 
 It is asked before every step. When other requests run than before, their set is placed; every
 `period` prompts the forecaster is asked anew (eMoE, arXiv 2503.06823, section 4.1), and earlier
-where prompts are served clearly worse than it said. The first set comes from the profile and is
-within the budget, where the paper begins with everything loaded. Only what a new set lacks is
-read. Nothing else loads or evicts while a preset restricts routers.
+where prompts are served clearly worse than it said. Where heavy misses are fetched, a set stays
+until then: other requests only change who leaves first, and fetch what they need. The first set
+comes from the profile and is within the budget, where the paper begins with everything loaded.
+Only what a new set lacks is read. Nothing else loads or evicts while a preset restricts routers.
 """
 
 import logging
@@ -18,7 +19,7 @@ import numpy as np
 
 from retinue.config import Config
 from retinue.engine.learning import Learner
-from retinue.engine.tables import Tables
+from retinue.engine.tables import Shares, Tables
 from retinue.errors import UsageError
 from retinue.model.experts import ExpertHost
 from retinue.model.predictors import find_predictor
@@ -32,6 +33,7 @@ from retinue.types import Facts, FloatArray
 
 log = logging.getLogger("retinue")
 
+KEEP_BELOW = 0.5  # of `fetch_above`: beyond it fetching is too rare to mend a set, see docs/LOG.md
 PERIOD = 40  # prompts between two refreshes where the profile says nothing, as in the paper
 
 
@@ -89,11 +91,15 @@ def residents_of(
     period = config.period or (known.profile.period if known.profile else None) or PERIOD
     tables = Tables((there.shape[0], there.shape[1]), known.profile, known.forecaster)
     rhythm = Rhythm(period, impatient=policies.impatient)
-    return Residents(host, policies.placement, tables, there, rhythm)
+    keeps = policies.impatient and policies.fetch_above < KEEP_BELOW
+    return Residents(host, policies.placement, tables, there, rhythm, keeps=keeps)
 
 
 class Residents:
-    """The placement of one model. `rhythm` says when what `tables` hold is to be forecast anew."""
+    """The placement of one model. `rhythm` says when what `tables` hold is to be forecast anew.
+
+    `keeps`: other requests find the set as it is, until the next forecast.
+    """
 
     def __init__(
         self,
@@ -102,9 +108,11 @@ class Residents:
         tables: Tables,
         there: BoolArray,
         rhythm: Rhythm,
+        *,
+        keeps: bool = False,
     ) -> None:
         self._host, self._placement, self._tables = host, placement, tables
-        self._there = there
+        self._there, self._keeps = there, keeps
         self._rhythm, self._drift = rhythm, Drift()
         self._placed: list[Running] | None = None  # what the set was placed for
         self._said: set[str | None] = set()
@@ -140,11 +148,15 @@ class Residents:
                 self._tables.renew()
                 self._drift.reset()
                 self._rhythm.forecast()
-            self._change(running, key)
-            metrics = self._host.metrics
-            metrics.refreshes += 1
-            metrics.refresh_bytes += self.bytes_read - before
-            metrics.refresh_s += time.perf_counter() - started
+            if due or self._placed is None or not self._keeps:
+                self._change(running, key)
+                metrics = self._host.metrics
+                metrics.refreshes += 1
+                metrics.refresh_bytes += self.bytes_read - before
+                metrics.refresh_s += time.perf_counter() - started
+            else:
+                self._host.books.expect(self._popularity(running))
+                self._placed = key
         if unheard:
             self._rhythm.change()
         self._rhythm.count(fresh)
@@ -180,12 +192,18 @@ class Residents:
 
     def _change(self, running: Sequence[Running], key: list[Running]) -> None:
         self._placed = None  # should a read fail, the next step tries again
-        cache = self._host.cache
-        stock = Stock(cache.slots, cache.top_k, self._there, cache.slot_of >= 0)
+        cache, placed = self._host.cache, self._host.books.there()
+        # Not what the cache holds: that is the plain model's after `away`, and half a set after a
+        # read that failed, in which a layer may have fewer experts than a token needs.
+        stock = Stock(cache.slots, cache.top_k, self._there, placed)
         wanted = self._placement.place(stock, running, self._tables)
-        known = [self._tables.shares(request.task) for request in running or (Running(None),)]
-        self.bytes_read += self._host.place(wanted, np.mean(known, axis=0))
+        self.bytes_read += self._host.place(wanted, self._popularity(running))
         self._placed = key
+
+    def _popularity(self, running: Sequence[Running]) -> Shares:
+        """Each expert's share of routing weight, mean over the requests: [layers, experts]."""
+        known = [self._tables.shares(request.task) for request in running or (Running(None),)]
+        return np.asarray(np.mean(known, axis=0))
 
     def _name_unknown(self, running: Sequence[Running]) -> None:
         """Say once of each task that the profile does not know it."""

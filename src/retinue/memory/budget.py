@@ -154,7 +154,7 @@ def _slot_limit(facts: Facts, experts: str | int, least: int) -> int:
         whole = facts.min_slots < least
         raise DoesNotFit(
             f"`--experts {experts}` leaves room for {slots} experts; one token needs"
-            f" {least} at once" + " over all layers, since this preset fetches none" * whole,
+            f" {least} at once" + " over all layers, since this preset keeps a set in each" * whole,
             smallest_bytes=least * facts.slot_bytes,
             hint=f"use `--experts {least * facts.slot_bytes}` or more"
             + ", or an exact preset" * whole,

@@ -67,7 +67,7 @@ class ExpertHost:
         self.last_missed = np.full_like(cache.last_used, -1)  # step, when it was asked for
         self.restriction: Restriction | None = None
         self.accounts = Accounts(*cache.slot_of.shape)
-        self.books = Books(policies.fetch_above)
+        self.books = Books(policies.fetch_above, (len(cache.slot_of), cache.experts))
         self._served: dict[int, Served] = {}  # by the books, and not computed yet
         if not policies.routing.exact:
             self.accounts.on = True

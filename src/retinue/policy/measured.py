@@ -60,7 +60,7 @@ class Damage:
 
 @dataclass(frozen=True, slots=True)
 class Sensitivity:
-    """What random routing does to a task, by how many layers it begins or ends with.
+    """What random routing does to a task, by how many layers it begins or ends with, or by layer.
 
     `first[n]` is with the first `n` decoder layers random, as eMoE (arXiv 2503.06823, section
     3.3) does it; `last[n]` with the last `n`; `alone[n]` with layer `n` only. Layers count as

@@ -113,20 +113,21 @@ PRESETS = {
             "beyond eMoE, 2503.06823; fetching by score as in HOBBIT, 2411.01433",
             (
                 *_REROUTED[:2],
-                "miss: fetch above 0.2",
+                "miss: fetch above 0.25",
                 _REROUTED[3],
                 "place: emoe",
                 "forecast: running-mean",
             ),
             "slots go where they save the most routing weight, weighed by what wrong routing does"
             " to the layer; an expert replaces another one only where that is worth the read;"
-            " forecasts come sooner after a change; a missing expert with more than a fifth of its"
-            " token's routing weight is fetched, for others the next resident one serves",
+            " forecasts come sooner after a change, until which other tasks find the set as it is;"
+            " a missing expert with more than a quarter of its token's routing weight is fetched,"
+            " for others the next resident one serves",
             lambda: _rerouted(
                 Emoe(marginal_split, weigh=True, worth=WORTH),
                 forecaster="running-mean",
                 impatient=True,
-                fetch_above=0.2,
+                fetch_above=0.25,
             ),
         ),
         Preset(

@@ -43,7 +43,7 @@ GAP_PASSES = 10.0
 LOADS = (0.4, 0.8, 1.0, 1.2, 1.5, 2.0)  # of what can be served
 LIVE_LOADS = (0.8, 1.5)
 LIVE_ORDERS = ("fcfs", "emoe")
-SIMULATED, WARM = 400, 16  # requests
+SIMULATED, QUICK_SIMULATED, WARM = 400, 100, 16  # requests
 SEED = 1
 Prompts = dict[str, list[list[int]]]
 
@@ -77,14 +77,15 @@ def _measure(bench: Workbench) -> list[Row]:
     with bench.opened(preset="auto", experts="100%", **room) as llm:
         llm.fill()
         machine = _saturated(bench, llm, max(WARM, live))
-        return [*_simulated(machine), *_live(bench, machine, live)]
+        count = QUICK_SIMULATED if bench.settings.quick else SIMULATED
+        return [*_simulated(machine, count), *_live(bench, machine, live)]
 
 
-def _simulated(machine: Machine) -> list[Row]:
+def _simulated(machine: Machine, count: int) -> list[Row]:
     return [
         _row(machine, order, load, simulate(machine, order, arrivals), False)
         for load in LOADS
-        for arrivals in [poisson(machine.kinds, load * machine.rate, SIMULATED, SEED)]
+        for arrivals in [poisson(machine.kinds, load * machine.rate, count, SEED)]
         for order in ORDERS
     ]
 

@@ -120,9 +120,10 @@ def cell(column: Column, row: Row) -> str:
         return ""
     low, high = number(row, column.low), number(row, column.high)
     text = _written(value, column.form)
-    if low is None or high is None or low == high:
+    if low is None or high is None:
         return text
-    return f"{text}\n{_written(low, column.form)} to {_written(high, column.form)}"
+    ends = _written(low, column.form), _written(high, column.form)
+    return text if ends[0] == ends[1] else f"{text}\n{ends[0]} to {ends[1]}"
 
 
 def _written(value: Any, form: str) -> str:

@@ -70,11 +70,14 @@ def _cell(bench: Workbench, wrong: int) -> list[Row]:
 def charts(rows: Sequence[Row]) -> list[Chart]:
     """Loss and time over the share of wrong labels."""
     named = [row | {"what": PRESET} for row in rows]
-    x = "wrong labels, %"
-    spread = ("prompt_low_s", "prompt_high_s")
+    x, spread = "wrong labels, %", ("prompt_low_s", "prompt_high_s")
+    loss = lines_by(named, "what", "wrong", "added")
+    times = lines_by(named, "what", "wrong", "prompt_s", spread)
+    if not named:
+        return []
     return [
-        Chart("Loss added", x, "nats a token", lines_by(named, "what", "wrong", "added")),
-        Chart("Time of a text", x, "seconds", lines_by(named, "what", "wrong", "prompt_s", spread)),
+        Chart("Loss added", x, "nats a token", loss),
+        Chart("Time of a text", x, "seconds", times),
     ]
 
 

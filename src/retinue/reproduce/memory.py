@@ -36,18 +36,18 @@ class Point:
 
 
 def run(bench: Workbench) -> list[Row]:
-    """Rows of `what` length and batch, and two of what equal memory holds."""
+    """Two rows of what equal memory holds, and those of `what` length and batch."""
     base = min(BASE_TOKENS, bench.facts.max_context - 1)
     longest = bench.facts.max_context - 1
     lengths = list(dict.fromkeys(min(tokens, longest) for tokens in LENGTHS))
     lengths = lengths[-2:] if bench.settings.quick else lengths
     points = [("length", Point(share, tokens, 1)) for share in SHARES for tokens in lengths]
     points += [("batch", Point(share, base, batch)) for share in SHARES for batch in BATCHES]
-    rows = []
+    rows = list(bench.once(NAME, "equal memory", partial(_equal, bench, base)))
     for what, point in points:
         key = f"{what}, {point.share} %, {point.tokens} tokens, {point.batch} at once"
         rows += bench.once(NAME, key, partial(_measured, bench, what, point))
-    return rows + bench.once(NAME, "equal memory", partial(_equal, bench, base))
+    return rows
 
 
 def computed(facts: Facts, config: Config, point: Point) -> Split:

@@ -32,9 +32,7 @@ METHODS = (
     Method("eMoE-L", "emoe", {"forecaster": "emoe-l"}),
     Method("eMoE-E", "emoe", {"forecaster": "emoe-a", "period": 1}),
     Method("emoe, running mean", "emoe"),
-    Method("emoe, own prompt", "emoe", {"forecaster": "own-prefill"}),
-    Method("emoe, fetch above 0.3", "emoe", {"fetch_above": 0.3}),
-    Method("emoe, fetch above 0.2", "emoe", {"fetch_above": 0.2}),
+    Method("emoe-fetch", "emoe-fetch"),
     Method("random set", "random"),
     Method("popularity", "popular"),
     Method("popularity by task", "popular-by-task"),
@@ -137,32 +135,59 @@ def charts(rows: Sequence[Row]) -> list[Chart]:
         if lines:
             chart = Chart(title, x, y, lines, reference=reference, reference_label="all resident")
             found.append(chart)
-    found.append(
-        Chart(
-            "Time of an answer",
-            x,
-            "seconds, median",
-            lines_by(rows, "method", "share", "answer_s"),
-        )
-    )
+    times = lines_by(rows, "method", "share", "answer_s")
+    found += [Chart("Time of an answer", x, "seconds, median", times)] if times else []
     return found
 
 
 def verdict(rows: Sequence[Row]) -> str:
-    """Which method adds the least loss at each share, and how far above chance it is."""
-    lossy = [row for row in rows if not row["exact"]]
-    parts = []
-    for share in dict.fromkeys(row["share"] for row in lossy):
-        here = [row for row in lossy if row["share"] == share]
-        best = min(here, key=lambda row: number(row, "added") or 0.0)
-        text = f"with {share} % {best['method']} adds {best['added']:+.3f} nats a token"
-        text += f" (agreement {best['agreement']:.3f}"
-        text += f", similarity {best['similarity']:.3f})" if "similarity" in best else ")"
-        chance = [row for row in here if row["method"] == "random set"]
-        if chance and chance[0] is not best:
-            text += f", a random set {chance[0]['added']:+.3f}"
-        parts.append(text)
-    return f"The least loss: {'; '.join(parts)}." if parts else NOTHING_YET
+    """What the methods add at each share, from a forecast set to one drawn by chance."""
+    shares = list(dict.fromkeys(row["share"] for row in rows if row["share"] != 100))
+    told = [_told(share, [row for row in rows if row["share"] == share]) for share in shares]
+    return " ".join(told) if told else NOTHING_YET
+
+
+def _told(share: Value, rows: Sequence[Row]) -> str:
+    """One share's sentence."""
+    lossy = sorted((row for row in rows if not row["exact"]), key=_added)
+    unread = [row for row in lossy if not row["fetched"]]
+    if not unread:
+        return f"With {share} % nothing but what fetches was measured."
+    best = unread[0]
+    text = (
+        f"With {share} % and nothing fetched {best['method']} adds the least loss, {_words(best)}"
+    )
+    known = {row["method"]: row for row in rows}
+    others = ("eMoE-A", "popularity by task", "random set")
+    parts = [
+        f"{name} {_words(known[name])}"
+        for name in others
+        if name in known and known[name] is not best
+    ]
+    text += f"; {', '.join(parts)}" if parts else ""
+    return f"{text}.{_fetching(lossy, known.get('on demand'))}"
+
+
+def _fetching(lossy: Sequence[Row], on_demand: Row | None) -> str:
+    """What a few reads buy."""
+    reading = [row for row in lossy if row["fetched"]]
+    if not reading:
+        return ""
+    best = reading[0]
+    read, whole = number(best, "bytes_read"), number(on_demand or {}, "bytes_read")
+    text = f" With misses fetched, {best['method']} adds {_words(best)}"
+    if read and whole:
+        text += f", and reads {whole / read:.1f} times fewer bytes than on demand"
+    return f"{text}."
+
+
+def _added(row: Row) -> float:
+    return number(row, "added") or 0.0
+
+
+def _words(row: Row) -> str:
+    similarity = f", similarity {row['similarity']:.3f}" if "similarity" in row else ""
+    return f"{row['added']:+.3f} nats a token (agreement {row['agreement']:.3f}{similarity})"
 
 
 EXPERIMENT = Experiment(

@@ -46,6 +46,10 @@ class LayerBook:
 
     def __init__(self, there: BoolArray, popularity: Shares, above: float) -> None:
         self.there, self._above = there.copy(), above
+        self.expect(popularity)
+
+    def expect(self, popularity: Shares) -> None:
+        """Forget what was counted: from now on it is `popularity` that is known."""
         # Tokens that had always been routed by it would leave the sum of all gains.
         self._heat = popularity * (PRIOR * _GAINS.sum())
         self._clock = 0  # tokens since heat was halved
@@ -125,13 +129,15 @@ def _shares(weights: FloatArray) -> Shares:
 
 
 class Books:
-    """The books of all layers of one model, as one: what a pass decides counts if it succeeds."""
+    """The books of all layers of one model, as one: what a pass decides counts if it succeeds.
 
-    def __init__(self, above: float) -> None:
-        self.above = above
+    shape: (layers, experts). Nobody is in a slot before the first `place`.
+    """
+
+    def __init__(self, above: float, shape: tuple[int, int]) -> None:
+        self.above, self._shape = above, shape
         self._books: dict[int, LayerBook] = {}
         self._before: dict[int, LayerBook] = {}  # of the layers that the running pass has changed
-        self._shape = (0, 0)
         self.astray = False  # whether the cache may stand elsewhere
 
     def place(self, there: BoolArray, popularity: Shares) -> None:
@@ -140,7 +146,6 @@ class Books:
         popularity: [layers, experts], or of a shape that broadcasts to it.
         """
         known = np.broadcast_to(popularity, there.shape)
-        self._shape = (there.shape[0], there.shape[1])
         self._books = {
             layer: LayerBook(row, known[layer], self.above)
             for layer, row in enumerate(there)
@@ -148,6 +153,15 @@ class Books:
         }
         self._before.clear()
         self.astray = False
+
+    def expect(self, popularity: Shares) -> None:
+        """Other requests run: who is there stays, and who leaves first is known anew.
+
+        popularity: as for `place`.
+        """
+        known = np.broadcast_to(popularity, self._shape)
+        for layer, book in self._books.items():
+            book.expect(known[layer])
 
     def serve(self, choice: Choice) -> Served:
         """Decide for a layer's tokens."""
