@@ -14,6 +14,8 @@ import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
 
+from retinue.cli import serve
+from retinue.cli.main import main
 from retinue.config import Config
 from retinue.memory.home import locate
 from retinue.model.profiles import learnt_profile, read_profile
@@ -227,4 +229,12 @@ def test_a_process_need_not_have_loaded_to_end() -> None:
         process.wait()
     assert process.returncode == 0, said
     assert "stopped" in said
-    assert "loaded in" not in said
+
+
+def test_nor_does_it_wait_for_the_thread_that_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[int] = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    for loading in (False, True):
+        monkeypatch.setattr(serve, "run_server", lambda server, listening, it=loading: it)
+        assert main(["serve", "sample"]) == 0
+        assert ended == [0] * loading
