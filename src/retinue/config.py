@@ -231,6 +231,7 @@ class Config:
 
 
 DEFAULT_CONTEXT = 4096
+INSENSITIVE_ABOVE = 0.97  # agreement under random routing, see docs/LOG.md
 DEFAULT_BATCH = 8  # of the Python interface, whose `generate` takes many prompts
 
 

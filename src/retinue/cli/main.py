@@ -19,6 +19,7 @@ from retinue.cli.options import (
     new_verb,
 )
 from retinue.cli.terminal import fail
+from retinue.config import INSENSITIVE_ABOVE
 from retinue.errors import RetinueError
 from retinue.memory.budget import fits_whole
 from retinue.memory.home import find_here
@@ -183,10 +184,10 @@ def _add_profile(verbs: object) -> None:
     profile.add_argument(
         "--insensitive-above",
         type=float,
-        default=0.85,
+        default=INSENSITIVE_ABOVE,
         metavar="SHARE",
         help="layers count as insensitive while this share of next tokens stays the same under"
-        " random routing (default: 0.85)",
+        f" random routing (default: {INSENSITIVE_ABOVE})",
     )
     profile.add_argument(
         "--answers",

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from retinue.config import INSENSITIVE_ABOVE
 from retinue.engine.assembly import Assembly
 from retinue.engine.request import new_request
 from retinue.engine.tasks import TaskIds
@@ -42,7 +43,7 @@ class Effort:
     """How much is measured beside counts: texts of each task (0: not measured), and costs."""
 
     sensitivity: int = 0
-    insensitive_above: float = 0.85
+    insensitive_above: float = INSENSITIVE_ABOVE
     answers: int = 0
     costs: bool = False
 

@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retinue.config import Config
-from retinue.engine.learning import Finished, Learner
+from retinue.engine.learning import Learner, finished, open_learner
 from retinue.engine.llm import LLM, Prompt
 from retinue.engine.request import Request, State
 from retinue.memory.machine import resident_bytes
 from retinue.metrics import LayerCounters, Metrics, PhaseCounters
-from retinue.model.profiles import find_profile, learnt_profile
 from retinue.policy.base import BoolArray
 from retinue.server.activity import Activity
 from retinue.types import Phase
@@ -72,7 +71,7 @@ class Served:
         if self._learner is not None:
             for request in moved:
                 if request.state is State.DONE:
-                    self._learner.learn(_finished(request))
+                    self._learner.learn(finished(request))
         old = time.monotonic() - self.picture.at >= PICTURE_S
         if old or not self.engine.busy:
             self.picture = draw(self.assembly, self._activity)
@@ -89,13 +88,7 @@ def _learner(llm: LLM) -> Learner | None:
     assembly = llm.assembly
     if not assembly.preset.build().placement.needs_profile:
         return None
-    measured = find_profile(assembly.folder, assembly.facts, llm.config.profile)
-    return Learner(measured, learnt_profile(assembly.folder))
-
-
-def _finished(request: Request) -> Finished:
-    used = request.usage.used if request.usage is not None else None
-    return Finished(request.task, used, request.prompt, len(request.token_ids))
+    return open_learner(assembly.folder, assembly.facts, llm.config.profile)
 
 
 def draw(assembly: "Assembly", activity: Activity) -> Picture:
