@@ -223,7 +223,8 @@ def verdict(rows: Sequence[Row]) -> str:
         if ours is not None and other is not None:
             parts.append(
                 f"{clock.capitalize()}, at {load} times what can be served:"
-                f" {ours['attainment']:.0%} of all requests in time against {other['attainment']:.0%} first come, first served;"
+                f" {ours['attainment']:.0%} of all requests in time against"
+                f" {other['attainment']:.0%} first come, first served;"
                 f" {ours['goodput']:.2f} a second against {other['goodput']:.2f}; 99 % answered"
                 f" within {ours['p99']:.2f} s against {other['p99']:.2f} s"
             )
