@@ -4,7 +4,7 @@ import sys
 from functools import partial
 
 from benchmarks.child import in_turn, timed
-from benchmarks.methods import BY_TASK, EMOE, ON_DEMAND, Method, model_words
+from benchmarks.methods import BY_TASK, EMOE, FETCH, ON_DEMAND, Method, model_words
 from benchmarks.results import Document, Report, Row, compare, median_of, values
 from benchmarks.setting import Setting
 
@@ -19,9 +19,10 @@ METHODS = (
     Method("auto"),
     BY_TASK,
     EMOE,
+    FETCH,
     *(Method("emoe-fetch", fetch_above=above) for above in ABOVE),
 )
-OURS = (EMOE.name, Method("emoe-fetch", fetch_above=0.2).name)
+OURS = (EMOE.name, FETCH.name)
 NEW_TOKENS = 32
 MEASURES = (
     ("decode", "decode_tokens_per_s", "tokens/s", False),

@@ -72,8 +72,8 @@ class FakeServed:
         self._activity = Activity(np.ones((1, 4), dtype=bool), exact=True)
         self.picture = draw(self.assembly, self._activity)
 
-    def task_of(self, prompt: Any, ids: list[int]) -> str | None:
-        return self.inferred
+    def task_of(self, prompt: Any, ids: list[int], task: str | None) -> str | None:
+        return task or self.inferred
 
     def stepped(self, moved: list[Request]) -> None:
         self.picture = draw(self.assembly, self._activity)

@@ -1,6 +1,7 @@
 """Profiles: counts that add up, files that may be damaged, and where they are looked for."""
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +75,10 @@ def test_unknown_parts_are_ignored() -> None:
     assert equal(profile_from(document), profile("a"))
 
 
+def period_of(prompts: int) -> dict[str, object]:
+    return {"texts": 1, "tolerance": 0.01, "degraded": {str(prompts): 0.5}}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -84,6 +89,9 @@ def test_unknown_parts_are_ignored() -> None:
         (lambda d: d["tasks"]["a"]["popularity"]["choices"].pop(), "damaged profile"),
         (lambda d: d["tasks"]["a"]["popularity"]["choices"][0].append(1), "damaged profile"),
         (lambda d: d["tasks"]["a"]["popularity"]["choices"][0].__setitem__(0, -1), "damaged"),
+        (lambda d: d["tasks"]["a"]["popularity"]["weight"][0].__setitem__(0, -1), "damaged"),
+        (lambda d: d["tasks"]["a"]["popularity"]["weight"][0].__setitem__(0, math.nan), "damaged"),
+        (lambda d: d.update(period=period_of(0)), "damaged profile"),
         (lambda d: d["tasks"]["a"].update(popularity=3), "damaged profile"),
         (lambda d: d.update(tasks=[1]), "damaged profile"),
     ],

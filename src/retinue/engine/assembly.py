@@ -14,6 +14,7 @@ from retinue.engine.ordering import order_of
 from retinue.engine.reserve import Reserved
 from retinue.engine.residents import Beforehand, Residents, known_beforehand, residents_of
 from retinue.engine.scheduler import Limits, Scheduler
+from retinue.engine.task_names import TaskNames, task_names
 from retinue.memory.budget import Split
 from retinue.memory.cache import ExpertCache
 from retinue.memory.checkpoint import open_checkpoint
@@ -61,6 +62,7 @@ class Assembly:
     engine: Engine
     residents: Residents | None
     classifier: Classifier  # of requests without a task; knows none where the preset asks for none
+    task_names: TaskNames
     metrics: Metrics
     load_s: float
     notes: list[str]
@@ -134,6 +136,7 @@ def assemble(reserved: Reserved) -> Assembly:
         engine,
         residents,
         infers,
+        task_names(config, known.profile),
         metrics,
         load_s,
         notes,

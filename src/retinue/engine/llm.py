@@ -147,7 +147,7 @@ class LLM:
         params = params or SamplingParams()
         shared = len(ids) > 1 if reuse is None else reuse
         requests = [
-            self._request(each, params, shared, task or self.task_of(prompt, each), deadline)
+            self._request(each, params, shared, self.task_of(prompt, each, task), deadline)
             for prompt, each in zip(batch, ids, strict=True)
         ]
         with _bar(len(ids), progress) as bar:
@@ -171,7 +171,7 @@ class LLM:
         streams may be open at once; each step of one serves them all.
         """
         ids = self._checked(prompt)
-        task = task or self.task_of(prompt, ids)
+        task = self.task_of(prompt, ids, task)
         return self._stream(self._request(ids, params or SamplingParams(), reuse, task, deadline))
 
     def cancel(self) -> None:
@@ -192,13 +192,14 @@ class LLM:
             )
         return list(self.tokenizer(prompt)["input_ids"])
 
-    def task_of(self, prompt: Prompt, ids: Sequence[int]) -> str | None:
-        """The task of a request that names none: the model's own, or what the prompt looks like.
+    def task_of(self, prompt: Prompt, ids: Sequence[int], task: str | None = None) -> str | None:
+        """The task of a request: `task`, else the model's own, else what the prompt looks like.
 
-        ids: the prompt's. None where it looks like no task, and for presets that ask for none.
+        ids: the prompt's. None where it looks like no task, for presets that ask for none, and
+        for a name beyond the first `task_names.MOST_TASKS`.
         """
-        if self.config.task is not None:
-            return self.config.task
+        if (named := task or self.config.task) is not None:
+            return self.assembly.task_names.told(named)
         text = prompt if isinstance(prompt, str) else ""
         return self.assembly.classifier.classify(text, ids)
 

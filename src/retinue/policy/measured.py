@@ -197,6 +197,8 @@ def periods_dict(value: Periods) -> dict[str, Any]:
 def periods_from(content: Any) -> Periods:
     """The part in a JSON document. Raises KeyError, TypeError or ValueError for what is none."""
     degraded = {int(key): float(share) for key, share in dict(content["degraded"]).items()}
+    if any(period < 1 for period in degraded):
+        raise ValueError("a period is less than one prompt")
     return Periods(int(content["texts"]), float(content["tolerance"]), degraded)
 
 

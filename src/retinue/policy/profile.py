@@ -211,6 +211,8 @@ def _task_from(task: Any, shape: tuple[int, int]) -> TaskCounts:
     weight = np.array(popularity["weight"], dtype=np.float32)
     if choices.shape != shape or weight.shape != shape or (choices < 0).any():
         raise ValueError(f"popularity is not {shape[0]} layers of {shape[1]} counts")
+    if not (np.isfinite(weight).all() and (weight >= 0).all()):
+        raise ValueError("a weight is negative, infinite or no number")
     words = task.get("words", {"total": 0, "counts": {}})
     return TaskCounts(
         int(task["texts"]),

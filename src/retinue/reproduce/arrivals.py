@@ -222,12 +222,12 @@ def verdict(rows: Sequence[Row]) -> str:
         ours, other = mine.get(("emoe", load)), mine.get(("fcfs", load))
         if ours is not None and other is not None:
             parts.append(
-                f"{clock}, at {load} times what can be served: {ours['attainment']:.0%} of all"
+                f"{clock.capitalize()}, at {load} times what can be served: {ours['attainment']:.0%} of all"
                 f" requests in time against {other['attainment']:.0%} first come, first served;"
                 f" {ours['goodput']:.2f} a second against {other['goodput']:.2f}; 99 % answered"
                 f" within {ours['p99']:.2f} s against {other['p99']:.2f} s"
             )
-    return f"{'. '.join(parts).capitalize()}." if parts else NOTHING_YET
+    return f"{'. '.join(parts)}." if parts else NOTHING_YET
 
 
 EXPERIMENT = Experiment(

@@ -63,8 +63,7 @@ def draw(chart: Chart, prefix: str) -> str:
         axes.grid(visible=chart.kind == "lines", axis="x")
         if chart.log_y:
             axes.set_yscale("log")
-        if len(chart.series) > 1 or chart.reference is not None:
-            figure.legend(loc="outside lower center", ncols=3, fontsize=8)
+        figure.legend(loc="outside lower center", ncols=3, fontsize=8)
         out = StringIO()
         figure.savefig(out, format="svg", metadata={"Date": None}, transparent=True)
     return _for_a_page(out.getvalue(), prefix, describe(chart))

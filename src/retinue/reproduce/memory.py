@@ -151,7 +151,7 @@ def verdict(rows: Sequence[Row]) -> str:
     length, batch = equal["equal length"], equal["equal batch"]
     saved = _saved(lengths)
     text = (
-        f"{SHARES[0]} % of the experts save {format_size(saved)}. In the memory that all experts"
+        f"With {SHARES[0]} % of the experts {format_size(saved)} are saved. In the memory that all experts"
         f" need at {length['from']} tokens there is room for {length['to']} tokens,"
         f" {length['factor']:.1f} times as many, as computed; and for {batch['to']} prompts"
         f" instead of {batch['from']}, {batch['factor']:.1f} times."

@@ -177,14 +177,14 @@ nav li p { margin: .1rem 0 0; font-size: .92rem; }
 .both > div:last-child { border-color: #0072b2; }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 27rem), 1fr));
   gap: 1.25rem; }
-figure { margin: 0; padding: .5rem; }
 figure svg { display: block; width: 100%; height: auto; }
 figcaption { font-size: .9rem; font-weight: 600; text-align: center; order: -1; }
-figure { display: flex; flex-direction: column; }
+figure { display: flex; flex-direction: column; margin: 0 auto; padding: .5rem; width: 100%;
+  max-width: 34rem; }
 details { margin-top: 1rem; }
 summary { cursor: pointer; font-size: .85rem; color: var(--soft); }
 .scroll { overflow-x: auto; margin-top: .4rem; }
-table { border-collapse: collapse; font-size: .85rem; width: 100%;
+table { border-collapse: collapse; font-size: .8rem; width: 100%;
   font-variant-numeric: tabular-nums; }
 th { text-align: left; font-weight: 600; border-bottom: 1px solid var(--ink); }
 th, td { padding: .28rem .6rem .28rem 0; white-space: nowrap; vertical-align: top; }

@@ -15,6 +15,7 @@ from retinue.reproduce.spread import mean
 from retinue.reproduce.workbench import Answer, Workbench
 
 NAME = "shares"
+PERIOD = 40  # prompts between two forecasts, the paper's
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +29,8 @@ class Method:
 
 
 METHODS = (
-    Method("eMoE-A", "emoe", {"forecaster": "emoe-a"}),
-    Method("eMoE-L", "emoe", {"forecaster": "emoe-l"}),
+    Method("eMoE-A", "emoe", {"forecaster": "emoe-a", "period": PERIOD}),
+    Method("eMoE-L", "emoe", {"forecaster": "emoe-l", "period": PERIOD}),
     Method("eMoE-E", "emoe", {"forecaster": "emoe-a", "period": 1}),
     Method("emoe, running mean", "emoe"),
     Method("emoe-fetch", "emoe-fetch"),
@@ -219,6 +220,8 @@ EXPERIMENT = Experiment(
         " not report; similarity is of greedy answers, as in the paper, by a smaller sentence"
         " model. Intervals hold 90 % of bootstrap draws, over tasks for loss and agreement, over"
         " answers for similarity.",
-        "Bytes read are counted as if every token had been decoded by itself.",
+        f"eMoE-A and -L forecast every {PERIOD} prompts, as in the paper, eMoE-E before each one;"
+        " with fewer texts the first forecast serves them all. Bytes read are counted as if every"
+        " token had been decoded by itself.",
     ),
 )

@@ -107,7 +107,7 @@ class Server:
             context = served.engine.limits.context
             check_length(len(ids), body.longest, context, self.config.max_prompt)
             _check_ids(served, ids, params, body)
-            kind = task or served.task_of(prompt, ids)
+            kind = served.task_of(prompt, ids, task)
             due = body.due(self.config, kind)
             several = _several(params, body.count)
             groups.append(

@@ -14,7 +14,6 @@ from retinue.config import Config
 from retinue.engine.learning import Finished, Learner
 from retinue.engine.llm import LLM, Prompt
 from retinue.engine.request import Request, State
-from retinue.errors import Unsupported
 from retinue.memory.machine import resident_bytes
 from retinue.metrics import LayerCounters, Metrics, PhaseCounters
 from retinue.model.profiles import find_profile, learnt_profile
@@ -60,13 +59,13 @@ class Served:
         self.tokenizer: Any | None = self.llm.tokenizer
         self.loaded_at = int(time.time())
         self._learner = _learner(self.llm) if config.learn else None
-        self.tasks = _tasks(config, self.assembly)
+        self.tasks = self.assembly.task_names.known
         self._activity = Activity(self.assembly.network.experts.there, self.assembly.preset.exact)
         self.picture = draw(self.assembly, self._activity)
 
-    def task_of(self, prompt: Prompt, ids: list[int]) -> str | None:
-        """The task of a prompt that names none; None: unknown. From any thread."""
-        return self.llm.task_of(prompt, ids)
+    def task_of(self, prompt: Prompt, ids: list[int], task: str | None) -> str | None:
+        """The task of a request that may name one; None: unknown. From one thread at a time."""
+        return self.llm.task_of(prompt, ids, task)
 
     def stepped(self, moved: list[Request]) -> None:
         """See `bridge.Model`: learns, and takes a new picture now and then."""
@@ -83,20 +82,6 @@ class Served:
         if self._learner is not None:
             self._learner.close()
         self.llm.close()
-
-
-def _tasks(config: Config, assembly: "Assembly") -> frozenset[str]:
-    """The names that a request may give: the profile's, and those that the configuration says.
-
-    Tables, counters and labels are kept by task, so that any other name counts as none.
-    """
-    said = [config.task, *config.deadlines]
-    said += [fields.get("task") for fields in (*config.keys.values(), *config.routes.values())]
-    try:
-        measured = find_profile(assembly.folder, assembly.facts, config.profile)
-    except Unsupported:
-        return frozenset(name for name in said if name)
-    return frozenset([*measured.tasks, *(name for name in said if name)])
 
 
 def _learner(llm: LLM) -> Learner | None:
