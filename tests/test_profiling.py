@@ -94,12 +94,13 @@ def one_expert(*experts: int) -> list[tuple[str | None, Any]]:
 
 def test_periods_by_hand() -> None:
     # 40 % of 4 experts are 2: the prompt's own, and the first of the others.
-    still = measure_periods(one_expert(*[3] * 12), top_k=1)
+    still = measure_periods(one_expert(*[3] * 40), top_k=1)
     assert still.degraded == {1: 0.0, 5: 0.0, 10: 0.0}
     assert still.best == 10
-    turning = measure_periods(one_expert(2, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3), top_k=1)
-    assert turning.degraded[1] == pytest.approx(1 / 10)
-    assert turning.degraded[5] == pytest.approx((5 + 1 + 2 + 3 + 4) / (6 + 10 + 9 + 8 + 7))
+    turning = measure_periods(one_expert(*[2] * 10, *[3] * 10), top_k=1)
+    assert turning.degraded[1] == pytest.approx(1 / 19)
+    assert turning.degraded[5] == pytest.approx((5 + 1 + 2 + 3 + 4) / (15 + 19 + 18 + 17 + 16))
+    assert set(turning.degraded) == {1, 5}  # of ten there would be two refreshes
     assert turning.best == 1
     other = one_expert(2, 2, 2, 2) + [("b", used) for _, used in one_expert(3, 3, 3, 3)]
     assert measure_periods(other, top_k=1).degraded[1] == 0  # each task has its own set

@@ -11,6 +11,7 @@ from retinue.types import FloatArray
 
 PERIODS = (1, 5, 10, 20, 40, 80)
 SHARE = 0.4  # of each layer's experts that are resident
+REFRESHES = 4  # that a period takes among the prompts, at least, to be judged
 TOLERANCE = 0.01  # of the routing weight, more than with a set for every prompt
 
 Prompt = tuple[str | None, FloatArray]  # a task, and the weight of each expert [layers, experts]
@@ -29,7 +30,7 @@ def measure_periods(prompts: Sequence[Prompt], top_k: int) -> Periods:
     degraded = {}
     for period in PERIODS:
         lost, whole = np.sum([_replay(stream, period, phase) for phase in range(period)], axis=0)
-        if whole and period < len(stream):
+        if whole and period * REFRESHES <= len(stream):
             degraded[period] = float(lost / whole)
     return Periods(len(stream), TOLERANCE, degraded)
 
