@@ -43,6 +43,8 @@ def execute(options: Namespace) -> int:
     if options.fresh:
         for experiment in wanted:
             bench.ledger.forget(experiment.name)
+    for experiment in wanted:
+        bench.ledger.entry(experiment.name)  # refuse now what was measured with another setting
     _say_what_is_missing()
     with cancel_on(bench.stop.set, SIGINT, SIGTERM) as came:
         try:
