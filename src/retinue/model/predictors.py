@@ -14,6 +14,7 @@ import numpy as np
 from retinue.errors import UsageError
 from retinue.memory.home import sample_folder, sample_predictor
 from retinue.memory.machine import cache_folder
+from retinue.model.profiles import check_shape
 from retinue.model.survey import fingerprint
 from retinue.policy.predict.learned import AGAIN, Learned, learned_from
 from retinue.types import Facts
@@ -44,14 +45,8 @@ def find_predictor(folder: Path, facts: Facts, file: str | None = None) -> Learn
 
 def check_predictor(learned: Learned, facts: Facts, file: Path) -> None:
     """Raise UsageError unless `learned` has the shape of the model."""
-    mine = (facts.layers, facts.experts_per_layer, facts.top_k)
-    theirs = (learned.layers, learned.experts, learned.top_k)
-    if mine != theirs:
-        raise UsageError(
-            f"the predictor `{file}` is of `{learned.model}`: {theirs[0]} layers of {theirs[1]}"
-            f" experts, top {theirs[2]}; `{facts.name}` has {mine[0]}, {mine[1]} and {mine[2]}",
-            hint="train one for this model with `retinue train-predictor`",
-        )
+    hint = "train one for this model with `retinue train-predictor`"
+    check_shape(learned, facts, f"the predictor `{file}`", hint)
 
 
 def read_predictor(file: Path) -> Learned:

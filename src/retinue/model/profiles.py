@@ -11,6 +11,7 @@ from retinue.errors import Unsupported, UsageError
 from retinue.memory.home import PACK_PROFILE, sample_folder, sample_profile
 from retinue.memory.machine import cache_folder, machine_name
 from retinue.model.survey import fingerprint
+from retinue.policy.predict.learned import Learned
 from retinue.policy.profile import Profile, profile_from
 from retinue.types import Facts
 
@@ -51,13 +52,19 @@ def find_profile(folder: Path, facts: Facts, file: str | None) -> Profile:
 
 def check_profile(profile: Profile, facts: Facts, file: Path) -> None:
     """Raise UsageError unless `profile` has the shape of the model."""
+    hint = "give the profile of this model, or make it with `retinue profile`"
+    check_shape(profile, facts, f"the profile `{file}`", hint)
+
+
+def check_shape(known: Profile | Learned, facts: Facts, what: str, hint: str) -> None:
+    """Raise UsageError unless `known`, which is called `what`, has the shape of the model."""
     mine = (facts.layers, facts.experts_per_layer, facts.top_k)
-    theirs = (profile.layers, profile.experts, profile.top_k)
+    theirs = (known.layers, known.experts, known.top_k)
     if mine != theirs:
         raise UsageError(
-            f"the profile `{file}` is of `{profile.model}`: {theirs[0]} layers of {theirs[1]}"
+            f"{what} is of `{known.model}`: {theirs[0]} layers of {theirs[1]}"
             f" experts, top {theirs[2]}; `{facts.name}` has {mine[0]}, {mine[1]} and {mine[2]}",
-            hint="give the profile of this model, or make it with `retinue profile`",
+            hint=hint,
         )
 
 
