@@ -31,6 +31,7 @@ from retinue.model.routing import find_routers
 from retinue.model.state_size import new_cache
 from retinue.model.survey import facts_of
 from retinue.model.twin import twin
+from retinue.policy.preset import Given
 from retinue.policy.presets import preset
 from retinue.types import Facts
 
@@ -106,7 +107,7 @@ def opened(folder: Path, share: float = 0.5) -> Iterator[tuple[Network, Facts, E
     """The network in `folder` with a share of its experts in memory, as an engine opens it."""
     network = build(open_checkpoint(folder))
     network.model.set_experts_implementation(IMPLEMENTATION)
-    reader, metrics, policies = Reader(), Metrics(), preset("auto").build()
+    reader, metrics, policies = Reader(), Metrics(), preset("auto").build(Given())
     facts = facts_of(network)
     load_dense(network, reader)
     tier = Tier(max(facts.min_slots, int(share * facts.total_experts)), facts.slot_bytes)

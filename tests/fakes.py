@@ -20,7 +20,8 @@ from retinue.metrics import Metrics, PhaseCounters
 from retinue.model.accounts import Accounts
 from retinue.model.kv import Segment
 from retinue.model.kv import Sequence as Memory
-from retinue.policy.base import Order, Running
+from retinue.policy.base import Running
+from retinue.policy.order.base import Order
 from retinue.types import BLOCK_TOKENS, SamplingParams
 
 VOCABULARY, CONTEXT, CHUNK, BATCH, END = 100, 32, 4, 3, 50

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from retinue.metrics import PhaseCounters
-from retinue.policy.base import Queues
+from retinue.policy.order.base import Queues
 from retinue.policy.order.estimate import Estimate
 from retinue.types import Deadline, Phase
 

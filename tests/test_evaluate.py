@@ -20,6 +20,7 @@ from retinue.errors import Cancelled
 from retinue.model.kv import Segment
 from retinue.model.profiles import read_profile, write_profile
 from retinue.policy.measured import Damage, Sensitivity
+from retinue.policy.preset import Given
 
 EXACT = [name for name, row in PRESETS.items() if row.exact]
 APPROXIMATE = [name for name, row in PRESETS.items() if not row.exact]
@@ -58,7 +59,7 @@ def profile(olmoe: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def settings_of(preset: str, profile: str) -> dict[str, Any]:
-    needs = PRESETS[preset].build().placement.needs_profile
+    needs = PRESETS[preset].profiled
     return {"preset": preset, "profile": profile if needs else None}
 
 
@@ -110,8 +111,8 @@ def test_approximate_presets_say_what_they_cost(preset: str, olmoe: Path, profil
     assert 0 < result.degraded_share < 1
     pairs = sum(len(text.ids) for text in TEXTS) * models.LAYERS * models.TOP_K
     assert 0 < result.misses < pairs
-    assert (result.fetched == 0) == (PRESETS[preset].build().fetch_above >= 1)
-    by_task = PRESETS[preset].build().placement.by_task
+    assert (result.fetched == 0) == (PRESETS[preset].build(Given()).fetch_above >= 1)
+    by_task = PRESETS[preset].build(Given()).placement.by_task
     assert (result.bytes_read > 0) == by_task  # a, b, a: two switches
 
 

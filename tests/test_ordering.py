@@ -10,11 +10,11 @@ from jobs import Waiting
 from retinue.config import Config
 from retinue.engine.ordering import missing, order_of
 from retinue.memory.machine import machine_name
-from retinue.policy.base import NoPlacement
 from retinue.policy.measured import MachineCosts, OutputTokens
 from retinue.policy.order.emoe import Emoe
 from retinue.policy.order.shortest import Shortest
 from retinue.policy.place.popular import Popular, PopularByTask
+from retinue.policy.policies import NoPlacement
 
 FACTS: Any = SimpleNamespace(read_bytes=10)
 

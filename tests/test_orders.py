@@ -4,7 +4,7 @@ import pytest
 
 from jobs import Waiting, decoding, due, learnt, queues
 from retinue.config import ORDERS
-from retinue.policy.base import Order
+from retinue.policy.order.base import Order
 from retinue.policy.order.emoe import LEAST_CHUNK, SAFE, SAFE_FIRST, Emoe
 from retinue.policy.order.estimate import PATIENCE_S, Estimate
 from retinue.policy.order.fcfs import Fcfs

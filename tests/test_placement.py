@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 
 from disk import ids
-from retinue.policy.base import Choice, NoPlacement, OwnRouting, Placement, Running, Stock
+from retinue.policy.base import Choice, Placement, Running, Stock
 from retinue.policy.place.chance import Chance
 from retinue.policy.place.emoe import Emoe, needs
 from retinue.policy.place.even import even_rooms, most
 from retinue.policy.place.marginal import marginal_split
 from retinue.policy.place.popular import Popular, PopularByTask
+from retinue.policy.policies import NoPlacement, OwnRouting
 from retinue.policy.route.next_resident import NextResident
 
 THERE = np.ones((2, 4), dtype=bool)

@@ -18,6 +18,7 @@ from retinue.policy.place.emoe import Emoe
 from retinue.policy.place.popular import Popular, PopularByTask
 from retinue.policy.place.rhythm import Drift, Rhythm
 from retinue.policy.predict.own_prefill import OwnPrefill
+from retinue.policy.preset import Given
 from retinue.policy.presets import preset
 from retinue.policy.profile import Profile, TaskCounts
 
@@ -252,7 +253,7 @@ def test_sets_are_kept_where_fetching_mends_them_and_a_forecast_comes_soon(
     name: str, above: float, kept: bool
 ) -> None:
     rig = Rig(Emoe())
-    policies = replace(preset(name).build(), fetch_above=above)
+    policies = replace(preset(name).build(Given()), fetch_above=above)
     known = Beforehand(profile(), rig.forecast)
     residents = residents_of(rig.host, policies, known, np.ones(SHAPE, dtype=bool), Config())
     residents.start(None)

@@ -14,10 +14,11 @@ from retinue.errors import ReadError, Refused
 from retinue.memory.files import Reader
 from retinue.model.profiles import write_profile
 from retinue.policy.base import Running
+from retinue.policy.preset import Given
 from retinue.policy.profile import Profile, TaskCounts
 
 APPROXIMATE = [name for name, row in PRESETS.items() if not row.exact]
-FETCHING_NOTHING = [name for name in APPROXIMATE if PRESETS[name].build().fetch_above >= 1]
+FETCHING_NOTHING = [name for name in APPROXIMATE if PRESETS[name].build(Given()).fetch_above >= 1]
 SHAPE = (models.LAYERS, models.EXPERTS)
 HALF = models.LAYERS * models.EXPERTS // 2
 PROMPT = models.prompt_of(20)
@@ -41,7 +42,7 @@ def profile(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def open_llm(folder: Path, profile: Path, preset: str, **settings: Any) -> LLM:
-    if PRESETS[preset].build().placement.needs_profile:
+    if PRESETS[preset].profiled:
         settings["profile"] = profile
     return models.open_llm(folder, preset=preset, **settings)
 

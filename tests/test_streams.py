@@ -7,7 +7,7 @@ import pytest
 
 from models import greedy, open_llm, prompt_of
 from retinue import LLM, Deadline, Overloaded
-from retinue.policy.base import Job, Queues
+from retinue.policy.order.base import Job, Queues
 
 
 @pytest.fixture(scope="module")

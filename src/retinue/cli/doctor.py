@@ -186,7 +186,7 @@ def _headers(folder: Path, config: Config) -> list[Finding]:
 
     try:
         facts = survey(folder, config.precision)
-        fixed = preset(config.preset).build().placement.fixed
+        fixed = preset(config.preset).fixed
         limits = split(facts, **config.room(), each_layer=fixed)
     except UsageError:
         raise

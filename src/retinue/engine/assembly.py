@@ -35,9 +35,10 @@ from retinue.model.routing import find_routers
 from retinue.model.runner import Runner
 from retinue.model.step import Steps
 from retinue.model.survey import survey_abilities
-from retinue.policy.base import Order, Policies
 from retinue.policy.classify.classifiers import Classifier, classifier
-from retinue.policy.presets import Preset
+from retinue.policy.order.base import Order
+from retinue.policy.policies import Policies
+from retinue.policy.preset import Given, Preset
 from retinue.types import BLOCK_TOKENS, Facts
 
 BLIND = "no look-ahead: some routers of this model cannot be asked"
@@ -51,6 +52,7 @@ class Assembly:
     facts: Facts
     split: Split
     preset: Preset
+    given: Given
     threads: int
     network: Network
     tokenizer: Any | None
@@ -124,6 +126,7 @@ def assemble(reserved: Reserved) -> Assembly:
         facts,
         limits,
         reserved.preset,
+        reserved.given,
         threads,
         network,
         tokenizer,

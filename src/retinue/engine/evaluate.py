@@ -148,7 +148,7 @@ def _exact(
     texts: Sequence[TaskIds],
     advance: Callable[[], object],
 ) -> tuple[list[Scored], Cost]:
-    policies = assembly.preset.build()  # of its own: the cache's have seen the pass
+    policies = assembly.preset.build(assembly.given)  # of its own: the cache's have seen the pass
     replay = Replay(policies, assembly.cache.slots, assembly.facts.top_k, _read_bytes(assembly))
     scored = []
     with scorer.recording(next_scores="next_scores" in policies.predictor.needs) as routing:

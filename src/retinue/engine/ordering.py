@@ -6,8 +6,9 @@ Without a profile it learns from what runs; until then it is first come, first s
 from retinue.config import Config
 from retinue.memory.cache import ExpertCache
 from retinue.memory.machine import machine_name
-from retinue.policy.base import Order, Placement
+from retinue.policy.base import Placement
 from retinue.policy.costs import CostModel, Lengths
+from retinue.policy.order.base import Order
 from retinue.policy.order.estimate import Estimate, Loads
 from retinue.policy.order.named import order_named
 from retinue.policy.profile import Profile

@@ -30,7 +30,7 @@ class Plan:
 
 def make_plan(facts: Facts, config: Config, machine: Machine) -> Plan:
     """Divide the budget and estimate speeds."""
-    none, fixed = Band(0.0, 0.0), preset(config.preset).build().placement.fixed
+    none, fixed = Band(0.0, 0.0), preset(config.preset).fixed
     try:
         limits = split(facts, **config.room(), each_layer=fixed)
     except DoesNotFit as error:

@@ -12,7 +12,8 @@ import numpy.typing as npt
 
 from retinue.memory.cache import ABSENT, HEAT_DECAY
 from retinue.model.scoring import LayerRouting
-from retinue.policy.base import Ahead, BoolArray, Policies, View
+from retinue.policy.base import Ahead, BoolArray, View
+from retinue.policy.policies import Policies
 from retinue.types import Demand, IntArray
 
 

@@ -13,9 +13,11 @@ from retinue.errors import UsageError
 from retinue.memory.budget import Split, split
 from retinue.memory.home import locate
 from retinue.memory.tier import Tier
+from retinue.model.profiles import find_profile
 from retinue.model.survey import survey
-from retinue.policy.base import Policies
-from retinue.policy.presets import Preset, preset
+from retinue.policy.policies import Policies
+from retinue.policy.preset import Given, Preset
+from retinue.policy.presets import preset
 from retinue.types import Facts
 
 
@@ -27,6 +29,7 @@ class Reserved:
     config: Config
     facts: Facts
     preset: Preset
+    given: Given
     policies: Policies
     split: Split
     tier: Tier
@@ -47,19 +50,34 @@ def reserve(model: str | Path, config: Config, beside: int = 0) -> Reserved:
     notes: list[str] = []
     folder = locate(model, notes.append)
     chosen = preset(config.preset)
-    policies = _policies(chosen, config)
     facts = survey(folder, config.precision)
-    each_layer = policies.placement.fixed
-    limits = split(facts, **config.room(), each_layer=each_layer, beside=beside)
+    limits = split(facts, **config.room(), each_layer=chosen.fixed, beside=beside)
+    given = given_of(folder, facts, limits.slots, chosen, config)
+    policies = _policies(chosen, config, given)
     tier = Tier(limits.slots, limits.slot_bytes)
     tier.touch()
     seconds = time.perf_counter() - started
-    return Reserved(folder, config, facts, chosen, policies, limits, tier, seconds, notes)
+    return Reserved(folder, config, facts, chosen, given, policies, limits, tier, seconds, notes)
 
 
-def _policies(chosen: Preset, config: Config) -> Policies:
+def given_of(folder: Path, facts: Facts, slots: int, chosen: Preset, config: Config) -> Given:
+    """What is known of a model for one preset, if it needs any of it.
+
+    Raises Refused where there is no profile that it needs, UsageError for one that is damaged.
+    """
+    return Given(
+        facts.name,
+        facts.layers,
+        facts.experts_per_layer,
+        facts.top_k,
+        slots=slots,
+        profile=find_profile(folder, facts, config.profile) if chosen.profiled else None,
+    )
+
+
+def _policies(chosen: Preset, config: Config, given: Given) -> Policies:
     """The preset's policies, with the threshold of fetching that the user wants."""
-    policies = chosen.build()
+    policies = chosen.build(given)
     if config.fetch_above is None:
         return policies
     if chosen.exact:

@@ -14,7 +14,7 @@ from retinue.engine.blocks import BlockPool, Table
 from retinue.engine.cohort import Cohort
 from retinue.errors import Overloaded
 from retinue.metrics import PhaseCounters
-from retinue.policy.base import Order, Queues
+from retinue.policy.order.base import Order, Queues
 from retinue.policy.order.fcfs import Fcfs
 from retinue.types import Phase
 

@@ -26,8 +26,9 @@ from retinue.model.kernels import ExpertKernel
 from retinue.model.restriction import Restriction
 from retinue.model.routing import Router
 from retinue.model.work import NativeWork, Work
-from retinue.policy.base import Ahead, BoolArray, Choice, Policies, Running
+from retinue.policy.base import Ahead, BoolArray, Choice, Running
 from retinue.policy.miss.book import Books, Served, Shares
+from retinue.policy.policies import Policies
 from retinue.types import Demand, FloatArray, IntArray, Phase
 
 IMPLEMENTATION = "retinue"

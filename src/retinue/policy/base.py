@@ -6,18 +6,17 @@ does not ask.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from retinue.metrics import PhaseCounters
-from retinue.types import Deadline, Demand, FloatArray, IntArray, Phase, Want
+from retinue.types import Demand, FloatArray, IntArray, Phase, Want
 
 BoolArray = npt.NDArray[np.bool_]
 Signal = str  # one of SIGNALS
-SIGNALS = ("next_scores",)
+SIGNALS = ("next_scores", "scores", "hidden", "embedding")
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +25,46 @@ class Ahead:
 
     layer: int
     scores: FloatArray | None = None  # [tokens, experts], probabilities
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """What the routers chose for the tokens of a pass in one layer, before anything is changed.
+
+    `sequences` says whose each token is, by the number that `Prompt` gives. The last two are there
+    for who declares that it needs them.
+    """
+
+    layer: int
+    experts: IntArray  # [tokens, k]; ids of the number of experts or more mean none
+    weights: FloatArray  # [tokens, k]
+    sequences: IntArray  # [tokens]
+    scores: FloatArray | None = None  # [tokens, experts], probabilities; signal "scores"
+    hidden: FloatArray | None = None  # [tokens, hidden], the layer's input; signal "hidden"
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A request whose first pass comes next. `embedding` [hidden] is the mean of its tokens'."""
+
+    sequence: int  # its number, which no other request of this process has
+    task: str | None
+    token_ids: IntArray  # [tokens]; empty where they are not known, as in a replay
+    embedding: FloatArray | None = None  # signal "embedding"
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """What a layer's work costs here, in seconds, as far as it was measured.
+
+    `elsewhere_s` is for one token in a second place that computes, such as a CPU beside a GPU;
+    None where there is but one.
+    """
+
+    read_s: float  # of one expert, alone
+    expert_s: float  # to compute one token in one resident expert
+    layer_s: float  # of a layer's pass besides its experts
+    elsewhere_s: float | None = None
 
 
 STILL = 0.75  # of the experts of a pass; ordinary text keeps a third
@@ -46,6 +85,9 @@ class View:
     last_used: IntArray  # step of the last use, -1: never
     heat: FloatArray  # decayed share of routing weight, see `Evictor`
     ahead: tuple[Ahead, ...] = ()  # the coming layers with experts, the next one first
+    route: Route | None = None  # of the layer that runs; None where nothing needs its tokens
+    precision: IntArray | None = None  # in which each expert is there, see `Precision`
+    costs: Costs | None = None
 
     @property
     def kept_share(self) -> float:
@@ -95,6 +137,63 @@ class Predictor(Protocol):
         ...
 
 
+class Watcher(Protocol):
+    """Sees what runs, for policies that learn while they serve; they share one.
+
+    `observe` is asked once a layer, before the evictor, the predictor and the others.
+    """
+
+    needs: frozenset[Signal]
+
+    def begin(self, prompt: Prompt) -> None:
+        """A request has its first pass next."""
+        ...
+
+    def observe(self, demand: Demand, view: View) -> None:
+        """See what a layer needs; `view.route` has it token by token."""
+        ...
+
+    def end(self, sequence: int) -> None:
+        """A request has ended, whatever way."""
+        ...
+
+
+class Thinning(Protocol):
+    """Which of a token's experts are left out, as if the router had not chosen them.
+
+    It is asked after the routing, before anything is read. `exact` says that it leaves out none;
+    such a policy is never asked. `renormalises`: what is left gets the weight of what is left out.
+    """
+
+    exact: bool
+    renormalises: bool
+    needs: frozenset[Signal]
+
+    def keep(self, route: Route, view: View) -> BoolArray:
+        """`[tokens, k]`: which of the chosen experts run, at least one of each token."""
+        ...
+
+
+class Precision(Protocol):
+    """In which precision an expert is read. `names[0]` is the checkpoint's own, `as-is`.
+
+    The others are those of the nested store, `int8`, `int4`, `int2`, the better ones first. An
+    expert that is there in a worse one than `pick` says is a miss. `exact`: only the own one.
+    """
+
+    names: tuple[str, ...]
+    exact: bool
+    needs: frozenset[Signal]
+
+    def pick(self, demand: Demand, view: View) -> IntArray:
+        """For each expert of the demand the index of the worst precision that will do: `[n]`."""
+        ...
+
+    def pick_ahead(self, want: Want, view: View) -> IntArray:
+        """The same for experts that are read ahead: `[n]`."""
+        ...
+
+
 class MissHandler(Protocol):
     """What happens to an expert that is needed and not resident."""
 
@@ -113,15 +212,20 @@ class Choice:
     scores: FloatArray  # [tokens, experts], by which the router ranks, biases and groups included
     experts: IntArray  # [tokens, k]
     weights: FloatArray  # [tokens, k]
+    hidden: FloatArray | None = None  # [tokens, hidden], the router's input; signal "hidden"
 
 
 class Routing(Protocol):
     """Which experts serve a token, given what its router would choose.
 
-    `exact` says that it changes nothing; such a policy is never asked.
+    `exact` says that it changes nothing; such a policy is never asked. `restricts`: it keeps to
+    a fixed set of residents, whose books decide who may serve; otherwise it is shown who is
+    resident, and what it chooses beyond that is read like any miss.
     """
 
     exact: bool
+    restricts: bool
+    needs: frozenset[Signal]
 
     def rank(self, choice: Choice, resident: BoolArray) -> FloatArray | None:
         """Scores that take the place of the router's own when it chooses its k; None: no change.
@@ -212,154 +316,3 @@ class Placement(Protocol):
     def place(self, stock: Stock, running: Sequence[Running], known: Known) -> BoolArray:
         """`[layers, experts]`: at most `stock.slots` experts, for the requests that run next."""
         ...
-
-
-class Job(Protocol):
-    """What an order may see of a request. Times are seconds on the engine's clock."""
-
-    @property
-    def task(self) -> str | None: ...
-    @property
-    def arrived(self) -> float: ...
-    @property
-    def deadline(self) -> Deadline | None: ...
-    @property
-    def prompt_left(self) -> int:
-        """Tokens of the prompt that are not computed yet."""
-        ...
-
-    @property
-    def answered(self) -> int:
-        """Tokens of the answer so far."""
-        ...
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest answer that was asked for."""
-        ...
-
-    @property
-    def last_token_at(self) -> float:
-        """When its last token came; its arrival before the first one."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class Queues:
-    """What waits and what runs, `now`. Read-only.
-
-    `seats` requests run at once, `together` of them decode in one pass; a prefill pass takes
-    `chunk` tokens, and cuts prompts unless they are `whole`.
-    """
-
-    now: float
-    waiting: Sequence[Job]  # in the order of arrival
-    running: Sequence[Job]  # in the order of admission
-    seats: int
-    together: int
-    chunk: int
-    whole: bool = False
-
-
-class Order(Protocol):
-    """Who goes first. The scheduler asks, and keeps to the room that there is.
-
-    An order holds no requests: what waits and what runs is shown to it each time.
-    """
-
-    def refuse(self, job: Job, queues: Queues) -> float | None:
-        """None: `job` may join those that wait. Else it would come too late: seconds until
-
-        another try may be worth it.
-        """
-        ...
-
-    def first(self, queues: Queues) -> int | None:
-        """The place in `queues.waiting` of who shall run next; None: nobody yet.
-
-        Asked while a seat is free and somebody waits. If nothing runs, it has to name one.
-        """
-        ...
-
-    def rank(self, jobs: Sequence[Job], phase: Phase) -> list[int]:
-        """Places in `jobs`, which are all in `phase`, in the order in which a pass takes them."""
-        ...
-
-    def chunk(self, queues: Queues, after: Phase) -> int:
-        """How many tokens of prompts the next pass may take; 0: decode first.
-
-        Asked where there is work of both kinds; `after` is what the last pass was for.
-        """
-        ...
-
-    def passed(self, phase: Phase, cost: PhaseCounters) -> None:
-        """See what a pass has cost."""
-        ...
-
-    def loaded(self, bytes_read: int, seconds: float) -> None:
-        """See what changing the resident experts before a pass has cost."""
-        ...
-
-    def ended(self, job: Job) -> None:
-        """See a request that was answered to its end."""
-        ...
-
-
-class NoPredictor:
-    """Forecasts nothing."""
-
-    needs: frozenset[Signal] = frozenset()
-    depth = 0
-    speculative = True
-
-    def observe(self, demand: Demand, view: View) -> None:
-        """Nothing to learn."""
-
-    def forecast(self, view: View) -> list[Want]:
-        """Nothing."""
-        return []
-
-
-class OwnRouting:
-    """Lets every router choose for itself."""
-
-    exact = True
-
-    def rank(self, choice: Choice, resident: BoolArray) -> None:
-        """No change."""
-
-
-class NoPlacement:
-    """Lets use decide what stays."""
-
-    fixed = False
-    needs_profile = False
-    by_task = False
-    periodic = False
-
-    def place(self, stock: Stock, running: Sequence[Running], known: Known) -> BoolArray:
-        """Nothing is loaded beforehand."""
-        return np.zeros_like(stock.there)
-
-
-@dataclass(frozen=True, slots=True)
-class Policies:
-    """One answer per question: what a preset is made of.
-
-    `fetch_above` is for a routing that replaces missing experts: one whose share of its token's
-    routing weight is above it is fetched instead. 1: none, 0: all, which is exact.
-    """
-
-    evictor: Evictor
-    predictor: Predictor
-    miss: MissHandler
-    routing: Routing = field(default_factory=OwnRouting)
-    placement: Placement = field(default_factory=NoPlacement)
-    forecaster: str = "popularity"  # whom a periodic placement asks, by its name
-    impatient: bool = False  # whether it is asked before the period ends if that may pay
-    fetch_above: float = 1.0
-
-    @property
-    def exact(self) -> bool:
-        """Whether the output is that of the plain model."""
-        return self.miss.exact and (self.routing.exact or self.fetch_above == 0)

@@ -8,8 +8,8 @@ profile knows counts as a few observations, and fades like any other.
 from collections.abc import Callable
 
 from retinue.metrics import PhaseCounters
-from retinue.policy.base import Job
 from retinue.policy.measured import MachineCosts
+from retinue.policy.order.base import Job
 from retinue.types import Phase
 
 FADE = 0.97  # what a pass still counts after the next one

@@ -99,7 +99,7 @@ class Workbench:
         The profile is left out where the preset reads none.
         """
         config = replace(self.config, **settings)
-        if not preset(config.preset).build().placement.needs_profile:
+        if not preset(config.preset).profiled:
             config = replace(config, profile=None)
         with LLM.from_config(self.folder, config) as llm:
             self.watched(llm)

@@ -86,7 +86,7 @@ class Served:
 def _learner(llm: LLM) -> Learner | None:
     """Who learns from requests, if the preset reads a profile."""
     assembly = llm.assembly
-    if not assembly.preset.build().placement.needs_profile:
+    if not assembly.preset.profiled:
         return None
     return open_learner(assembly.folder, assembly.facts, llm.config.profile)
 

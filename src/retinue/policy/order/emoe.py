@@ -15,7 +15,7 @@ served.
 import math
 from collections.abc import Sequence
 
-from retinue.policy.base import Job, Queues
+from retinue.policy.order.base import Job, Queues
 from retinue.policy.order.estimate import PATIENCE_S, Estimate
 from retinue.types import Deadline, Phase
 

@@ -4,8 +4,8 @@ import heapq
 from collections.abc import Callable, Sequence
 
 from retinue.metrics import PhaseCounters
-from retinue.policy.base import Job, Queues
 from retinue.policy.costs import CostModel, Lengths
+from retinue.policy.order.base import Job, Queues
 from retinue.types import Phase
 
 PATIENCE_S = 30.0  # who has waited so long is overtaken by nobody any more

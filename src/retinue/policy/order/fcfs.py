@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from retinue.metrics import PhaseCounters
-from retinue.policy.base import Job, Queues
+from retinue.policy.order.base import Job, Queues
 from retinue.types import Phase
 
 

@@ -1,6 +1,6 @@
 """The orders by the names that `--order` takes."""
 
-from retinue.policy.base import Order
+from retinue.policy.order.base import Order
 from retinue.policy.order.emoe import Emoe
 from retinue.policy.order.estimate import Estimate
 from retinue.policy.order.fcfs import Fcfs

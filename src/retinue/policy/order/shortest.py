@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from retinue.policy.base import Job, Queues
+from retinue.policy.order.base import Job, Queues
 from retinue.policy.order.estimate import PATIENCE_S, Estimate
 from retinue.policy.order.fcfs import Fcfs
 from retinue.types import Phase

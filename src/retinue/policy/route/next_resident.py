@@ -8,7 +8,7 @@ experts chooses them as ever, and residents of the other groups come last, in th
 
 import numpy as np
 
-from retinue.policy.base import BoolArray, Choice
+from retinue.policy.base import BoolArray, Choice, Signal
 from retinue.types import FloatArray
 
 
@@ -16,6 +16,8 @@ class NextResident:
     """Ranks the router's own choice first, then the other residents as the router does."""
 
     exact = False
+    restricts = True
+    needs: frozenset[Signal] = frozenset()
 
     def rank(self, choice: Choice, resident: BoolArray) -> FloatArray | None:
         """The router's scores with minus infinity for what is not resident."""

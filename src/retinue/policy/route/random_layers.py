@@ -8,7 +8,7 @@ from collections.abc import Collection
 
 import numpy as np
 
-from retinue.policy.base import BoolArray, Choice
+from retinue.policy.base import BoolArray, Choice, Signal
 from retinue.types import FloatArray
 
 
@@ -16,6 +16,8 @@ class RandomLayers:
     """Ranks at random, anew for each token, in `layers`; the other routers choose themselves."""
 
     exact = False
+    restricts = True
+    needs: frozenset[Signal] = frozenset()
 
     def __init__(self, layers: Collection[int], seed: int = 0) -> None:
         self._layers = frozenset(layers)

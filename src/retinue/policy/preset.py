@@ -1,0 +1,73 @@
+"""What a preset is: a named combination of policies, and what it is made from."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from retinue.errors import Refused
+from retinue.policy.policies import Policies
+from retinue.policy.profile import Profile
+from retinue.types import FloatArray
+
+Arrays = Mapping[str, FloatArray]
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """What is known of a model when a preset is built for it. `slots`: experts that fit.
+
+    `learned` holds, by kind, the arrays that `retinue train-predictor --kind KIND` made.
+    """
+
+    model: str = ""
+    layers: int = 0
+    experts: int = 0  # of the layer that has most
+    top_k: int = 0
+    routed: tuple[int, ...] = ()  # which layers have experts
+    slots: int = 0
+    profile: Profile | None = None
+    learned: Mapping[str, Arrays] = field(default_factory=dict)
+
+    def arrays(self, kind: str) -> Arrays:
+        """What was learnt of `kind`. Raises Refused where nothing was."""
+        if kind not in self.learned:
+            raise Refused(
+                f"this preset needs a `{kind}`, which nobody trained for `{self.model}`",
+                hint=f"`retinue train-predictor MODEL --data FILE --kind {kind}`",
+            )
+        return self.learned[kind]
+
+    def known(self) -> Profile:
+        """The profile. Raises Refused where there is none."""
+        if self.profile is None:
+            raise Refused(
+                f"this preset needs a profile of `{self.model}`",
+                hint="make it with `retinue profile MODEL --data FILE`",
+            )
+        return self.profile
+
+
+@dataclass(frozen=True, slots=True)
+class Preset:
+    """One row of `retinue presets`.
+
+    `fixed`: its placement says who stays; `profiled`: it cannot do without a profile. `learned` are
+    the kinds of predictor that it needs, `nested` says that it reads other precisions from the
+    nested store, `replayed` that it knows the future, so that only a replay can run it.
+    """
+
+    name: str
+    exact: bool
+    paper: str
+    parts: tuple[str, ...]
+    deviations: str
+    build: Callable[[Given], Policies]
+    fixed: bool = False
+    profiled: bool = False
+    learned: tuple[str, ...] = ()
+    nested: bool = False
+    replayed: bool = False
+
+    def as_dict(self) -> dict[str, Any]:
+        """The row without its factory."""
+        return {key: value for key, value in asdict(self).items() if key != "build"}
