@@ -118,9 +118,7 @@ def assemble(reserved: Reserved) -> Assembly:
         infers = classifier(config.infer_task, by_task, tokenizer and tokenizer.decode)
         undo.pop_all()
     notes += [*filter(None, [reader.note]), *abilities.notes]
-    notes += [BLIND] if policies.predictor.needs and not host.sees_ahead else []
-    notes += [APPROXIMATE] if not policies.exact else []
-    notes += _precision_notes(network, facts, limits, config)
+    notes += _policy_notes(policies, host) + _precision_notes(network, facts, limits, config)
     load_s = reserved.seconds + time.perf_counter() - started
     return Assembly(
         facts,
@@ -143,6 +141,12 @@ def assemble(reserved: Reserved) -> Assembly:
         load_s,
         notes,
     )
+
+
+def _policy_notes(policies: Policies, host: ExpertHost) -> list[str]:
+    """What the user has to know of a preset."""
+    blind = "next_scores" in policies.needs and not host.sees_ahead
+    return [BLIND] * blind + [APPROXIMATE] * (not policies.exact)
 
 
 def _precision_notes(network: Network, facts: Facts, limits: Split, config: Config) -> list[str]:
