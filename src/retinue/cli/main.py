@@ -47,6 +47,7 @@ def build_parser() -> ArgumentParser:
     _add_profile(verbs)
     _add_train_predictor(verbs)
     _add_eval(verbs)
+    _add_compare(verbs)
     _add_reproduce(verbs)
     new_verb(verbs, "presets", "every preset with its source and parts", "retinue presets --json")
     new_verb(verbs, "list", "the models in the hub's cache", "retinue list --json")
@@ -247,6 +248,58 @@ def _add_eval(verbs: object) -> None:
     # One text after the other, each with its own task.
     unused = ("task", "batch", "kv_tokens")
     add_config_options(evaluation, tuple(name for name in ENGINE if name not in unused))
+
+
+def _add_compare(verbs: object) -> None:
+    comparison = new_verb(
+        verbs,
+        "compare",
+        "presets side by side, live: a page with plots, Markdown and JSON; resumed",
+        "retinue compare sample --presets exact --experts 25%,50% --runs 3 --out compared",
+    )
+    _add_texts(comparison)
+    comparison.add_argument(
+        "--presets",
+        metavar="NAMES",
+        help="with commas between; `exact` and `all` are groups; auto and on-demand always run"
+        " (default: exact,emoe-fetch)",
+    )
+    comparison.add_argument(
+        "--experts",
+        dest="shares",
+        metavar="SHARES",
+        help="upper bounds for the resident experts, with commas between (default:"
+        " 12.5%%,25%%,50%%; with several `--memory` what each leaves)",
+    )
+    comparison.add_argument(
+        "--memory",
+        dest="sizes",
+        metavar="SIZES",
+        help="upper bounds for the peak resident memory, with commas between (default: 80%%)",
+    )
+    comparison.add_argument(
+        "--read-limits",
+        metavar="SIZES",
+        default="none",
+        help="disks of so many bytes a second, with commas between, such as none,300MB,100MB;"
+        " none is the disk as it is (default: none)",
+    )
+    comparison.add_argument(
+        "--runs", type=int, default=5, metavar="N", help="how often each is measured (default: 5)"
+    )
+    comparison.add_argument(
+        "--new-tokens",
+        type=int,
+        default=32,
+        metavar="N",
+        help="decoding steps of each text, fed its continuation (default: 32)",
+    )
+    comparison.add_argument(
+        "--out", metavar="DIR", help="for report and measurements (default: retinue-compare)"
+    )
+    comparison.add_argument("--fresh", action="store_true", help="measure again what is there")
+    names = ("context", "chunk", "profile", "precision", "threads", "self_check", "eager")
+    add_config_options(comparison, names)
 
 
 def _add_reproduce(verbs: object) -> None:
