@@ -70,7 +70,7 @@ def _cell(runs: Sequence[Row]) -> Row:
 
 
 def _against(runs: Sequence[Row], base: Sequence[Row], demanded: str) -> Row:
-    """Each phase's speed against `on-demand`, with a verdict where the preset is exact."""
+    """Each phase's speed against `on-demand`, with a verdict."""
     row: Row = {}
     if runs[0]["preset"] == BASE:
         return row

@@ -70,7 +70,11 @@ class Grid:
             return True
         budget = str(row["memory"]), row["experts"]
         known = [(each.memory, each.experts) for each in self.budgets]
-        return row["preset"] in self.names and budget in known and (number(row, "run") or 0) < self.runs
+        return (
+            row["preset"] in self.names
+            and budget in known
+            and (number(row, "run") or 0) < self.runs
+        )
 
     def order(self, run: int) -> list[str]:
         """The presets as they take their turns in `run`.
