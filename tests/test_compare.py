@@ -187,11 +187,11 @@ def test_recall_of_the_next_gate() -> None:
     """Two tokens, top 2 of 4: the first names both, the second one of the one that there is."""
     scores = np.array([[0.4, 0.1, 0.3, 0.2], [0.1, 0.2, 0.3, 0.4]], np.float32)
     none = np.zeros((2, 2), np.int64)
-    now = LayerRouting(1, none, np.ones((2, 2), np.float32), scores)
+    now = LayerRouting(1, none, np.ones((2, 2), np.float32), next_scores=scores)
     chosen = np.array([[0, 2], [2, 4]])  # 4 means none
-    after = LayerRouting(3, chosen, np.ones((2, 2), np.float32), None)
+    after = LayerRouting(3, chosen, np.ones((2, 2), np.float32))
     assert foretold([now, after], 4) == {3: (3, 3)}
-    other = LayerRouting(3, np.array([[1, 3], [0, 3]]), np.ones((2, 2), np.float32), None)
+    other = LayerRouting(3, np.array([[1, 3], [0, 3]]), np.ones((2, 2), np.float32))
     assert foretold([now, other], 4) == {3: (1, 4)}
     assert recall([{"named": 3, "used": 3}, {"named": 1, "used": 5}]) == 0.5
     assert recall([]) is None

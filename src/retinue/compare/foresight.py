@@ -34,7 +34,7 @@ def measure(bench: Bench, grid: Grid) -> list[Row]:
             parts = assembly.network, assembly.host, assembly.mover, assembly.metrics
             scorer = Scorer(*parts)
             counts: dict[int, list[int]] = {}
-            with scorer.recording(next_scores=True) as routing:
+            with scorer.recording(("next_scores",)) as routing:
                 for text in bench.texts:
                     scorer.score(text.ids, 1)
                     for layer, found in foretold(routing, assembly.cache.experts).items():
