@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from retinue.reproduce.base import NOTHING_YET, Row
-from retinue.reproduce.drawing import describe
+from retinue.lab.base import NOTHING_YET, Row
+from retinue.lab.drawing import describe
 from retinue.reproduce.experiment import Experiment
 from retinue.reproduce.studies import EMOE
 

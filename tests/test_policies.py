@@ -196,6 +196,7 @@ def test_no_predictor_is_silent() -> None:
 def test_fetch_all(weight: list[float], resident: list[bool], fetched: list[int]) -> None:
     demand = Demand(1, ids(0, 3, 5), ids(1, 1, 1), np.array(weight, dtype=np.float32))
     assert FetchAll().fetch(demand, np.array(resident), view()).tolist() == fetched
+    assert not len(FetchAll().elsewhere(demand, np.array(resident), view()))
     assert FetchAll.exact
 
 

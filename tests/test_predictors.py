@@ -66,7 +66,7 @@ def test_through_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda a, _: a.update(version=2), "unknown version of a predictor: `2`"),
+        (lambda a, _: a.update(version=3), "unknown version of a predictor: `3`"),
         (lambda a, _: a.update(format="trace"), "not a predictor"),
         (lambda a, _: a.pop("tasks"), "damaged predictor"),
         (lambda a, _: a["tasks"].append("b"), "arrays of emoe-a do not fit"),

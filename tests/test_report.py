@@ -5,10 +5,10 @@ from xml.etree import ElementTree
 
 import pytest
 
-from retinue.reproduce.base import Chart, Column, Series, lines_by
-from retinue.reproduce.drawing import describe, draw
-from retinue.reproduce.findings import cell
-from retinue.reproduce.report import Figure, Report, Section, Table, page
+from retinue.lab.base import Chart, Column, Series, lines_by
+from retinue.lab.drawing import describe, draw
+from retinue.lab.page import Figure, Report, Section, Table, page
+from retinue.lab.tables import cell
 
 ROWS = [
     {"method": "one", "share": 20, "loss": 0.5, "low": 0.4, "high": 0.7},

@@ -17,12 +17,12 @@ from retinue.cli.main import main
 from retinue.config import ORDERS, Config
 from retinue.engine.tasks import TaskIds
 from retinue.errors import Cancelled, RetinueError
+from retinue.lab.spread import mean
 from retinue.reproduce.arrivals import LOADS
 from retinue.reproduce.labels import mislabelled
 from retinue.reproduce.memory import most
 from retinue.reproduce.peak import Load, measure_peak
 from retinue.reproduce.sensitivity import SIDES
-from retinue.reproduce.spread import mean
 from retinue.reproduce.studies import EMOE
 from retinue.reproduce.workbench import Answer, Workbench
 

@@ -1,36 +1,29 @@
 """`retinue reproduce`: a paper's evaluation on this model, as a page and as JSON."""
 
 import json
-import shlex
-import sys
 from argparse import Namespace
 from dataclasses import replace
-from hashlib import sha256
 from pathlib import Path
 from signal import SIGINT, SIGTERM, Signals
 from typing import Any
 
 from retinue import __version__
 from retinue.cli.interrupts import cancel_on
-from retinue.cli.measure import encoder
+from retinue.cli.laboratory import described, digest, digest_of_texts, texts_for, write_files
 from retinue.cli.options import config_from
 from retinue.cli.terminal import audience, emit_json, note
-from retinue.config import Config
-from retinue.engine.tasks import TaskIds, as_ids, cut_to, read_texts
-from retinue.errors import Cancelled, UsageError
-from retinue.memory.home import locate, sample_tasks
+from retinue.errors import Cancelled
+from retinue.lab.drawing import can_draw
+from retinue.lab.ledger import Ledger
+from retinue.lab.page import page
+from retinue.memory.home import locate
 from retinue.model.predictors import find_predictor
 from retinue.model.profiles import find_profile
 from retinue.model.survey import fingerprint, survey
-from retinue.reproduce.drawing import can_draw
 from retinue.reproduce.findings import collect, document, report
-from retinue.reproduce.ledger import Ledger
-from retinue.reproduce.report import page
-from retinue.reproduce.setting import machine, today, versions
 from retinue.reproduce.similarity import HOW_TO_GET, can_embed
 from retinue.reproduce.studies import Study, study
-from retinue.reproduce.workbench import FULL, QUICK, Settings, Workbench
-from retinue.types import Facts
+from retinue.reproduce.workbench import FULL, QUICK, Workbench
 
 PAGE, DOCUMENT = "report.html", "report.json"
 
@@ -81,13 +74,14 @@ def _workbench(options: Namespace, chosen: Study) -> Workbench:
     facts = survey(folder, config.precision)
     profile = find_profile(folder, facts, config.profile)  # refuse now where there is none
     predictor = find_predictor(folder, facts)
-    config, texts = _texts(options, config, facts, settings, folder)
+    amounts = {"per_task": settings.texts_per_task, "answer": settings.answer_tokens}
+    config, texts = texts_for(options, config, facts, folder, **amounts)
     setting = {
         "version": __version__,
         "model": fingerprint(folder),
-        "profile": _digest(profile.as_dict()),
+        "profile": digest(profile.as_dict()),
         "predictor": "none" if predictor is None else f"of {predictor.texts} texts",
-        "texts": _digest([[each.task, each.ids, each.scored] for each in texts]),
+        "texts": digest_of_texts(texts),
         "precision": config.precision,
         "amount": "quick" if options.quick else "full",
     }
@@ -103,34 +97,6 @@ def _workbench(options: Namespace, chosen: Study) -> Workbench:
     )
 
 
-def _digest(content: Any) -> str:
-    """A short name for what is JSON-shaped."""
-    return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _texts(
-    options: Namespace, config: Config, facts: Facts, settings: Settings, folder: Path
-) -> tuple[Config, list[TaskIds]]:
-    """The texts as ids, and a configuration with a context for them and for answers."""
-    data = Path(options.data) if options.data else sample_tasks()
-    texts = read_texts(data, settings.texts_per_task)
-    ids = as_ids(texts, encoder(folder, texts), facts.vocab_size)
-    if config.context is None:
-        longest = max(len(text.ids) for text in ids) + settings.answer_tokens
-        config = replace(config, context=min(longest, facts.max_context, config.chunk))
-    room = min(config.context or facts.max_context, config.chunk) - settings.answer_tokens
-    if room < 2:
-        raise UsageError(
-            f"a context of {config.context} has no room for answers of {settings.answer_tokens}"
-            " tokens",
-            hint="use a larger `--context`",
-        )
-    ids = cut_to(ids, room)
-    if cut := sum(text.cut for text in ids):
-        note(f"note: {cut} of {len(ids)} texts are cut from the left to {room} tokens", "yellow")
-    return config, ids
-
-
 def _out(options: Namespace, chosen: Study) -> Path:
     return Path(options.out or f"retinue-{chosen.name}")
 
@@ -140,31 +106,17 @@ def _write(options: Namespace, chosen: Study, bench: Workbench) -> tuple[Path, d
     findings = collect(chosen, bench.ledger)
     setting = _setting(options, bench)
     out, written = _out(options, chosen), document(chosen, setting, findings)
-    text = page(report(chosen, setting, findings))
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / DOCUMENT).write_text(
-            json.dumps(written, ensure_ascii=False, indent=1), encoding="utf-8"
-        )
-        (out / PAGE).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"cannot write to `{out}`: {error}") from error
+    files = {DOCUMENT: json.dumps(written, ensure_ascii=False, indent=1)}
+    write_files(out, files | {PAGE: page(report(chosen, setting, findings))})
     return out / PAGE, written
 
 
 def _setting(options: Namespace, bench: Workbench) -> dict[str, Any]:
-    facts, texts = bench.facts, bench.texts
-    tasks = len({text.task for text in texts})
-    shape = f"{facts.moe_layers} layers of {facts.experts_per_layer} experts, top {facts.top_k}"
-    scored = sum(text.scored for text in texts)
-    data = Path(options.data).name if options.data else sample_tasks().name
-    return {
-        "model": f"{options.model} ({facts.family}, {shape})",
-        "texts": f"{len(texts)} of {tasks} tasks from {data}, {scored} scored tokens",
-        "answers": f"{len(bench.asked)}, greedy, at most {bench.settings.answer_tokens} tokens",
-        "precision": bench.config.precision,
-        "machine": machine(),
-        "versions": versions(),
-        "date": today(),
-        "command": shlex.join(["retinue", *sys.argv[1:]]),
-    }
+    longest = bench.settings.answer_tokens
+    return described(
+        options,
+        bench.facts,
+        bench.texts,
+        answers=f"{len(bench.asked)}, greedy, at most {longest} tokens",
+        precision=bench.config.precision,
+    )

@@ -13,6 +13,7 @@ from retinue.errors import UsageError
 from retinue.memory.budget import Split, split
 from retinue.memory.home import locate
 from retinue.memory.tier import Tier
+from retinue.model.predictors import find_predictor
 from retinue.model.profiles import find_profile
 from retinue.model.survey import survey
 from retinue.policy.policies import Policies
@@ -63,15 +64,20 @@ def reserve(model: str | Path, config: Config, beside: int = 0) -> Reserved:
 def given_of(folder: Path, facts: Facts, slots: int, chosen: Preset, config: Config) -> Given:
     """What is known of a model for one preset, if it needs any of it.
 
-    Raises Refused where there is no profile that it needs, UsageError for one that is damaged.
+    Raises Refused where there is no profile that it needs, UsageError for one, or for something
+    learnt, that is damaged. What was not learnt is refused by `Given.arrays`.
     """
+    learned = find_predictor(folder, facts) if chosen.learned else None
+    parts = {} if learned is None else learned.parts
     return Given(
         facts.name,
         facts.layers,
         facts.experts_per_layer,
         facts.top_k,
+        () if learned is None else tuple(learned.rows.tolist()),
         slots=slots,
         profile=find_profile(folder, facts, config.profile) if chosen.profiled else None,
+        learned={kind: parts[kind].arrays for kind in chosen.learned if kind in parts},
     )
 
 

@@ -7,9 +7,12 @@ arrays, and a line of JSON that says whose they are; nothing in them is ever exe
 import io
 import json
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from retinue.errors import UsageError
 from retinue.memory.home import sample_folder, sample_predictor
@@ -17,9 +20,10 @@ from retinue.memory.machine import cache_folder
 from retinue.model.profiles import check_shape
 from retinue.model.survey import fingerprint
 from retinue.policy.predict.learned import AGAIN, Learned, learned_from
-from retinue.types import Facts
+from retinue.types import Facts, FloatArray
 
 ABOUT = "about"
+MANY = 256  # numbers; fewer are kept in fp32
 
 
 def default_predictor(folder: Path) -> Path:
@@ -30,17 +34,19 @@ def default_predictor(folder: Path) -> Path:
 def find_predictor(folder: Path, facts: Facts, file: str | None = None) -> Learned | None:
     """The predictor in `file`, or else what is remembered of the checkpoint or ships with it.
 
-    None where there is none. Raises UsageError for one that is damaged or another model's.
+    What ships fills in what is not remembered. None where there is none. Raises UsageError for
+    one that is damaged or another model's.
     """
     places = [default_predictor(folder)] if file is None else [Path(file).expanduser()]
     if file is None and folder.resolve() == sample_folder().resolve():
         places.append(sample_predictor())
+    found: Learned | None = None
     for place in places:
         if file is not None or place.is_file():
             learned = read_predictor(place)
             check_predictor(learned, facts, place)
-            return learned
-    return None
+            found = learned if found is None else found.over(learned)
+    return found
 
 
 def check_predictor(learned: Learned, facts: Facts, file: Path) -> None:
@@ -55,7 +61,9 @@ def read_predictor(file: Path) -> Learned:
         with np.load(io.BytesIO(file.read_bytes()), allow_pickle=False) as content:
             arrays = {name: content[name] for name in content.files}
         about = json.loads(str(arrays.pop(ABOUT)))
-        return learned_from(about, arrays)
+        return learned_from(
+            about, {name: array.astype(np.float32) for name, array in arrays.items()}
+        )
     except UsageError as error:
         raise UsageError(f"`{file}`: {error}", hint=error.hint) from error
     except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
@@ -64,13 +72,15 @@ def read_predictor(file: Path) -> Learned:
 
 def write_predictor(learned: Learned, file: Path) -> None:
     """Write `learned`, whole or not at all. Raises UsageError where that is not possible."""
-    arrays = {
+    arrays: dict[str, npt.NDArray[Any]] = {
         f"{name}/{key}": array
         for name, network in learned.networks.items()
         for key, array in network.arrays.items()
     }
+    for kind, part in learned.parts.items():
+        arrays |= {f"{kind}/{key}": _narrow(array) for key, array in part.arrays.items()}
     content = io.BytesIO()
-    np.savez(content, **{ABOUT: np.array(json.dumps(learned.about()))}, **arrays)  # type: ignore[arg-type]
+    np.savez_compressed(content, **{ABOUT: np.array(json.dumps(learned.about()))}, **arrays)  # type: ignore[arg-type]
     draft = file.with_name(f".{file.name}.part")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -78,3 +88,17 @@ def write_predictor(learned: Learned, file: Path) -> None:
         draft.replace(file)
     except OSError as error:
         raise UsageError(f"cannot write the predictor `{file}`: {error}") from error
+
+
+def kept(arrays: Mapping[str, npt.NDArray[Any]]) -> dict[str, FloatArray]:
+    """`arrays` of a part as a file gives them back: rounded to 16 bits where that does no harm."""
+    return {name: _narrow(np.asarray(array)).astype(np.float32) for name, array in arrays.items()}
+
+
+def _narrow(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Whole numbers as int16, weights as fp16; what is few or large as it is, in fp32."""
+    wide = array.astype(np.float32)
+    largest = float(np.abs(wide).max(initial=0))
+    if largest < 2**15 and (wide == np.rint(wide)).all():
+        return wide.astype(np.int16)
+    return wide.astype(np.float16) if array.size >= MANY and largest < 2**15 else wide

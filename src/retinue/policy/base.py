@@ -16,7 +16,7 @@ from retinue.types import Demand, FloatArray, IntArray, Phase, Want
 
 BoolArray = npt.NDArray[np.bool_]
 Signal = str  # one of SIGNALS
-SIGNALS = ("next_scores", "scores", "hidden", "embedding")
+SIGNALS = ("next_scores", "scores", "hidden", "embedding", "token_ids")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +31,8 @@ class Ahead:
 class Route:
     """What the routers chose for the tokens of a pass in one layer, before anything is changed.
 
-    `sequences` says whose each token is, by the number that `Prompt` gives. The last two are there
-    for who declares that it needs them.
+    `sequences` says whose each token is, by the number that `Prompt` gives. The last three are
+    there for who declares that it needs them.
     """
 
     layer: int
@@ -41,6 +41,7 @@ class Route:
     sequences: IntArray  # [tokens]
     scores: FloatArray | None = None  # [tokens, experts], probabilities; signal "scores"
     hidden: FloatArray | None = None  # [tokens, hidden], the layer's input; signal "hidden"
+    token_ids: IntArray | None = None  # [tokens]; signal "token_ids"
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,6 +204,14 @@ class MissHandler(Protocol):
         """The experts of `demand` to read, in the order of reading."""
         ...
 
+    def elsewhere(self, demand: Demand, resident: BoolArray, view: View) -> IntArray:
+        """The experts of `demand` that are not resident and are computed where they lie instead.
+
+        None where `view.costs.elsewhere_s` names no second place that computes. `fetch` is then
+        asked as if they were resident.
+        """
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Choice:
@@ -213,6 +222,7 @@ class Choice:
     experts: IntArray  # [tokens, k]
     weights: FloatArray  # [tokens, k]
     hidden: FloatArray | None = None  # [tokens, hidden], the router's input; signal "hidden"
+    phase: Phase = "decode"
 
 
 class Routing(Protocol):

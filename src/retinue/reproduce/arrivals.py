@@ -29,9 +29,9 @@ from retinue.engine.llm import LLM
 from retinue.engine.request import Request, State, new_request
 from retinue.engine.scheduler import Scheduler
 from retinue.errors import Overloaded
+from retinue.lab.base import NOTHING_YET, Chart, Column, Row, lines_by, number
 from retinue.policy.order.estimate import Estimate
 from retinue.policy.order.named import order_named
-from retinue.reproduce.base import NOTHING_YET, Chart, Column, Row, lines_by, number
 from retinue.reproduce.experiment import Experiment
 from retinue.reproduce.workbench import Workbench
 from retinue.types import Deadline, SamplingParams

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from retinue.reproduce.base import Chart, Column, Row
+from retinue.lab.base import Chart, Column, Row
 from retinue.reproduce.workbench import Workbench
 
 

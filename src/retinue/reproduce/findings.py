@@ -4,12 +4,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from retinue.config import format_size
-from retinue.reproduce.base import Chart, Column, Row, number
-from retinue.reproduce.drawing import can_draw, draw
+from retinue.lab.base import Chart, Row
+from retinue.lab.drawing import can_draw, draw
+from retinue.lab.ledger import Ledger
+from retinue.lab.page import Figure, Report, Section
+from retinue.lab.tables import said, table_of
 from retinue.reproduce.experiment import Experiment
-from retinue.reproduce.ledger import Ledger
-from retinue.reproduce.report import Figure, Report, Section, Table
 from retinue.reproduce.similarity import HOW_TO_GET, can_embed
 from retinue.reproduce.studies import Study
 
@@ -71,7 +71,7 @@ def report(study: Study, setting: Mapping[str, Any], findings: Sequence[Finding]
         lead=study.paper,
         claim_heading="The paper",
         found_heading="Found here",
-        setting=[(key.replace("_", " "), _word(value)) for key, value in setting.items()],
+        setting=[(key.replace("_", " "), said(value)) for key, value in setting.items()],
         sections=[_section(finding) for finding in findings],
         notes=notes,
     )
@@ -86,7 +86,7 @@ def _section(finding: Finding) -> Section:
         claim=experiment.claim,
         found=finding.verdict,
         figures=_figures(experiment.name, charts) if can_draw() else (),
-        table=_table(experiment.columns, finding.rows) if finding.rows else None,
+        table=table_of(experiment.columns, finding.rows) if finding.rows else None,
         notes=[*experiment.notes, *_left_out(finding)],
     )
 
@@ -101,38 +101,3 @@ def _left_out(finding: Finding) -> list[str]:
 
 def _figures(name: str, charts: Sequence[Chart]) -> list[Figure]:
     return [Figure(draw(chart, f"{name}-{at}"), chart.title) for at, chart in enumerate(charts)]
-
-
-def _table(columns: Sequence[Column], rows: Sequence[Row]) -> Table:
-    """The columns that any row has."""
-    shown = [column for column in columns if any(row.get(column.key) is not None for row in rows)]
-    return Table(
-        header=[column.heading for column in shown],
-        rows=[[cell(column, row) for column in shown] for row in rows],
-        numeric=[bool(column.form) for column in shown],
-    )
-
-
-def cell(column: Column, row: Row) -> str:
-    """One value as people read it, its interval on a second line; empty where there is none."""
-    value = row.get(column.key)
-    if value is None:
-        return ""
-    low, high = number(row, column.low), number(row, column.high)
-    text = _written(value, column.form)
-    if low is None or high is None:
-        return text
-    ends = _written(low, column.form), _written(high, column.form)
-    return text if ends[0] == ends[1] else f"{text}\n{ends[0]} to {ends[1]}"
-
-
-def _written(value: Any, form: str) -> str:
-    if form == "bytes":
-        return format_size(float(value))
-    return format(value, form) if form else str(value)
-
-
-def _word(value: Any) -> str:
-    if isinstance(value, (list, tuple)):
-        return ", ".join(str(item) for item in value)
-    return str(value)

@@ -9,7 +9,7 @@ from random import Random
 
 from retinue.engine.evaluate import evaluate
 from retinue.engine.tasks import TaskIds
-from retinue.reproduce.base import NOTHING_YET, Chart, Column, Row, lines_by, number
+from retinue.lab.base import NOTHING_YET, Chart, Column, Row, lines_by, number
 from retinue.reproduce.experiment import Experiment
 from retinue.reproduce.workbench import Workbench
 

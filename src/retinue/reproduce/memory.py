@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 from retinue.config import Config, format_size
+from retinue.lab.base import NOTHING_YET, Chart, Column, Row, Series, number
 from retinue.memory.budget import Split, split
-from retinue.reproduce.base import NOTHING_YET, Chart, Column, Row, Series, number
 from retinue.reproduce.experiment import Experiment
 from retinue.reproduce.peak import Load, measure_peak
 from retinue.reproduce.workbench import Workbench

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from retinue.engine.evaluate import evaluate
-from retinue.reproduce.base import NOTHING_YET, Chart, Column, Row, lines_by, number
+from retinue.lab.base import NOTHING_YET, Chart, Column, Row, lines_by, number
 from retinue.reproduce.experiment import Experiment
 from retinue.reproduce.workbench import Workbench
 

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from functools import partial
 
 from retinue.engine.tracing import record, trace_head
+from retinue.lab.base import NOTHING_YET, Chart, Column, Row, Series, number
 from retinue.policy.predict.forecasters import LEARNED
-from retinue.reproduce.base import NOTHING_YET, Chart, Column, Row, Series, number
 from retinue.reproduce.experiment import Experiment
 from retinue.reproduce.workbench import Workbench
 from retinue.train.fit import EPOCHS

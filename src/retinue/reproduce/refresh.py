@@ -6,7 +6,7 @@ from functools import partial
 
 from retinue.config import format_size
 from retinue.engine.evaluate import evaluate
-from retinue.reproduce.base import NOTHING_YET, Chart, Column, Row, lines_by, number
+from retinue.lab.base import NOTHING_YET, Chart, Column, Row, lines_by, number
 from retinue.reproduce.experiment import Experiment
 from retinue.reproduce.workbench import Workbench
 

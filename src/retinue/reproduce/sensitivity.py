@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from functools import partial
 
+from retinue.lab.base import NOTHING_YET, Chart, Column, Row, lines_by, number
 from retinue.model.profiles import find_profile
 from retinue.policy.measured import Damage
-from retinue.reproduce.base import NOTHING_YET, Chart, Column, Row, lines_by, number
 from retinue.reproduce.experiment import Experiment
 from retinue.reproduce.workbench import Workbench
 

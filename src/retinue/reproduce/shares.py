@@ -8,10 +8,10 @@ from typing import Any
 
 from retinue.engine.evaluate import Evaluation, evaluate
 from retinue.engine.llm import LLM
-from retinue.reproduce.base import NOTHING_YET, Chart, Column, Row, Value, lines_by, number
+from retinue.lab.base import NOTHING_YET, Chart, Column, Row, Value, lines_by, number
+from retinue.lab.spread import mean
 from retinue.reproduce.experiment import Experiment
 from retinue.reproduce.similarity import similarities
-from retinue.reproduce.spread import mean
 from retinue.reproduce.workbench import Answer, Workbench
 
 NAME = "shares"

@@ -17,3 +17,7 @@ class FetchAll:
         missing = ~resident
         order = np.argsort(-demand.weight[missing], kind="stable")
         return demand.experts[missing][order]
+
+    def elsewhere(self, demand: Demand, resident: npt.NDArray[np.bool_], view: View) -> IntArray:
+        """Nothing."""
+        return demand.experts[:0]

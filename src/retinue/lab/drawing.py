@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from retinue.reproduce.base import Chart, Series
+from retinue.lab.base import Chart, Series
 
 WIDTH, HEIGHT = 5.4, 3.5  # inches
 INK, FAINT = "#1c2733", "#c9d1d9"

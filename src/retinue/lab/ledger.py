@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from retinue.errors import UsageError
-from retinue.reproduce.base import Row
+from retinue.lab.base import Row
 
 
 @dataclass(slots=True)
