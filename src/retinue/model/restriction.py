@@ -89,7 +89,7 @@ class Restriction:
         if chosen is None:
             replaced = np.zeros(own.shape, dtype=bool)
         else:
-            replaced = (choice.experts[:, :, None] != chosen[:, None]).all(axis=2)
+            replaced = _absent(choice.experts, chosen)
         self._rerouted[choice.layer] = Rerouted(choice.experts, choice.weights, replaced)
         return chosen
 
@@ -149,9 +149,20 @@ def _best(ranking: FloatArray, own: IntArray) -> IntArray:
     A token that gets the experts of its router gets them in its router's order, too: the order of
     summing is part of the result.
     """
-    best = np.argsort(-ranking, axis=1, kind="stable")[:, : own.shape[1]]
+    best = (-ranking).argsort(axis=1, kind="stable")[:, : own.shape[1]]
+    if len(best) == 1:
+        return own if set(best[0].tolist()) == set(own[0].tolist()) else best
     same = (np.sort(best, axis=1) == np.sort(own, axis=1)).all(axis=1, keepdims=True)
     return np.where(same, own, best)
+
+
+def _absent(experts: IntArray, chosen: IntArray) -> BoolArray:
+    """Which of `experts` are not among the `chosen` of their token: [tokens, k]."""
+    if len(experts) == 1:
+        among = set(chosen[0].tolist())
+        return np.array([[expert not in among for expert in experts[0].tolist()]])
+    absent: BoolArray = (experts[:, :, None] != chosen[:, None]).all(axis=2)
+    return absent
 
 
 def _run(run: Callable[[], Any], watch: "_Watch", found: ExpertsModule) -> Routed:
