@@ -107,7 +107,7 @@ def assemble(reserved: Reserved) -> Assembly:
         if facts.plain_bytes and host.cache.holds_everything and not policies.placement.fixed:
             host.cache.place(network.experts.there)  # encoded once, here, and not while it answers
         store = _store(network, limits, abilities)
-        order = order_of(config, facts, known.profile, policies.placement, host.cache)
+        order = order_of(config, facts, known.profile, policies, host.cache)
         scheduler = _scheduler(facts, limits, config, abilities, store, order)
         steps = None if config.eager else _steps(network, host, store, abilities, notes)
         runner = Runner(network, host, mover, metrics, store, steps)
