@@ -118,7 +118,9 @@ def assemble(reserved: Reserved) -> Assembly:
         infers = classifier(config.infer_task, by_task, tokenizer and tokenizer.decode)
         undo.pop_all()
     notes += [*filter(None, [reader.note]), *abilities.notes]
-    notes += _policy_notes(policies, host) + _precision_notes(network, facts, limits, config)
+    notes += _policy_notes(reserved.preset, policies, host) + _precision_notes(
+        network, facts, limits, config
+    )
     load_s = reserved.seconds + time.perf_counter() - started
     return Assembly(
         facts,
@@ -143,10 +145,12 @@ def assemble(reserved: Reserved) -> Assembly:
     )
 
 
-def _policy_notes(policies: Policies, host: ExpertHost) -> list[str]:
+def _policy_notes(preset: Preset, policies: Policies, host: ExpertHost) -> list[str]:
     """What the user has to know of a preset."""
+    alone = [f"one place computes here, so that no misses are divided: {preset.alone}"]
     blind = "next_scores" in policies.needs and not host.sees_ahead
-    return [BLIND] * blind + [APPROXIMATE] * (not policies.exact)
+    notes = [BLIND] * blind + [APPROXIMATE] * (not policies.exact)
+    return notes + alone * bool(preset.alone)
 
 
 def _precision_notes(network: Network, facts: Facts, limits: Split, config: Config) -> list[str]:

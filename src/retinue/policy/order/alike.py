@@ -1,11 +1,11 @@
 """Who goes first: requests that will use the same experts run side by side.
 
-The token scheduler of ExpertFlow (arXiv 2410.17954) regroups the tokens of two adjacent batches into
-two that together touch the fewest distinct experts: balanced 2-means on 1 - Hamming / (L * E) of the
-predicted routing paths. Deviations: requests are regrouped, not tokens, since a request has one
-token in a pass; a request's path is that of its prompt; and nobody waits for ever: those go first
-who are grouped with the one admitted first, and whoever has waited for `PATIENCE_S` is overtaken by
-nobody who came later.
+The token scheduler of ExpertFlow (arXiv 2410.17954) regroups the tokens of two adjacent batches
+into two that together touch the fewest distinct experts: balanced 2-means on 1 - Hamming / (L * E)
+of the predicted routing paths. Deviations: requests are regrouped, not tokens, since a request has
+one token in a pass; a request's path is that of its prompt; and nobody waits for ever: those go
+first who are grouped with the one admitted first, and whoever has waited for `PATIENCE_S` is
+overtaken by nobody who came later.
 """
 
 from collections.abc import Sequence

@@ -1,78 +1,26 @@
-"""Systems that keep every router's choice: they predict, cache and order, and nothing else."""
+"""Systems that keep every router's choice, and know no more than a profile does."""
 
-import numpy as np
-
-from retinue.policy.evict.activation import Activation
-from retinue.policy.evict.map_frequency import MapFrequency
 from retinue.policy.evict.popularity import ByPopularity
-from retinue.policy.evict.predicted_quota import PredictedQuota
 from retinue.policy.evict.quota import Quota
 from retinue.policy.evict.recency import Recency
-from retinue.policy.evict.recent_score import RecentScore
 from retinue.policy.evict.ring import Ring
 from retinue.policy.miss.cheaper import CheaperPlace
 from retinue.policy.miss.fetch import FetchAll
 from retinue.policy.miss.hottest import FetchHottest
 from retinue.policy.miss.split import SplitMisses
-from retinue.policy.miss.timelines import Timelines
 from retinue.policy.policies import NoPredictor, Policies
-from retinue.policy.predict.activation_match import DEPTH, ActivationMatch
-from retinue.policy.predict.along_paths import AlongPaths
 from retinue.policy.predict.correlation import Correlation
-from retinue.policy.predict.gain import Gain
-from retinue.policy.predict.map_search import MapSearch
-from retinue.policy.predict.promoe import Promoe
 from retinue.policy.predict.stacked_gates import StackedGates
 from retinue.policy.predict.whole_layer import WholeLayer
 from retinue.policy.preset import Given, Preset
-from retinue.policy.watch.activations import Activations
-from retinue.policy.watch.expert_maps import DISTANCE, ExpertMaps
-from retinue.policy.watch.paths import Paths
-from retinue.policy.watch.scores import RecentScores
-from retinue.types import FloatArray
 
-STORE_BYTES = 16 << 20  # of what MoE-Infinity and fMoE remember: the budget has no line for it
-KEPT = 1000  # matrices or maps at most, as in the code of both
 SPECULATIVE = 2  # experts of the next layer that mixtral-offloading reads ahead, for each token
+ONE_POOL = "slots are one pool, in which a layer may lend what it does not use"
 
 
 def mixtral_offloading(given: Given) -> Policies:
     """Slots by layer, the least recently used of them, and the next router's two best."""
     return Policies(Quota(Recency()), StackedGates(1, SPECULATIVE), FetchAll())
-
-
-def moe_infinity(given: Given) -> Policies:
-    """One collection of matrices for prefetching and eviction."""
-    matrices = given.arrays("moe-infinity")["matrices"]
-    activations = Activations(_by_layer(matrices, given), _kept(given))
-    predictor = ActivationMatch(activations)
-    return Policies(Activation(activations), predictor, FetchAll(), watchers=(activations,))
-
-
-def fmoe(given: Given) -> Policies:
-    """One store of maps for prefetching and eviction."""
-    arrays = given.arrays("fmoe")
-    maps = ExpertMaps(_by_layer(arrays["maps"], given), arrays["embeddings"], _kept(given))
-    return Policies(MapFrequency(maps), MapSearch(maps), FetchAll(), watchers=(maps,))
-
-
-def promoe(given: Given) -> Policies:
-    """A network a layer."""
-    predictor = Promoe(given.arrays("promoe"), given.routed)
-    return Policies(Quota(Recency()), predictor, FetchAll())
-
-
-def expertflow(given: Given) -> Policies:
-    """Paths from token ids, for prefetching, quotas and the order of requests."""
-    paths = Paths(given.arrays("expertflow"), given.routed, given.layers)
-    return Policies(
-        PredictedQuota(paths),
-        AlongPaths(paths),
-        FetchAll(),
-        watchers=(paths,),
-        order="alike",
-        paths=paths.path,
-    )
 
 
 def se_moe(given: Given) -> Policies:
@@ -91,31 +39,10 @@ def fiddler(given: Given) -> Policies:
     return Policies(ByPopularity(given.known()), NoPredictor(), CheaperPlace())
 
 
-def hybrimoe(given: Given) -> Policies:
-    """Recent scores for eviction; gains for prefetching."""
-    recent = RecentScores()
-    return Policies(RecentScore(recent), Gain(), Timelines(), watchers=(recent,))
-
-
 def freetoken(given: Given) -> Policies:
     """The least recently used of all layers; whole layers while a prompt is read."""
     return Policies(Recency(), WholeLayer(1, "prefill"), SplitMisses())
 
-
-def _by_layer(rows: FloatArray, given: Given) -> FloatArray:
-    """[kept, rows, experts] as [kept, layers, experts]."""
-    whole = np.zeros((len(rows), given.layers, rows.shape[2]), np.float32)
-    whole[:, given.routed] = rows
-    return whole
-
-
-def _kept(given: Given) -> int:
-    """How many matrices or maps of this model may be remembered."""
-    return max(1, min(KEPT, STORE_BYTES // max(1, 4 * given.layers * given.experts)))
-
-
-_ONE_POOL = "slots are one pool, in which a layer may lend what it does not use"
-_FULL_PRECISION = "experts are read in the checkpoint's own precision"
 
 PRESETS = (
     Preset(
@@ -123,70 +50,17 @@ PRESETS = (
         True,
         "Mixtral-offloading, 2312.17238",
         ("evict: recency, by quota", "predict: next gate, two experts", "miss: fetch all"),
-        f"{_ONE_POOL}; {_FULL_PRECISION}, not in 2 to 4 bits",
+        f"{ONE_POOL}; experts are read in the checkpoint's own precision, not in 2 to 4 bits",
         mixtral_offloading,
-    ),
-    Preset(
-        "moe-infinity",
-        True,
-        "MoE-Infinity, 2401.14361",
-        (
-            "evict: activation matrices",
-            "predict: the most similar activation matrix",
-            "miss: fetch all",
-        ),
-        f"{DEPTH} layers ahead, and of each as many experts as its tokens can choose, where the"
-        " paper queues all that were ever used; the match follows each layer; a batch goes by the"
-        f" sum of its requests' matrices; at most {KEPT} matrices and {STORE_BYTES >> 20} MiB",
-        moe_infinity,
-        learned=("moe-infinity",),
-    ),
-    Preset(
-        "fmoe",
-        True,
-        "fMoE (FineMoE), 2502.05370",
-        ("evict: map and frequency", "predict: expert maps", "miss: fetch all"),
-        f"distance {DISTANCE} for every model; a chunk of a prompt has one map, the mean of its"
-        " tokens; the search is not asynchronous; a miss overtakes what is read ahead instead of"
-        f" pausing it; at most {KEPT} maps and {STORE_BYTES >> 20} MiB",
-        fmoe,
-        learned=("fmoe",),
-    ),
-    Preset(
-        "promoe",
-        True,
-        "ProMoE, 2410.22134",
-        ("evict: recency, by quota", "predict: a network a layer", "miss: fetch all"),
-        f"{_ONE_POOL}; reads are cut into chunks of bytes, not into an expert's three matrices, and"
-        " an expert is computed when it is there whole; networks run in the engine's thread; the"
-        " first layers are not foreseen",
-        promoe,
-        learned=("promoe",),
-    ),
-    Preset(
-        "expertflow",
-        True,
-        "ExpertFlow, 2410.17954",
-        (
-            "evict: predicted quota",
-            "predict: routing paths",
-            "miss: fetch all",
-            "order: alike",
-        ),
-        "paths come from a token, the one before it and a fading mean, not from an encoder and"
-        " decoder; they are known once a pass begins, so that its first layer is not foreseen;"
-        " requests are regrouped, not tokens; the slots of a layer that is done stay until another"
-        " one asks",
-        expertflow,
-        learned=("expertflow",),
     ),
     Preset(
         "se-moe",
         True,
         "SE-MoE (MoESys), 2205.10034",
         ("evict: ring of layers", "predict: whole layers", "miss: fetch all"),
-        "a ring of slots, not of layer buffers; with fewer slots than two layers, what finds no room"
-        " is read when it is needed; of a decoding pass only so many reads are under way at once",
+        "a ring of slots, not of layer buffers; with fewer slots than two layers, what finds no"
+        " room is read when it is needed; while it decodes, only so many reads are under way at"
+        " once that most of a layer is read when it is needed",
         se_moe,
         slower="it reads every expert of each layer, used or not",
     ),
@@ -213,16 +87,6 @@ PRESETS = (
         profiled=True,
         slower="its set never changes, since misses are to be computed where they lie",
         alone="every miss is read; those of the profile's most used experts stay",
-    ),
-    Preset(
-        "hybrimoe",
-        True,
-        "HybriMoE, 2504.05897",
-        ("evict: recent scores", "predict: gain of three gates", "miss: three timelines"),
-        "the processor takes no experts over that are cached; alpha is 0.1, which the paper does not"
-        " give; of a coming layer the k best experts of each token are candidates",
-        hybrimoe,
-        alone="every miss is read; its cache and its look-ahead stay",
     ),
     Preset(
         "freetoken",
