@@ -72,6 +72,7 @@ class ExpertHost:
         self._shows = bool(policies.watchers or self._needs & SHOWN) or not (
             policies.thinning.exact and policies.precision.exact and policies.miss.exact
         )
+        self._lowers = not policies.precision.exact
         self._modules = {found.layer: found.module for found in modules}
         self._routers = dict(zip(order, routers, strict=True))
         self._pass = _Pass(np.zeros(0, dtype=np.int64), ())
@@ -162,6 +163,7 @@ class ExpertHost:
         self._pass = _Pass(np.repeat(np.asarray(whose), np.asarray(rows)), token_ids)
         changes = self.changes
         changes.begin_pass(phase, rows)
+        self.attendance.lowers = changes.active
         self.attendance.begin_pass(phase)
         if changes.restricted and changes.books.astray:
             self.cache.place(changes.books.there())
@@ -199,7 +201,7 @@ class ExpertHost:
         if self.watch is not None:
             self.watch(layer, hidden, index, weights)
         cache, changes = self.cache, self.changes
-        settled = cache.holds_everything and cache.has_all(layer)
+        settled = cache.holds_everything and cache.has_all(layer) and not self._lowers
         kernel = self.kernels.get(layer)
         plain = not (self._shows or changes.reroutes)
         if settled and kernel is not None and len(hidden) == 1 and plain:
@@ -212,26 +214,40 @@ class ExpertHost:
         if changes.thins and route is not None:
             view = cache.begin_layer(layer, route)
             index, weights, lost = changes.thin(index, weights, route, view)
-        if rerouted is not None or (changes.active and route is not None):
-            given = weights.float().numpy() if route is None else route.weights
-            changes.count(layer, given, rerouted, lost)
         work = self._work(layer, hidden, index, weights)
+        low: set[int] = set()
         if changes.restricted:
-            return self._run_restricted(layer, work, rerouted, route)
+            out = self._run_restricted(layer, work, rerouted, route)
+        elif settled:
+            self.attendance.see(work.demand(layer), route)
+            out = self._run_resident(layer, work)
+        else:
+            out, low = self._run_attended(layer, work, hidden, route)
+        if rerouted is not None or (changes.active and route is not None):
+            given = weights.float().numpy()
+            if low:
+                lost = changes.lowered(index, given, low, lost)
+            changes.count(layer, given if route is None else route.weights, rerouted, lost)
+        return out
+
+    def _run_attended(
+        self, layer: int, work: Work, hidden: torch.Tensor, route: Route | None
+    ) -> tuple[torch.Tensor, set[int]]:
+        """A layer that may lack experts; also, which were computed in a lower precision."""
+        cache, low = self.cache, set[int]()
         demand = work.demand(layer)
-        if settled:
-            self.attendance.see(demand, route)
-            return self._run_resident(layer, work)
         with self.attendance.attend(
             demand, len(hidden), route, lambda coming: self.scores(coming, hidden)
         ) as turn:
             while turn.left:
                 if ready := turn.ready():
+                    if self._lowers:
+                        low.update(e for e in ready if cache.precision[layer, e])
                     self._timed(work.compute, ready, cache.use(layer, ready))
                     turn.computed(ready)
                 else:
                     turn.wait()
-        return self._timed(work.result)
+        return self._timed(work.result), low
 
     def _run_token(
         self,
