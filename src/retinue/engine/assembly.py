@@ -109,7 +109,7 @@ def assemble(reserved: Reserved) -> Assembly:
         if facts.plain_bytes and host.cache.holds_everything and not policies.placement.fixed:
             host.cache.place(network.experts.there)  # encoded once, here, and not while it answers
         store = _store(network, limits, abilities)
-        order = order_of(config, facts, known.profile, policies.placement, host.cache)
+        order = order_of(config, facts, known.profile, policies, host.cache)
         scheduler = _scheduler(facts, limits, config, abilities, store, order)
         steps = None if config.eager else _steps(network, host, store, abilities, notes)
         runner = Runner(network, host, mover, metrics, store, steps)
@@ -120,7 +120,9 @@ def assemble(reserved: Reserved) -> Assembly:
         infers = classifier(config.infer_task, by_task, tokenizer and tokenizer.decode)
         undo.pop_all()
     notes += [*filter(None, [reader.note]), *abilities.notes]
-    notes += _policy_notes(policies, host) + _precision_notes(network, facts, limits, config)
+    notes += _policy_notes(reserved.preset, policies, host) + _precision_notes(
+        network, facts, limits, config
+    )
     load_s = reserved.seconds + time.perf_counter() - started
     return Assembly(
         facts,
@@ -145,10 +147,12 @@ def assemble(reserved: Reserved) -> Assembly:
     )
 
 
-def _policy_notes(policies: Policies, host: ExpertHost) -> list[str]:
+def _policy_notes(preset: Preset, policies: Policies, host: ExpertHost) -> list[str]:
     """What the user has to know of a preset."""
+    alone = [f"one place computes here, so that no misses are divided: {preset.alone}"]
     blind = "next_scores" in policies.needs and not host.sees_ahead
-    return [BLIND] * blind + [APPROXIMATE] * (not policies.exact)
+    notes = [BLIND] * blind + [APPROXIMATE] * (not policies.exact)
+    return notes + alone * bool(preset.alone)
 
 
 def _precision_notes(network: Network, facts: Facts, limits: Split, config: Config) -> list[str]:

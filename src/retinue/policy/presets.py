@@ -3,9 +3,9 @@
 from retinue.errors import UsageError
 from retinue.policy.outside import outside
 from retinue.policy.preset import Preset
-from retinue.policy.systems import baselines, fixed_sets
+from retinue.policy.systems import baselines, exact, fixed_sets
 
-PRESETS = {row.name: row for row in (*baselines.PRESETS, *fixed_sets.PRESETS)}
+PRESETS = {row.name: row for row in (*baselines.PRESETS, *exact.PRESETS, *fixed_sets.PRESETS)}
 
 
 def preset(name: str) -> Preset:
