@@ -203,8 +203,6 @@ def _steps(
     """The prepared steps; that of one sequence is recorded now, as nobody waits for a token."""
     plain = host.changes.restriction is None
     reason = abilities.unprepared if plain else abilities.unprepared_restricted
-    if host.changes.needs_hidden:
-        reason = "the preset chooses experts by hidden states"
     steps = Steps(network.model, store, notes.append, reason, network.dense)
     steps.prepare(1)
     return steps
