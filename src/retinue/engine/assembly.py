@@ -113,13 +113,11 @@ def assemble(reserved: Reserved) -> Assembly:
         engine = Engine(runner, scheduler, facts.vocab_size, end_tokens(network))
         tokenizer = load_tokenizer(folder)
         residents = _residents(host, policies, known, network, config)
-        by_task = known.profile if policies.placement.by_task else None
-        infers = classifier(config.infer_task, by_task, tokenizer and tokenizer.decode)
+        infers = _classifier(config, policies, known, tokenizer)
         undo.pop_all()
     notes += [*filter(None, [reader.note]), *abilities.notes]
-    notes += _policy_notes(reserved.preset, policies, host) + _precision_notes(
-        network, facts, limits, config
-    )
+    notes += _policy_notes(reserved.preset, policies, host)
+    notes += _precision_notes(network, facts, limits, config)
     load_s = reserved.seconds + time.perf_counter() - started
     return Assembly(
         facts,
@@ -150,6 +148,14 @@ def _start(host: ExpertHost, network: Network, policies: Policies, *, check: boo
         experts = network.experts
         self_check(host, experts.modules, experts.layouts, network.model.dtype)
     host.changes.active = not policies.exact and not policies.placement.fixed
+
+
+def _classifier(
+    config: Config, policies: Policies, known: Beforehand, tokenizer: Any | None
+) -> Classifier:
+    """Who says which task a request without one is of, where the placement asks for it."""
+    by_task = known.profile if policies.placement.by_task else None
+    return classifier(config.infer_task, by_task, tokenizer and tokenizer.decode)
 
 
 def _policy_notes(preset: Preset, policies: Policies, host: ExpertHost) -> list[str]:
