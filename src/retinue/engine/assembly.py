@@ -11,6 +11,7 @@ from retinue.engine.blocks import BlockPool
 from retinue.engine.cohort import Cohort
 from retinue.engine.engine import Engine
 from retinue.engine.ordering import order_of
+from retinue.engine.precisions import nested_of
 from retinue.engine.reserve import Reserved
 from retinue.engine.residents import Beforehand, Residents, known_beforehand, residents_of
 from retinue.engine.scheduler import Limits, Scheduler
@@ -19,7 +20,7 @@ from retinue.memory.budget import Split
 from retinue.memory.cache import ExpertCache
 from retinue.memory.checkpoint import open_checkpoint
 from retinue.memory.files import Reader
-from retinue.memory.link import DiskLink, sizes_of
+from retinue.memory.link import DiskLink, Nested, sizes_of
 from retinue.memory.machine import cores
 from retinue.memory.mover import Mover
 from retinue.memory.tier import Tier
@@ -101,7 +102,8 @@ def assemble(reserved: Reserved) -> Assembly:
         load_dense(network, reader)
         mover = Mover(reader, bytes_per_s=config.read_bytes_per_s)
         undo.callback(mover.close)
-        host = _host(network, tier, mover, policies, metrics)
+        nested = nested_of(network, policies.precision, reader)
+        host = _host(network, tier, mover, policies, metrics, nested)
         if config.self_check:
             experts = network.experts
             self_check(host, experts.modules, experts.layouts, network.model.dtype)
@@ -207,11 +209,17 @@ def _steps(
 
 
 def _host(
-    network: Network, tier: Tier, mover: Mover, policies: Policies, metrics: Metrics
+    network: Network,
+    tier: Tier,
+    mover: Mover,
+    policies: Policies,
+    metrics: Metrics,
+    nested: Nested | None,
 ) -> ExpertHost:
     modules, layouts = network.experts.modules, network.experts.layouts
-    link = DiskLink(layouts, tier, mover)
-    cache = ExpertCache(sizes_of(layouts), tier, link, policies.evictor, network.top_k)
+    link = DiskLink(layouts, tier, mover, nested)
+    sizes = sizes_of(layouts, nested)
+    cache = ExpertCache(sizes, tier, link, policies.evictor, network.top_k)
     routers = find_routers(network.model, modules)
     kernels = find_kernels(modules, layouts, tier, network.model.dtype)
     host = ExpertHost(modules, routers, cache, link.views, policies, metrics, kernels)

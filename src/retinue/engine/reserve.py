@@ -10,7 +10,7 @@ from pathlib import Path
 
 from retinue.config import Config
 from retinue.errors import UsageError
-from retinue.memory.budget import Split, split
+from retinue.memory.budget import Split, nested_bytes, split
 from retinue.memory.home import locate
 from retinue.memory.tier import Tier
 from retinue.model.predictors import find_predictor
@@ -52,6 +52,8 @@ def reserve(model: str | Path, config: Config, beside: int = 0) -> Reserved:
     folder = locate(model, notes.append)
     chosen = preset(config.preset)
     facts = survey(folder, config.precision)
+    if chosen.nested:
+        beside += nested_bytes(facts.slot_bytes)
     limits = split(facts, **config.room(), each_layer=chosen.fixed, beside=beside)
     given = given_of(folder, facts, limits.slots, chosen, config)
     policies = _policies(chosen, config, given)

@@ -41,6 +41,7 @@ class Attendance:
     ) -> None:
         self.cache, self.policies, self.metrics = cache, policies, metrics
         self.stop: Callable[[], bool] = lambda: False
+        self.approximate = True  # whether experts may be served in another precision now
         self.last_missed = np.full_like(cache.last_used, -1)
         self.following = dict(pairwise(routed))
 
@@ -93,6 +94,15 @@ class Attendance:
         self.last_missed[layer, experts[slots < 0]] = self.cache.step
         hits, pending = int((slots >= 0).sum()), int((slots == LOADING).sum())
         self.metrics.count(layer, hits, pending, len(slots) - hits - pending)
+
+    def worst(self, demand: Demand, view: View) -> IntArray | None:
+        """In which precision each expert will do: `[n]`; None where there is but one."""
+        precision = self.policies.precision
+        if precision.exact:
+            return None
+        if not self.approximate:
+            return np.zeros(len(demand.experts), dtype=np.int64)
+        return precision.pick(demand, view)
 
     def wait(self, layer: int, awaited: set[int]) -> None:
         """Wait for one of the reads. Raises Cancelled, or the error of one that is `awaited`."""
@@ -184,7 +194,7 @@ class Turn:
         """Look up, observe, start the reads, look ahead."""
         attendance, cache, demand = self._attendance, self._cache, self._demand
         policies = attendance.policies
-        worst = None if policies.precision.exact else policies.precision.pick(demand, self._view)
+        worst = attendance.worst(demand, self._view)
         slots = cache.lookup(demand.layer, demand.experts, worst)
         attendance.count(demand.layer, demand.experts, slots)
         attendance.metrics.now.repeated += attendance.repeated(demand)
@@ -242,5 +252,8 @@ class Turn:
         return self._scores_of(layer)
 
     def _ahead_in(self, want: Want, view: View) -> IntArray | None:
-        precision = self._attendance.policies.precision
-        return None if precision.exact else precision.pick_ahead(want, view)
+        attendance = self._attendance
+        precision = attendance.policies.precision
+        if precision.exact or not attendance.approximate:
+            return None
+        return precision.pick_ahead(want, view)

@@ -138,7 +138,7 @@ class Changes:
     ) -> None:
         """Count what a layer's router gave, `weights` [tokens, k] if nobody chose for it.
 
-        `lost` [tokens] is the weight of experts that were left out.
+        `lost` [tokens] is the weight of experts that were left out, or served in a worse precision.
         """
         degraded = np.zeros(len(weights), dtype=np.float32) if lost is None else lost
         if rerouted is not None:
@@ -149,6 +149,18 @@ class Changes:
         degraded = np.minimum(degraded, given)
         self._metrics.count_weight(layer, float(given.sum()), float(degraded.sum()))
         self.accounts.serve(layer, given, degraded)
+
+    def lessen(
+        self, lost: FloatArray | None, low: Sequence[int], index: torch.Tensor, weights: FloatArray
+    ) -> FloatArray | None:
+        """`lost` [tokens], with the weight of what the experts `low` served in a worse precision.
+
+        index, weights: [tokens, k], who served, and what the router gave.
+        """
+        if not low:
+            return lost
+        served = np.asarray((weights * np.isin(index.numpy(), low)).sum(axis=1), dtype=np.float32)
+        return served if lost is None else lost + served
 
     def count_restricted(self, layer: int, rerouted: Rerouted, served: Served) -> None:
         """Count what became of a restricted layer's misses, and what its router chose."""

@@ -68,6 +68,7 @@ class ExpertHost:
         self.attendance = Attendance(cache, policies, order, metrics)
         self.changes = Changes(routers, modules, cache, policies, metrics)
         self._needs = policies.needs
+        self._picks = not policies.precision.exact
         # Whether somebody looks at tokens one by one.
         self._shows = bool(policies.watchers or self._needs & SHOWN) or not (
             policies.thinning.exact and policies.precision.exact and policies.miss.exact
@@ -162,6 +163,7 @@ class ExpertHost:
         self._pass = _Pass(np.repeat(np.asarray(whose), np.asarray(rows)), token_ids)
         changes = self.changes
         changes.begin_pass(phase, rows)
+        self.attendance.approximate = changes.active
         self.attendance.begin_pass(phase)
         if changes.restricted and changes.books.astray:
             self.cache.place(changes.books.there())
@@ -199,7 +201,7 @@ class ExpertHost:
         if self.watch is not None:
             self.watch(layer, hidden, index, weights)
         cache, changes = self.cache, self.changes
-        settled = cache.holds_everything and cache.has_all(layer)
+        settled = not self._picks and cache.holds_everything and cache.has_all(layer)
         kernel = self.kernels.get(layer)
         plain = not (self._shows or changes.reroutes)
         if settled and kernel is not None and len(hidden) == 1 and plain:
@@ -212,26 +214,39 @@ class ExpertHost:
         if changes.thins and route is not None:
             view = cache.begin_layer(layer, route)
             index, weights, lost = changes.thin(index, weights, route, view)
-        if rerouted is not None or (changes.active and route is not None):
-            given = weights.float().numpy() if route is None else route.weights
-            changes.count(layer, given, rerouted, lost)
+        given = weights.float().numpy() if route is None else route.weights
         work = self._work(layer, hidden, index, weights)
         if changes.restricted:
-            return self._run_restricted(layer, work, rerouted, route)
-        demand = work.demand(layer)
-        if settled:
-            self.attendance.see(demand, route)
-            return self._run_resident(layer, work)
+            result = self._run_restricted(layer, work, rerouted, route)
+        elif settled:
+            self.attendance.see(work.demand(layer), route)
+            result = self._run_resident(layer, work)
+        else:
+            low = self._attend(layer, work, hidden, route)
+            lost = changes.lessen(lost, low, index, given)
+            result = self._timed(work.result)
+        if rerouted is not None or (changes.active and route is not None):
+            changes.count(layer, given, rerouted, lost)
+        return result
+
+    def _attend(
+        self, layer: int, work: Work, hidden: torch.Tensor, route: Route | None
+    ) -> list[int]:
+        """Compute what is there, wait for the rest; returns whom a worse precision served."""
+        low: list[int] = []
+        cache = self.cache
         with self.attendance.attend(
-            demand, len(hidden), route, lambda coming: self.scores(coming, hidden)
+            work.demand(layer), len(hidden), route, lambda coming: self.scores(coming, hidden)
         ) as turn:
             while turn.left:
                 if ready := turn.ready():
+                    if self._picks:
+                        low += [expert for expert in ready if cache.precision[layer, expert]]
                     self._timed(work.compute, ready, cache.use(layer, ready))
                     turn.computed(ready)
                 else:
                     turn.wait()
-        return self._timed(work.result)
+        return low
 
     def _run_token(
         self,
