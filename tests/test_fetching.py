@@ -18,7 +18,6 @@ from retinue.memory.files import Reader
 from retinue.model.kv import Segment
 from retinue.policy.base import Running
 
-APPROXIMATE = [name for name, row in PRESETS.items() if not row.exact]
 EXPERTS, TOP_K = 16, 4
 PROMPT, FORCED = models.prompt_of(40), models.prompt_of(12, seed=9)
 

@@ -20,7 +20,7 @@ from retinue.memory.budget import Split
 from retinue.memory.cache import ExpertCache
 from retinue.memory.checkpoint import open_checkpoint
 from retinue.memory.files import Reader
-from retinue.memory.link import DiskLink, Nested, sizes_of
+from retinue.memory.link import DiskLink, sizes_of
 from retinue.memory.machine import cores
 from retinue.memory.mover import Mover
 from retinue.memory.tier import Tier
@@ -102,8 +102,7 @@ def assemble(reserved: Reserved) -> Assembly:
         load_dense(network, reader)
         mover = Mover(reader, bytes_per_s=config.read_bytes_per_s)
         undo.callback(mover.close)
-        nested = nested_of(network, policies.precision, reader)
-        host = _host(network, tier, mover, policies, metrics, nested)
+        host = _host(network, tier, mover, policies, metrics, reader)
         if config.self_check:
             experts = network.experts
             self_check(host, experts.modules, experts.layouts, network.model.dtype)
@@ -214,9 +213,10 @@ def _host(
     mover: Mover,
     policies: Policies,
     metrics: Metrics,
-    nested: Nested | None,
+    reader: Reader,
 ) -> ExpertHost:
     modules, layouts = network.experts.modules, network.experts.layouts
+    nested = nested_of(network, policies.precision, reader)
     link = DiskLink(layouts, tier, mover, nested)
     sizes = sizes_of(layouts, nested)
     cache = ExpertCache(sizes, tier, link, policies.evictor, network.top_k)

@@ -15,7 +15,7 @@ from retinue.policy.evict.recency import Recency
 from retinue.policy.place.even import even_rooms, most
 from retinue.types import Demand, FloatArray, IntArray, Want
 
-EVERY = 64  # tokens
+EVERY = 32  # tokens
 KEEP = 0.5  # of the importance, from one set to the next
 
 
