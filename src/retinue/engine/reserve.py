@@ -69,7 +69,8 @@ def given_of(folder: Path, facts: Facts, slots: int, chosen: Preset, config: Con
     Raises Refused where there is no profile that it needs, UsageError for one, or for something
     learnt, that is damaged. What was not learnt is refused by `Given.arrays`.
     """
-    learned = find_predictor(folder, facts) if chosen.learned else None
+    kinds = (*chosen.learned, *chosen.better_with)
+    learned = find_predictor(folder, facts) if kinds else None
     parts = {} if learned is None else learned.parts
     return Given(
         facts.name,
@@ -79,7 +80,7 @@ def given_of(folder: Path, facts: Facts, slots: int, chosen: Preset, config: Con
         () if learned is None else tuple(learned.rows.tolist()),
         slots=slots,
         profile=find_profile(folder, facts, config.profile) if chosen.profiled else None,
-        learned={kind: parts[kind].arrays for kind in chosen.learned if kind in parts},
+        learned={kind: parts[kind].arrays for kind in kinds if kind in parts},
     )
 
 

@@ -16,6 +16,7 @@ from retinue.model.accounts import Accounts
 from retinue.model.expert_map import ExpertsModule
 from retinue.model.restriction import Rerouted, Restriction
 from retinue.model.routing import Router
+from retinue.model.tally import Tally
 from retinue.policy.base import BoolArray, Choice, Route, View
 from retinue.policy.miss.book import Books, Served
 from retinue.policy.policies import Policies
@@ -46,6 +47,7 @@ class Changes:
         self.accounts.on = not (
             policies.routing.exact and policies.thinning.exact and policies.precision.exact
         )
+        self.tally = Tally(metrics, self.accounts, cache.sizes.read_bytes[0])
         self.books = Books(policies.fetch_above, (layers, experts))
         self.restriction: Restriction | None = None
         if not policies.routing.exact:
@@ -74,11 +76,6 @@ class Changes:
         return self.reroutes and self._policies.routing.restricts
 
     @property
-    def needs_hidden(self) -> bool:
-        """Whether a policy that chooses for the routers looks at their input."""
-        return self.restriction is not None and self.restriction.needs_hidden
-
-    @property
     def thins(self) -> bool:
         """Whether some of a token's experts may be left out now."""
         return self._active and not self._policies.thinning.exact
@@ -89,6 +86,14 @@ class Changes:
         if self.restriction is not None:
             self.restriction.phase = phase
         self.accounts.begin(rows, phase)
+
+    def end_pass(self, *, succeeded: bool) -> None:
+        """The pass has ended. One that failed leaves the books as they were before it."""
+        self.tally.count()
+        if succeeded:
+            self.books.commit()
+        else:
+            self.books.abandon()
 
     def close(self) -> None:
         """Give the routers back."""
@@ -148,7 +153,7 @@ class Changes:
         given = weights.sum(axis=1)
         degraded = np.minimum(degraded, given)
         self._metrics.count_weight(layer, float(given.sum()), float(degraded.sum()))
-        self.accounts.serve(layer, given, degraded)
+        self.accounts.serve([layer], given[None], degraded[None])
 
     def lessen(
         self, lost: FloatArray | None, low: Sequence[int], index: torch.Tensor, weights: FloatArray

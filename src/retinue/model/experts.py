@@ -67,8 +67,7 @@ class ExpertHost:
         order = [found.layer for found in modules]
         self.attendance = Attendance(cache, policies, order, metrics)
         self.changes = Changes(routers, modules, cache, policies, metrics)
-        self._needs = policies.needs
-        self._picks = not policies.precision.exact
+        self._needs, self._picks = policies.needs, not policies.precision.exact
         # Whether somebody looks at tokens one by one.
         self._shows = bool(policies.watchers or self._needs & SHOWN) or not (
             policies.thinning.exact and policies.precision.exact and policies.miss.exact
@@ -171,10 +170,8 @@ class ExpertHost:
 
     def end_pass(self, *, succeeded: bool) -> None:
         """The pass has ended. One that failed changes neither books nor, in effect, the cache."""
-        if succeeded:
-            self.changes.books.commit()
-        else:
-            self.changes.books.abandon()
+        self.changes.end_pass(succeeded=succeeded)
+        if not succeeded:
             self.cache.cancel_all()
 
     def close(self) -> None:
@@ -207,6 +204,8 @@ class ExpertHost:
         if settled and kernel is not None and len(hidden) == 1 and plain:
             return self._run_token(kernel, layer, hidden, index, weights)
         rerouted = changes.take(layer)
+        if rerouted is not None and changes.restricted and not self._shows:
+            return self._run_unseen(kernel, layer, hidden, index, weights, rerouted)
         if not changes.restricted:
             changes.choose(layer, index, weights, rerouted)
         route = self._route(layer, hidden, index, weights, rerouted) if self._shows else None
@@ -233,8 +232,7 @@ class ExpertHost:
         self, layer: int, work: Work, hidden: torch.Tensor, route: Route | None
     ) -> list[int]:
         """Compute what is there, wait for the rest; returns whom a worse precision served."""
-        low: list[int] = []
-        cache = self.cache
+        cache, low = self.cache, list[int]()
         with self.attendance.attend(
             work.demand(layer), len(hidden), route, lambda coming: self.scores(coming, hidden)
         ) as turn:
@@ -256,14 +254,16 @@ class ExpertHost:
         index: torch.Tensor,
         weights: torch.Tensor,
     ) -> torch.Tensor:
-        """One token in a layer that nothing can evict: what decoding mostly is in memory."""
+        """One token whose experts are there and stay: what decoding mostly is in memory."""
         experts = index[0].numpy()
         there = experts < self.cache.experts
         if not there.all():
             experts = experts[there]
-        self.metrics.count(layer, len(set(experts.tolist())))
+        if not self.changes.restricted:  # else that is counted with the pass
+            self.metrics.count(layer, len(set(experts.tolist())))
         self.cache.mark_used(layer, experts)
         slots = self.cache.use(layer, experts)
+        assert min(slots.tolist(), default=0) >= 0, "a router chose what is not resident"
         ranks = np.flatnonzero(there)
         return self._timed(kernel.run_token, experts, slots, ranks, hidden, weights)
 
@@ -273,13 +273,40 @@ class ExpertHost:
         self._timed(work.compute, experts, self.cache.use(layer, experts))
         return self._timed(work.result)
 
+    def _run_unseen(
+        self,
+        kernel: ExpertKernel | None,
+        layer: int,
+        hidden: torch.Tensor,
+        index: torch.Tensor,
+        weights: torch.Tensor,
+        rerouted: Rerouted,
+    ) -> torch.Tensor:
+        """A restricted layer at which nobody looks; it is counted with the whole pass."""
+        served, cache = self.changes.take_served(layer), self.cache
+        assert served is not None
+        self.changes.tally.add(layer, rerouted, served)
+        if len(hidden) > 1:
+            wanted = distinct(rerouted.chosen, cache.experts)
+            self.attendance.count(layer, wanted, cache.lookup(layer, wanted))
+        elif served.missed[0]:
+            wanted = rerouted.chosen[0]
+            self.last_missed[layer, wanted[~cache.ready[layer, wanted]]] = cache.step
+        if kernel is not None and len(hidden) == 1 and not len(served.fetched):
+            return self._run_token(kernel, layer, hidden, index, weights)
+        return self._run_served(layer, self._work(layer, hidden, index, weights), served)
+
     def _run_restricted(
         self, layer: int, work: Work, rerouted: Rerouted | None, route: Route | None
     ) -> torch.Tensor:
-        """A layer whose experts are there, but for those that the book has fetched."""
+        """A restricted layer at which somebody looks."""
         served = self.changes.take_served(layer)
         self.attendance.show(work.demand(layer), route)
         self._count_restricted(layer, work.experts, rerouted, served)
+        return self._run_served(layer, work, served)
+
+    def _run_served(self, layer: int, work: Work, served: Served | None) -> torch.Tensor:
+        """A layer whose experts are there, but for those that the book has fetched."""
         self.cache.mark_used(layer, work.experts)
         if served is None or not len(served.fetched):
             assert (self.cache.lookup(layer, work.experts) >= 0).all(), (

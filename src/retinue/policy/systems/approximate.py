@@ -129,7 +129,7 @@ PRESETS = (
         ),
         f"{_DECODED}; one set of slots for both precisions",
         hobbit,
-        learned=("hobbit",),
+        better_with=("hobbit",),
         nested=True,
     ),
     Preset(
