@@ -33,7 +33,8 @@ class Attendance:
     """Serves layer after layer out of `cache` as `policies` say.
 
     routed: the layers with experts, in their order. `stop` is asked in waits. `last_missed`
-    [layers, experts] is the step in which each expert was missing last, -1: never.
+    [layers, experts] is the step in which each expert was missing last, -1: never. `lowers` says
+    whether the precision policy is asked now; otherwise nothing but the own one will do.
     """
 
     def __init__(
@@ -41,7 +42,7 @@ class Attendance:
     ) -> None:
         self.cache, self.policies, self.metrics = cache, policies, metrics
         self.stop: Callable[[], bool] = lambda: False
-        self.approximate = True  # whether experts may be served in another precision now
+        self.lowers = True
         self.last_missed = np.full_like(cache.last_used, -1)
         self.following = dict(pairwise(routed))
 
@@ -94,15 +95,6 @@ class Attendance:
         self.last_missed[layer, experts[slots < 0]] = self.cache.step
         hits, pending = int((slots >= 0).sum()), int((slots == LOADING).sum())
         self.metrics.count(layer, hits, pending, len(slots) - hits - pending)
-
-    def worst(self, demand: Demand, view: View) -> IntArray | None:
-        """In which precision each expert will do: `[n]`; None where there is but one."""
-        precision = self.policies.precision
-        if precision.exact:
-            return None
-        if not self.approximate:
-            return np.zeros(len(demand.experts), dtype=np.int64)
-        return precision.pick(demand, view)
 
     def wait(self, layer: int, awaited: set[int]) -> None:
         """Wait for one of the reads. Raises Cancelled, or the error of one that is `awaited`."""
@@ -194,7 +186,11 @@ class Turn:
         """Look up, observe, start the reads, look ahead."""
         attendance, cache, demand = self._attendance, self._cache, self._demand
         policies = attendance.policies
-        worst = attendance.worst(demand, self._view)
+        worst = None
+        if not policies.precision.exact:
+            worst = np.zeros(len(demand.experts), dtype=np.int64)
+            if attendance.lowers:
+                worst = policies.precision.pick(demand, self._view)
         slots = cache.lookup(demand.layer, demand.experts, worst)
         attendance.count(demand.layer, demand.experts, slots)
         attendance.metrics.now.repeated += attendance.repeated(demand)
@@ -252,8 +248,6 @@ class Turn:
         return self._scores_of(layer)
 
     def _ahead_in(self, want: Want, view: View) -> IntArray | None:
-        attendance = self._attendance
-        precision = attendance.policies.precision
-        if precision.exact or not attendance.approximate:
-            return None
-        return precision.pick_ahead(want, view)
+        precision = self._attendance.policies.precision
+        lowers = self._attendance.lowers and not precision.exact
+        return precision.pick_ahead(want, view) if lowers else None

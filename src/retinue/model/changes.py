@@ -138,12 +138,23 @@ class Changes:
             weights = (weights.float() * torch.from_numpy(gain)[:, None]).to(weights.dtype)
         return index, torch.where(stays, weights, 0), lost
 
+    def lowered(
+        self, index: torch.Tensor, weights: FloatArray, low: set[int], lost: FloatArray | None
+    ) -> FloatArray:
+        """`lost` [tokens] and the weight of the experts `low`, not served as the model was given.
+
+        index, weights: [tokens, k].
+        """
+        served_low = np.isin(index.numpy(), list(low))
+        more = np.where(served_low, weights, 0).sum(axis=1)
+        return np.asarray(more if lost is None else lost + more, dtype=np.float32)
+
     def count(
         self, layer: int, weights: FloatArray, rerouted: Rerouted | None, lost: FloatArray | None
     ) -> None:
         """Count what a layer's router gave, `weights` [tokens, k] if nobody chose for it.
 
-        `lost` [tokens] is the weight of experts that were left out, or served in a worse precision.
+        `lost` [tokens] is the weight of experts that were left out.
         """
         degraded = np.zeros(len(weights), dtype=np.float32) if lost is None else lost
         if rerouted is not None:
@@ -154,18 +165,6 @@ class Changes:
         degraded = np.minimum(degraded, given)
         self._metrics.count_weight(layer, float(given.sum()), float(degraded.sum()))
         self.accounts.serve([layer], given[None], degraded[None])
-
-    def lessen(
-        self, lost: FloatArray | None, low: Sequence[int], index: torch.Tensor, weights: FloatArray
-    ) -> FloatArray | None:
-        """`lost` [tokens], with the weight of what the experts `low` served in a worse precision.
-
-        index, weights: [tokens, k], who served, and what the router gave.
-        """
-        if not low:
-            return lost
-        served = np.asarray((weights * np.isin(index.numpy(), low)).sum(axis=1), dtype=np.float32)
-        return served if lost is None else lost + served
 
     def count_restricted(self, layer: int, rerouted: Rerouted, served: Served) -> None:
         """Count what became of a restricted layer's misses, and what its router chose."""
