@@ -15,6 +15,8 @@ from retinue.errors import RetinueError
 from retinue.policy.base import BoolArray
 from retinue.types import Expert, IntArray
 
+WAIT_S = 0.1  # how often who waits for reads looks whether they are still wanted
+
 
 class Urgency(IntEnum):
     """Smaller goes first."""
