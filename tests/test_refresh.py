@@ -10,7 +10,7 @@ import pytest
 
 from retinue.config import Config
 from retinue.engine.residents import Beforehand, Residents, residents_of
-from retinue.engine.tables import Tables
+from retinue.policy.place.tables import Tables
 from retinue.errors import ReadError
 from retinue.metrics import Metrics
 from retinue.policy.base import Forecaster, Placement, Running

@@ -19,7 +19,7 @@ import numpy as np
 
 from retinue.config import Config
 from retinue.engine.learning import Learner
-from retinue.engine.tables import Shares, Tables
+from retinue.policy.place.tables import Shares, Tables
 from retinue.errors import UsageError
 from retinue.model.experts import ExpertHost
 from retinue.model.predictors import find_predictor

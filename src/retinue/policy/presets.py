@@ -2,9 +2,9 @@
 
 from retinue.errors import UsageError
 from retinue.policy.preset import Preset
-from retinue.policy.systems import baselines, fixed_sets
+from retinue.policy.systems import baselines, fixed_sets, oracle
 
-PRESETS = {row.name: row for row in (*baselines.PRESETS, *fixed_sets.PRESETS)}
+PRESETS = {row.name: row for row in (*baselines.PRESETS, *oracle.PRESETS, *fixed_sets.PRESETS)}
 
 
 def preset(name: str) -> Preset:
