@@ -126,6 +126,15 @@ class Recording:
         return demands
 
 
+def demand_of(layer: int, experts: IntArray, weights: FloatArray, count: int) -> Demand:
+    """What tokens demand that chose `experts` [tokens, k] of `count`; larger ids are none."""
+    flat = np.minimum(experts.ravel(), count)
+    tokens = np.bincount(flat, minlength=count + 1)
+    sums = np.bincount(flat, weights.ravel(), minlength=count + 1).astype(np.float32)
+    ids = np.flatnonzero(tokens[:count])
+    return Demand(layer, ids, tokens[ids], sums[ids])
+
+
 def _recorded(head: TraceHead, request: Routed) -> Recorded:
     assert request.experts is not None
     assert request.weights is not None

@@ -1,43 +1,45 @@
 """Replays a recording through a preset's policies, on a simulated clock.
 
-The same `Attendance` and `ExpertCache` decide as in the engine; what is simulated is the link, the
-slots and the time that computing takes. Whoever looks at tokens is shown those of the recording.
+The same objects decide as in the engine; what is simulated is the link, the slots and the time that
+computing takes.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
-import numpy as np
-
-from retinue.memory.attendance import Attendance, Turn
 from retinue.memory.base import Sizes
-from retinue.memory.cache import ExpertCache
 from retinue.metrics import Metrics, PhaseCounters
-from retinue.policy.base import Prompt, Route
 from retinue.policy.order.cohort import Cohort
 from retinue.policy.policies import Policies
-from retinue.sim.costs import Times
-from retinue.sim.link import Numbers, Roads, SimulatedLink
-from retinue.sim.passes import Load, Pass, Passes
+from retinue.sim.attended import Attended
+from retinue.sim.fixed import Beforehand, Fixed
+from retinue.sim.passes import Pass, Passes
 from retinue.sim.recorded import Part, Recording
-from retinue.types import Demand, FloatArray
+from retinue.sim.stage import Setting, Stage
+from retinue.types import Demand, Phase
 
 
-@dataclass(frozen=True, slots=True)
-class Setting:
-    """Where a recording is replayed: room for `slots` experts, roads, times, requests."""
+class Layers(Protocol):
+    """What runs layers under one preset: `Attended` or `Fixed`."""
 
-    slots: int
-    roads: Roads
-    times: Times
-    load: Load = Load()
+    def begin(self, request: int) -> None: ...
+
+    def end(self, request: int) -> None: ...
+
+    def begin_pass(self, phase: Phase) -> None: ...
+
+    def end_pass(self) -> None: ...
+
+    def finish(self) -> None: ...
+
+    def layer(self, place: int, demand: Demand, parts: list[Part], tokens: int) -> None: ...
 
 
 @dataclass(slots=True)
 class Outcome:
-    """What a replay cost. `first_token_s` are from each request's arrival, in its order."""
+    """What a replay cost. `first_token_s` are from each request's arrival, as they came."""
 
-    metrics: Metrics = field(default_factory=Metrics)
+    metrics: Metrics
     seconds: float = 0.0
     first_token_s: list[float] = field(default_factory=list)
 
@@ -53,126 +55,69 @@ class Outcome:
 
 
 class Replay:
-    """One replay: `run` it once. `sizes` are those of the model's experts."""
+    """One replay: `run` it once. `known` is for presets with a placement."""
 
     def __init__(
-        self, recording: Recording, policies: Policies, setting: Setting, sizes: Sizes
+        self,
+        recording: Recording,
+        policies: Policies,
+        setting: Setting,
+        sizes: Sizes,
+        known: Beforehand | None = None,
     ) -> None:
-        head = recording.head
-        self._recording, self._policies, self._times = recording, policies, setting.times
-        self._link = SimulatedLink(setting.roads, sizes)
-        slots = Numbers(setting.slots)
-        self._cache = ExpertCache(sizes, slots, self._link, policies.evictor, head.top_k)
-        size = int(sizes.read_bytes[0].max())
-        self._cache.costs = setting.times.shown(setting.roads, size)
-        self._outcome = Outcome()
-        self._attendance = Attendance(
-            self._cache, policies, head.routed, self._outcome.metrics
-        )
-        cohort = Cohort(
+        head, self._recording = recording.head, recording
+        self._stage = stage = Stage(recording, setting, sizes)
+        self._layers: Layers
+        if policies.placement.fixed:
+            self._layers = Fixed(stage, policies, known or Beforehand())
+        else:
+            self._layers = Attended(stage, policies)
+        self._cohort = Cohort(
             layers=len(head.routed), experts=head.experts, top_k=head.top_k, slots=setting.slots
         )
-        self._load = setting.load
-        self._passes = Passes(recording.requests, setting.load, cohort)
-        self._sees = bool(policies.watchers or policies.needs)
+        self._passes = Passes(recording.requests, setting.load, self._cohort)
+        self._outcome = Outcome(stage.metrics)
 
     def run(self) -> Outcome:
         """Replay it all."""
-        link, passes = self._link, self._passes
+        link, passes, layers = self._stage.link, self._passes, self._layers
         while (now := passes.next(link.now, link.advance_to)) is not None:
             for request in now.begun:
-                self._attendance.begin(self._prompt(request))
+                layers.begin(request)
             self._pass(now)
             for request in passes.ran(now):
-                self._attendance.end(request)
+                layers.end(request)
             self._note(now)
-        self._cache.cancel_all()
-        self._cache.check()
+        layers.finish()
         self._outcome.seconds = link.now
         return self._outcome
 
     def _pass(self, now: Pass) -> None:
-        """One pass through all layers."""
-        link, cache, metrics = self._link, self._cache, self._outcome.metrics
-        started, read, used = link.now, link.bytes_read, cache.used_bytes_read
-        counters = metrics.begin(now.phase)
-        self._attendance.begin_pass(now.phase)
+        """One pass through all layers, and what it cost."""
+        stage, layers = self._stage, self._layers
+        link, times = stage.link, stage.times
+        started, read = link.now, link.bytes_read
+        counters = stage.metrics.begin(now.phase)
+        layers.begin_pass(now.phase)
         tokens = sum(part.stop - part.start for part in now.parts)
-        link.advance(self._times.pass_s)
-        layer_s = self._times.layer(tokens)
+        link.advance(times.pass_s)
+        layer_s = times.layer(tokens)
         for place, demand in enumerate(self._recording.demands(now.parts)):
             link.advance(layer_s)
-            self._layer(place, demand, now.parts, tokens)
+            layers.layer(place, demand, now.parts, tokens)
+        layers.end_pass()
         counters.passes, counters.tokens = 1, tokens
         counters.seconds = link.now - started
-        counters.dense_s = self._times.pass_s + layer_s * len(self._recording.head.routed)
+        counters.dense_s = times.pass_s + layer_s * len(self._recording.head.routed)
         counters.bytes_read = link.bytes_read - read
-        counters.used_bytes_read = cache.used_bytes_read - used
-        metrics.finish()
-        if now.phase == "decode" and self._passes.cohort is not None:
-            self._passes.cohort.observe(counters, len(now.parts), now.ready)
-
-    def _layer(self, place: int, demand: Demand, parts: Sequence[Part], tokens: int) -> None:
-        cache, attendance = self._cache, self._attendance
-        route = self._route(place, parts) if self._sees else None
-        if cache.holds_everything and cache.has_all(demand.layer):
-            attendance.see(demand, route)
-            cache.use(demand.layer, demand.experts)
-            self._compute(demand, demand.experts.tolist(), tokens)
-            return
-
-        def scores_of(layer: int) -> FloatArray | None:
-            """The recorded word of the next layer's router alone."""
-            if attendance.following.get(demand.layer) != layer:
-                return None
-            return self._recording.signal("next_scores", parts, place)
-
-        with attendance.attend(demand, tokens, route, scores_of) as turn:
-            self._turn(turn, demand, tokens)
-
-    def _turn(self, turn: Turn, demand: Demand, tokens: int) -> None:
-        while turn.left:
-            ready = turn.ready()
-            if ready:
-                self._cache.use(demand.layer, ready)
-                self._compute(demand, ready, tokens)
-                turn.computed(ready)
-            else:
-                turn.wait()
-
-    def _compute(self, demand: Demand, experts: Sequence[int], tokens: int) -> None:
-        """Let the time pass that `experts` take."""
-        seconds = len(experts) * self._times.expert_s
-        if tokens > 1:
-            at = np.searchsorted(demand.experts, experts)
-            seconds += int((demand.tokens[at] - 1).sum()) * self._times.expert_token_s
-        self._outcome.metrics.now.expert_s += seconds
-        self._link.advance(seconds)
-
-    def _route(self, place: int, parts: Sequence[Part]) -> Route:
-        """What the routers chose for the tokens of the pass in one layer."""
-        recording, needs = self._recording, self._policies.needs
-        experts, weights = recording.rows(parts)
-        counts = [part.stop - part.start for part in parts]
-        return Route(
-            recording.head.routed[place],
-            experts[:, place],
-            weights[:, place],
-            np.repeat([part.request for part in parts], counts),
-            recording.signal("scores", parts, place) if "scores" in needs else None,
-            recording.signal("hidden", parts, place) if "hidden" in needs else None,
-            recording.token_ids(parts) if "token_ids" in needs else None,
-        )
-
-    def _prompt(self, number: int) -> Prompt:
-        request = self._recording.requests[number]
-        ids = request.token_ids[: request.prompt_tokens]
-        return Prompt(number, request.task, ids, request.signals.get("embedding"))
+        stage.metrics.finish()
+        if now.phase == "decode":
+            self._cohort.observe(counters, len(now.parts), now.ready)
 
     def _note(self, done: Pass) -> None:
         """Note when requests have had their first token: with the last one of their prompt."""
+        arrivals = self._stage.setting.load.arrivals
         for part in done.parts:
             if part.stop == self._recording.requests[part.request].prompt_tokens:
-                arrivals = self._load.arrivals
                 came = arrivals[part.request] if arrivals else 0.0
-                self._outcome.first_token_s.append(self._link.now - came)
+                self._outcome.first_token_s.append(self._stage.link.now - came)
