@@ -17,6 +17,7 @@ from retinue.engine.profiling import make_profile
 from retinue.engine.reserve import reserve
 from retinue.engine.tasks import TaskIds
 from retinue.errors import Cancelled
+from retinue.memory.attendance import Turn
 from retinue.model.kv import Segment
 from retinue.model.profiles import read_profile, write_profile
 from retinue.policy.measured import Damage, Sensitivity
@@ -124,8 +125,8 @@ def test_the_degraded_share_is_what_is_missing(olmoe: Path) -> None:
         seen: list[tuple[int, torch.Tensor]] = []
         assembly.host.watch = lambda layer, hidden, *_: seen.append((layer, hidden.clone()))
         result = evaluate(assembly, TEXTS[:1], lambda: None)
-        assert assembly.host.restriction is not None
-        assembly.host.restriction.active = False
+        assert assembly.host.changes.restriction is not None
+        assembly.host.changes.restriction.active = False
         modules = {found.layer: found for found in assembly.network.experts.modules}
         for layer, hidden in seen[models.LAYERS :]:
             block = modules[layer].name.rpartition(".")[0]
@@ -187,15 +188,15 @@ def decoded(folder: Path, preset: str, share: str, monkeypatch: pytest.MonkeyPat
     with models.open_llm(folder, preset=preset, experts=share, self_check=False) as llm:
         assembly = llm.assembly
         assembly.tier._toucher.join()  # then slots are taken in order, as in the replay
-        host, cache, runner = assembly.host, assembly.cache, assembly.engine._runner
-        look_ahead, submit, reads = host._look_ahead, assembly.mover.submit, []
+        cache, runner = assembly.cache, assembly.engine._runner
+        look_ahead, submit, reads = Turn._look_ahead, assembly.mover.submit, []
 
-        def patient(layer: int, hidden: torch.Tensor) -> None:
-            look_ahead(layer, hidden)
-            while cache._loading:
+        def patient(turn: Turn) -> None:
+            look_ahead(turn)
+            while cache.reads.loading:
                 cache.wait(1.0)
 
-        monkeypatch.setattr(host, "_look_ahead", patient)
+        monkeypatch.setattr(Turn, "_look_ahead", patient)
         monkeypatch.setattr(assembly.mover, "submit", lambda *a: (reads.append(1), submit(*a))[1])
         for text in TEXTS:
             sequence = runner.new_sequence(list(range(4)))

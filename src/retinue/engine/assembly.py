@@ -18,6 +18,7 @@ from retinue.memory.budget import Split
 from retinue.memory.cache import ExpertCache
 from retinue.memory.checkpoint import open_checkpoint
 from retinue.memory.files import Reader
+from retinue.memory.link import DiskLink, sizes_of
 from retinue.memory.machine import cores
 from retinue.memory.mover import Mover
 from retinue.memory.tier import Tier
@@ -104,6 +105,7 @@ def assemble(reserved: Reserved) -> Assembly:
         if config.self_check:
             experts = network.experts
             self_check(host, experts.modules, experts.layouts, network.model.dtype)
+        host.changes.active = not policies.exact and not policies.placement.fixed
         if facts.plain_bytes and host.cache.holds_everything and not policies.placement.fixed:
             host.cache.place(network.experts.there)  # encoded once, here, and not while it answers
         store = _store(network, limits, abilities)
@@ -196,8 +198,8 @@ def _steps(
 ) -> Steps:
     """The prepared steps; that of one sequence is recorded now, as nobody waits for a token."""
     reason = abilities.unprepared
-    if host.restriction is not None:
-        reason = "the preset restricts the routers"
+    if host.changes.restriction is not None:
+        reason = "the preset chooses for the routers"
     steps = Steps(network.model, store, notes.append, reason, network.dense)
     steps.prepare(1)
     return steps
@@ -207,10 +209,13 @@ def _host(
     network: Network, tier: Tier, mover: Mover, policies: Policies, metrics: Metrics
 ) -> ExpertHost:
     modules, layouts = network.experts.modules, network.experts.layouts
-    cache = ExpertCache(layouts, tier, mover, policies.evictor, network.top_k)
+    link = DiskLink(layouts, tier, mover)
+    cache = ExpertCache(sizes_of(layouts), tier, link, policies.evictor, network.top_k)
     routers = find_routers(network.model, modules)
     kernels = find_kernels(modules, layouts, tier, network.model.dtype)
-    return ExpertHost(modules, routers, cache, policies, metrics, kernels)
+    host = ExpertHost(modules, routers, cache, link.views, policies, metrics, kernels)
+    host.embed = network.mean_embedding
+    return host
 
 
 def _residents(

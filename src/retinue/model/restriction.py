@@ -6,7 +6,8 @@ ranking but still returns the router's own values, so that normalisation, scalin
 the family's. Whether a family's routers obey is probed at load, never assumed.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -44,7 +45,8 @@ class Rerouted:
 class Restriction:
     """Lets a routing policy choose for the routers of one model, while it is `active`.
 
-    `serve(choice)` says which experts may serve each token, [tokens, experts], at least k of them.
+    `serve(choice)` says which experts may serve each token, or where the policy does not restrict
+    are there, [tokens, experts].
     `close` gives the routers back as they were.
     """
 
@@ -69,6 +71,15 @@ class Restriction:
         """What became of the layer's last routing, once; None when it was not restricted."""
         return self._rerouted.pop(layer, None)
 
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Within, the routers choose for themselves."""
+        before, self.active = self.active, False
+        try:
+            yield
+        finally:
+            self.active = before
+
     def close(self) -> None:
         """Give the routers back as they were."""
         for router in self._routers:
@@ -81,17 +92,20 @@ class Restriction:
         def forward(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             if not self.active:
                 return plain(hidden, *args, **kwargs)
-            return self._route(found, lambda: plain(hidden, *args, **kwargs))
+            return self._route(found, hidden, lambda: plain(hidden, *args, **kwargs))
 
         router.forward = forward
         self._routers.append(router)
 
-    def _route(self, found: ExpertsModule, run: Callable[[], Any]) -> Any:
+    def _route(self, found: ExpertsModule, hidden: torch.Tensor, run: Callable[[], Any]) -> Any:
         with _Watch(found.experts) as watch:
             own = _pick(run(), found)
         scores = watch.scores.float().numpy()
         ids, weights = own.experts.numpy(), own.weights.float().numpy()
-        choice = Choice(found.layer, scores, ids, weights)
+        shown = None
+        if "hidden" in self._routing.needs:
+            shown = hidden.reshape(len(ids), -1).float().numpy()
+        choice = Choice(found.layer, scores, ids, weights, shown)
         ranking = self._routing.rank(choice, self._serve(choice))
         if ranking is None:
             served, replaced = own, np.zeros(ids.shape, dtype=bool)

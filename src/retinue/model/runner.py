@@ -73,7 +73,8 @@ class Runner:
         started = time.perf_counter()
         counters = self._metrics.begin(phase)
         try:
-            self._host.begin_pass(phase, [len(segment.tokens) for segment in segments])
+            rows = [len(segment.tokens) for segment in segments]
+            self._host.begin_pass(phase, rows, [segment.sequence.number for segment in segments])
             logits = self._logits(segments, phase)
             if not bool(torch.isfinite(logits).all()):
                 raise self._not_finite()
@@ -97,7 +98,7 @@ class Runner:
         if not self._store.shareable:
             return self._alone(segments[0])
         # A restricted router has to be asked the way that it comes.
-        if self._steps is not None and phase == "decode" and not self._host.restricted:
+        if self._steps is not None and phase == "decode" and not self._host.changes.reroutes:
             torch.set_num_threads(self._step_threads)
             try:
                 logits = self._steps.run(segments)
@@ -129,7 +130,7 @@ class Runner:
         # Of the experts that this pass used, some may have left again.
         for layer, expert in np.argwhere(cache.last_used == cache.step).tolist():
             layout, slot = layouts[layer][expert], int(cache.slot_of[layer, expert])
-            views = cache.views(slot) if slot >= 0 else read_expert(layout)
+            views = self._host.views(layer, expert, slot) if slot >= 0 else read_expert(layout)
             if (error := damaged_expert(layer, expert, layout, views)) is not None:
                 return error
         return NotFinite(
