@@ -25,6 +25,20 @@ from retinue.memory.budget import fits_whole
 from retinue.memory.home import find_here
 from retinue.memory.process import prepare
 
+SIMULATION = (
+    ("--presets", str, "NAMES", "with commas between (default: all that the trace can replay)"),
+    ("--model", str, "MODEL", "for what was learnt of it (default: as the trace names it)"),
+    ("--experts", str, "SHARES", "room, such as 12.5%%,25%%,1GiB (default: what --memory leaves)"),
+    ("--disk", str, "SPEEDS", "bytes a second, such as 300MB,1GB (default: as measured here)"),
+    ("--bus", str, "SPEED", "bytes a second from memory to where is computed, if apart"),
+    ("--bench", str, "FILE", "of `retinue bench --json`: how long computing takes"),
+    ("--expert-time", float, "SECONDS", "one token in one expert"),
+    ("--layer-time", float, "SECONDS", "one token in one layer besides its experts"),
+    ("--pass-time", float, "SECONDS", "one pass besides its layers"),
+    ("--elsewhere-time", float, "SECONDS", "one token in one expert at a second place, if any"),
+    ("--expert-size", str, "SIZE", "of one expert, where the trace does not say it"),
+    ("--rate", float, "R", "requests arrive by chance, R a second (default: all at once)"),
+)
 # verbs that need a model loaded
 LOADING = ("run", "serve", "bench", "eval", "profile", "trace", "train-predictor")
 
@@ -47,6 +61,7 @@ def build_parser() -> ArgumentParser:
     _add_profile(verbs)
     _add_train_predictor(verbs)
     _add_eval(verbs)
+    _add_simulate(verbs)
     _add_reproduce(verbs)
     new_verb(verbs, "presets", "every preset with its source and parts", "retinue presets --json")
     new_verb(verbs, "list", "the models in the hub's cache", "retinue list --json")
@@ -253,6 +268,35 @@ def _add_eval(verbs: object) -> None:
     # One text after the other, each with its own task.
     unused = ("task", "batch", "kv_tokens")
     add_config_options(evaluation, tuple(name for name in ENGINE if name not in unused))
+
+
+def _add_simulate(verbs: object) -> None:
+    simulation = new_verb(
+        verbs,
+        "simulate",
+        "replay a trace through presets, without the model: hits, reads, speed, and the best one",
+        "retinue simulate routing.trace --experts 12.5%,25%,50% --disk 300MB,1GB --recommend",
+    )
+    simulation.add_argument("trace", metavar="TRACE", help="of `retinue trace`")
+    for name, kind, metavar, text in SIMULATION:
+        simulation.add_argument(name, type=kind, metavar=metavar, help=text)
+    simulation.add_argument(
+        "--latency",
+        type=float,
+        default=1e-4,
+        metavar="SECONDS",
+        help="until the disk answers a read (default: 0.0001)",
+    )
+    simulation.add_argument(
+        "--recommend",
+        action="store_true",
+        help="try presets and divisions of the slots, and keep the best for `--preset auto`",
+    )
+    simulation.add_argument(
+        "--allow-approximate", action="store_true", help="with --recommend: try these as well"
+    )
+    names = ("memory", "context", "chunk", "batch", "profile", "threads", "seed")
+    add_config_options(simulation, names)
 
 
 def _add_reproduce(verbs: object) -> None:

@@ -107,8 +107,7 @@ class ExpertHost:
 
         None where it cannot be asked.
         """
-        router = self._routers.get(layer)
-        return _probabilities(router, hidden) if router is not None else None
+        return self._scores(hidden, layer)
 
     def next_scores(self, layer: int, hidden: torch.Tensor) -> FloatArray | None:
         """What the router after `layer` says of `layer`'s input: probabilities [tokens, experts].

@@ -8,13 +8,13 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from retinue.memory.attendance import Attendance, Turn
+from retinue.memory.attendance import Attendance, Turn, demand_of
 from retinue.memory.cache import ExpertCache
+from retinue.memory.instant import NumberedSlots
 from retinue.policy.base import Route
 from retinue.policy.policies import Policies
 from retinue.sim.changed import Rows, choice_of, reroute, thin
-from retinue.sim.link import Numbers
-from retinue.sim.recorded import Part, demand_of
+from retinue.sim.recorded import Part
 from retinue.sim.stage import Stage
 from retinue.types import Demand, FloatArray, Phase
 
@@ -26,11 +26,11 @@ class Attended:
         self._stage, self._policies = stage, policies
         head, slots = stage.recording.head, stage.setting.slots
         self.cache = ExpertCache(
-            stage.sizes, Numbers(slots), stage.link, policies.evictor, head.top_k
+            stage.sizes, NumberedSlots(slots), stage.link, policies.evictor, head.top_k
         )
         self.cache.costs = stage.costs
         if policies.ring is not None:
-            self.cache.divide(round(policies.ring * slots))
+            self.cache.division.give(round(policies.ring * slots))
         self._attendance = Attendance(self.cache, policies, head.routed, stage.metrics)
         exact = policies.thinning.exact and policies.precision.exact and policies.miss.exact
         self._shows = bool(policies.watchers or policies.needs) or not exact
@@ -56,7 +56,7 @@ class Attended:
     def finish(self) -> None:
         """The replay is over: the books balance."""
         self.cache.cancel_all()
-        while self.cache.draining:
+        while self.cache.reads.draining:
             self.cache.wait(1.0)
         self.cache.check()
 
@@ -102,7 +102,7 @@ class Attended:
         """The demand that approximate policies make of the recorded one."""
         stage, policies, cache = self._stage, self._policies, self.cache
         recording, layer = stage.recording, stage.recording.head.routed[place]
-        rows = Rows(*(each[:, place] for each in recording.rows(parts)))
+        rows = Rows(*recording.rows(parts, place))
         degraded, given = np.zeros(len(rows.experts), np.float32), rows.weights.sum(axis=1)
         if not policies.routing.exact:
             scores = recording.signal("scores", parts, place)

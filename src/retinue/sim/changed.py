@@ -63,9 +63,7 @@ def reroute(routing: Routing, choice: Choice, resident: BoolArray) -> Served:
 
 def thin(thinning: Thinning, route: Route, view: View, rows: Rows) -> Served:
     """Leave out the experts of `rows` that `thinning` does not keep; their ids then mean none."""
-    route = Route(
-        route.layer, *rows, route.sequences, route.scores, route.hidden, route.token_ids
-    )
+    route = Route(route.layer, *rows, route.sequences, route.scores, route.hidden, route.token_ids)
     keep = thinning.keep(route, view) | (rows.experts >= view.experts)
     lost = np.asarray(np.where(keep, 0, rows.weights).sum(axis=1), dtype=np.float32)
     weights = np.where(keep, rows.weights, 0)

@@ -117,7 +117,7 @@ def times_of_bench(facts: Facts, document: Mapping[str, Any]) -> Times:
 
 def with_given(times: Times, **given: float | None) -> Times:
     """`times` with the fields that are given."""
-    changes = {name: value for name, value in given.items() if value is not None}
+    changes: dict[str, Any] = {name: each for name, each in given.items() if each is not None}
     return replace(times, **changes) if changes else times
 
 

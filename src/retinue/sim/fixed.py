@@ -10,17 +10,18 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from retinue.memory.attendance import demand_of
 from retinue.memory.base import Ticket, Urgency
-from retinue.policy.base import BoolArray, Forecaster, Running, Stock
-from retinue.policy.miss.book import Books
+from retinue.policy.base import Forecaster, Running, Stock
+from retinue.policy.miss.book import Books, Shares
 from retinue.policy.place.rhythm import Drift, Rhythm
 from retinue.policy.place.tables import Tables
 from retinue.policy.policies import Policies
 from retinue.policy.profile import Profile
 from retinue.sim.changed import Rows, choice_of, reroute
-from retinue.sim.recorded import Part, demand_of
+from retinue.sim.recorded import Part
 from retinue.sim.stage import Stage
-from retinue.types import Demand, Expert, FloatArray, Phase
+from retinue.types import Demand, Expert, FloatArray, IntArray, Phase
 
 PERIOD = 40  # prompts between two forecasts where the profile says nothing, as in eMoE
 KEEP_BELOW = 0.5  # of `fetch_above`: beyond it a set changes with what runs
@@ -100,7 +101,7 @@ class Fixed:
         """Run one layer of the pass; `demand` is what its router alone would ask for."""
         stage, recording = self._stage, self._stage.recording
         layer = demand.layer
-        rows = Rows(*(each[:, place] for each in recording.rows(parts)))
+        rows = Rows(*recording.rows(parts, place))
         scores = recording.signal("scores", parts, place)
         assert scores is not None
         choice = choice_of(layer, rows, scores, self._phase)
@@ -117,7 +118,7 @@ class Fixed:
         self._learn(layer, rows, parts)
         self._compute(demand_of(layer, *served.rows, recording.head.experts), book.fetched, tokens)
 
-    def _compute(self, demand: Demand, fetched: Sequence[int], tokens: int) -> None:
+    def _compute(self, demand: Demand, fetched: IntArray, tokens: int) -> None:
         """Compute what is there, then what is read, as it comes."""
         stage, layer = self._stage, demand.layer
         coming = {expert: self._read(layer, expert) for expert in np.unique(fetched).tolist()}
@@ -177,6 +178,6 @@ class Fixed:
             self._stage.link.wait(waiting, WAIT_S)
         self._books.place(wanted, self._popularity(running))
 
-    def _popularity(self, running: Sequence[Running]) -> BoolArray:
+    def _popularity(self, running: Sequence[Running]) -> Shares:
         known = [self._tables.shares(request.task) for request in running or (Running(None),)]
         return np.asarray(np.mean(known, axis=0))

@@ -150,32 +150,3 @@ class SimulatedLink:
             read.state = TicketState.DONE
         read.settled = read.state is not TicketState.QUEUED and not read.running
         self._begin(self.now)
-
-
-class Numbers:
-    """Slots that hold nothing: `memory.tier.Tier` without the memory."""
-
-    def __init__(self, slots: int) -> None:
-        assert slots > 0, slots
-        self.slots = slots
-        self._free = list(range(slots - 1, -1, -1))
-
-    @property
-    def free(self) -> int:
-        """How many nobody holds."""
-        return len(self._free)
-
-    @property
-    def quick(self) -> int:
-        """All of these."""
-        return len(self._free)
-
-    def take(self) -> int | None:
-        """A free one, or None."""
-        return self._free.pop() if self._free else None
-
-    def give(self, slot: int) -> None:
-        """Return one."""
-        self._free.append(slot)
-
-

@@ -24,7 +24,7 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """The next pass: its parts, the requests that begin with it, and how many could have decoded."""
+    """The next pass: its parts, who begins with it, and how many requests could have decoded."""
 
     phase: Phase
     parts: list[Part]

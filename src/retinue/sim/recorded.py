@@ -81,13 +81,13 @@ class Recording:
             request = self.requests[parts[0].request]
             if request.plain:
                 return self._of_token(request, parts[0].start)
-        return self._of_many(*self.rows(parts))
+        return self._of_many(*self.rows(parts, slice(None)))
 
-    def rows(self, parts: Sequence[Part]) -> tuple[IntArray, FloatArray]:
-        """Experts and weights of the parts' tokens, [tokens, routed, k] each."""
-        each = [(self.requests[part.request], part) for part in parts]
-        experts = [request.experts[part.start : part.stop] for request, part in each]
-        weights = [request.weights[part.start : part.stop] for request, part in each]
+    def rows(self, parts: Sequence[Part], place: int | slice) -> tuple[IntArray, FloatArray]:
+        """Experts and weights of the parts' tokens in the layer at `place`, [tokens, k] each."""
+        each = [(self.requests[part.request], slice(part.start, part.stop)) for part in parts]
+        experts = [request.experts[tokens, place] for request, tokens in each]
+        weights = [request.weights[tokens, place] for request, tokens in each]
         if len(parts) == 1:
             return experts[0], weights[0]
         return np.concatenate(experts), np.concatenate(weights)
@@ -124,15 +124,6 @@ class Recording:
             ids = np.flatnonzero(tokens[place, :-1])
             demands.append(Demand(layer, ids, tokens[place, ids], sums[place, ids]))
         return demands
-
-
-def demand_of(layer: int, experts: IntArray, weights: FloatArray, count: int) -> Demand:
-    """What tokens demand that chose `experts` [tokens, k] of `count`; larger ids are none."""
-    flat = np.minimum(experts.ravel(), count)
-    tokens = np.bincount(flat, minlength=count + 1)
-    sums = np.bincount(flat, weights.ravel(), minlength=count + 1).astype(np.float32)
-    ids = np.flatnonzero(tokens[:count])
-    return Demand(layer, ids, tokens[ids], sums[ids])
 
 
 def _recorded(head: TraceHead, request: Routed) -> Recorded:

@@ -1,4 +1,4 @@
-"""What everything in a replay stands on: the recording, the link with its clock, times, counters."""
+"""What a replay stands on: the recording, the link with its clock, times and counters."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -50,12 +50,12 @@ class Stage:
     def route(self, place: int, parts: Sequence[Part], needs: frozenset[Signal]) -> Route:
         """What the routers chose for the tokens of a pass in the layer at `place`."""
         recording = self.recording
-        experts, weights = recording.rows(parts)
+        experts, weights = recording.rows(parts, place)
         counts = [part.stop - part.start for part in parts]
         return Route(
             recording.head.routed[place],
-            experts[:, place],
-            weights[:, place],
+            experts,
+            weights,
             np.repeat([part.request for part in parts], counts),
             recording.signal("scores", parts, place) if "scores" in needs else None,
             recording.signal("hidden", parts, place) if "hidden" in needs else None,
