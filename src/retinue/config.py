@@ -94,7 +94,12 @@ class Config:
     )
     batch: int | None = _option(None, "requests that run at once (default: 1, in Python 8)", "N")
     chunk: int = _option(2048, "tokens of prompts that one pass takes at most", "TOKENS")
-    preset: str = _option("auto", "a named combination of policies, see `retinue presets`", "NAME")
+    preset: str = _option(
+        "auto",
+        "a named combination of policies, see `retinue presets`, or one of your own,"
+        " `./my_policy.py:PRESET`",
+        "NAME",
+    )
     fetch_above: float | None = _option(
         None,
         "in presets that replace missing experts: fetch those whose share of the token's routing"

@@ -197,9 +197,10 @@ def _steps(
     network: Network, host: ExpertHost, store: Store, abilities: Abilities, notes: list[str]
 ) -> Steps:
     """The prepared steps; that of one sequence is recorded now, as nobody waits for a token."""
-    reason = abilities.unprepared
-    if host.changes.restriction is not None:
-        reason = "the preset chooses for the routers"
+    plain = host.changes.restriction is None
+    reason = abilities.unprepared if plain else abilities.unprepared_restricted
+    if host.changes.needs_hidden:
+        reason = "the preset chooses experts by hidden states"
     steps = Steps(network.model, store, notes.append, reason, network.dense)
     steps.prepare(1)
     return steps

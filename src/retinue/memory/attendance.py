@@ -138,6 +138,7 @@ class Turn:
         self._keep: IntArray | None = None  # those that may stay after a prefill
         self._precision: dict[int, int] | None = None  # in which each is read
         self.left: set[int] = set(demand.experts.tolist())  # to be computed
+        self.elsewhere = demand.experts[:0]  # computed where they lie, by who has such a place
 
     def __enter__(self) -> Self:
         cache, demand = self._cache, self._demand
@@ -190,7 +191,13 @@ class Turn:
         policies.predictor.observe(demand, self._view)
         if policies.predictor.speculative:
             cache.drop_wants(demand.layer, demand.experts)
-        missing = policies.miss.fetch(demand, slots >= 0, self._view)
+        there = slots >= 0
+        if (costs := cache.costs) is not None and costs.elsewhere_s is not None:
+            self.elsewhere = policies.miss.elsewhere(demand, there, self._view)
+            self.left.difference_update(self.elsewhere.tolist())
+            there = there | np.isin(demand.experts, self.elsewhere)
+        missing = policies.miss.fetch(demand, there, self._view)
+        assert len(missing) == np.count_nonzero(~there), "a thinning leaves experts out"
         if worst is not None:
             self._precision = dict(zip(demand.experts.tolist(), worst.tolist(), strict=True))
         if len(missing):

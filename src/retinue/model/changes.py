@@ -74,6 +74,11 @@ class Changes:
         return self.reroutes and self._policies.routing.restricts
 
     @property
+    def needs_hidden(self) -> bool:
+        """Whether a policy that chooses for the routers looks at their input."""
+        return self.restriction is not None and self.restriction.needs_hidden
+
+    @property
     def thins(self) -> bool:
         """Whether some of a token's experts may be left out now."""
         return self._active and not self._policies.thinning.exact
@@ -81,6 +86,8 @@ class Changes:
     def begin_pass(self, phase: Phase, rows: Sequence[int]) -> None:
         """A forward pass starts, with `rows[i]` tokens of its i-th request."""
         self._served.clear()
+        if self.restriction is not None:
+            self.restriction.phase = phase
         self.accounts.begin(rows, phase)
 
     def close(self) -> None:

@@ -8,7 +8,7 @@ nor on how a layer was cut into waves.
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ from retinue.policy.policies import Policies
 from retinue.types import FloatArray, IntArray, Phase
 
 IMPLEMENTATION = "retinue"
+SHOWN = {"scores", "hidden", "token_ids"}  # signals token by token
 Result = TypeVar("Result")
 # Sees (layer, hidden, index, weights) of every layer that runs.
 Watch = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], None]
@@ -68,12 +69,12 @@ class ExpertHost:
         self.changes = Changes(routers, modules, cache, policies, metrics)
         self._needs = policies.needs
         # Whether somebody looks at tokens one by one.
-        self._shows = bool(policies.watchers or self._needs & {"scores", "hidden"}) or not (
+        self._shows = bool(policies.watchers or self._needs & SHOWN) or not (
             policies.thinning.exact and policies.precision.exact and policies.miss.exact
         )
         self._modules = {found.layer: found.module for found in modules}
         self._routers = dict(zip(order, routers, strict=True))
-        self._rows: tuple[Sequence[int], Sequence[int]] = ((), ())  # sequences, tokens of each
+        self._pass = _Pass(np.zeros(0, dtype=np.int64), ())
         for found in modules:
             found.module.retinue_run = _Layer(self, found)  # type: ignore[assignment]
 
@@ -107,14 +108,20 @@ class ExpertHost:
 
         None where it cannot be asked.
         """
-        return self._scores(hidden, layer)
+        router, restriction = self._routers.get(layer), self.changes.restriction
+        if router is None:
+            return None
+        if restriction is None:
+            return probabilities(router, hidden)
+        with restriction.aside():
+            return probabilities(router, hidden)
 
     def next_scores(self, layer: int, hidden: torch.Tensor) -> FloatArray | None:
         """What the router after `layer` says of `layer`'s input: probabilities [tokens, experts].
 
         None after the last layer and where that router cannot be asked.
         """
-        return self._scores(hidden, self.attendance.following.get(layer, -1))
+        return self.scores(self.attendance.following.get(layer, -1), hidden)
 
     def place(self, wanted: BoolArray, popularity: Shares) -> int:
         """Make exactly `wanted` [layers, experts] resident, between passes; returns bytes read.
@@ -140,14 +147,19 @@ class ExpertHost:
         self.attendance.end(sequence)
 
     def begin_pass(
-        self, phase: Phase, rows: Sequence[int], sequences: Sequence[int] | None = None
+        self,
+        phase: Phase,
+        rows: Sequence[int],
+        sequences: Sequence[int] | None = None,
+        token_ids: Sequence[int] = (),
     ) -> None:
-        """A forward pass starts, with `rows[i]` tokens of the request `sequences[i]`.
+        """A forward pass over `token_ids` starts, with `rows[i]` of the request `sequences[i]`.
 
         Brings the cache back to where the books stand, should the last pass have failed. Raises
         the error of a read that failed.
         """
-        self._rows = sequences if sequences is not None else range(len(rows)), rows
+        whose = range(len(rows)) if sequences is None else sequences
+        self._pass = _Pass(np.repeat(np.asarray(whose), np.asarray(rows)), token_ids)
         changes = self.changes
         changes.begin_pass(phase, rows)
         self.attendance.begin_pass(phase)
@@ -211,7 +223,7 @@ class ExpertHost:
             self.attendance.see(demand, route)
             return self._run_resident(layer, work)
         with self.attendance.attend(
-            demand, len(hidden), route, partial(self._scores, hidden)
+            demand, len(hidden), route, lambda coming: self.scores(coming, hidden)
         ) as turn:
             while turn.left:
                 if ready := turn.ready():
@@ -310,22 +322,19 @@ class ExpertHost:
             chosen, given = index.numpy(), weights.float().numpy()
         else:
             chosen, given = rerouted.chosen, rerouted.weights
-        sequences, rows = self._rows
-        whose = np.repeat(np.asarray(sequences, dtype=np.int64), np.asarray(rows, dtype=np.int64))
-        scores = self._scores(hidden, layer) if "scores" in self._needs else None
+        scores = self.scores(layer, hidden) if "scores" in self._needs else None
         shown = hidden.float().numpy() if "hidden" in self._needs else None
-        return Route(layer, chosen, given, whose, scores, shown)
+        tokens = None
+        if "token_ids" in self._needs:
+            tokens = np.asarray(self._pass.token_ids, dtype=np.int64)
+        return Route(layer, chosen, given, self._pass.sequences, scores, shown, tokens)
 
-    def _scores(self, hidden: torch.Tensor, layer: int) -> FloatArray | None:
-        """What `layer`'s own router says of `hidden`: probabilities [tokens, experts]."""
-        router = self._routers.get(layer)
-        if router is None:
-            return None
-        restriction = self.changes.restriction
-        if restriction is None:
-            return probabilities(router, hidden)
-        with restriction.aside():
-            return probabilities(router, hidden)
+
+class _Pass(NamedTuple):
+    """The tokens of the pass that runs, and whose each one is."""
+
+    sequences: IntArray
+    token_ids: Sequence[int]
 
 
 class _Layer:

@@ -74,7 +74,9 @@ class Runner:
         counters = self._metrics.begin(phase)
         try:
             rows = [len(segment.tokens) for segment in segments]
-            self._host.begin_pass(phase, rows, [segment.sequence.number for segment in segments])
+            numbers = [segment.sequence.number for segment in segments]
+            tokens = [token for segment in segments for token in segment.tokens]
+            self._host.begin_pass(phase, rows, numbers, tokens)
             logits = self._logits(segments, phase)
             if not bool(torch.isfinite(logits).all()):
                 raise self._not_finite()
@@ -97,8 +99,7 @@ class Runner:
     def _logits(self, segments: Items[Segment], phase: Phase) -> torch.Tensor:
         if not self._store.shareable:
             return self._alone(segments[0])
-        # A restricted router has to be asked the way that it comes.
-        if self._steps is not None and phase == "decode" and not self._host.changes.reroutes:
+        if self._steps is not None and phase == "decode":
             torch.set_num_threads(self._step_threads)
             try:
                 logits = self._steps.run(segments)

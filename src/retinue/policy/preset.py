@@ -65,7 +65,8 @@ class Preset:
 
     `fixed`: its placement says who stays; `profiled`: it cannot do without a profile. `learned` are
     the kinds of predictor that it needs, `nested` says that it reads other precisions from the
-    nested store, `replayed` that it knows the future, so that only a replay can run it.
+    nested store, `replayed` that it knows the future, so that only a replay can run it. `slower`:
+    why its paper demands what may make it slower than `on-demand`; empty where none does.
     """
 
     name: str
@@ -79,6 +80,7 @@ class Preset:
     learned: tuple[str, ...] = ()
     nested: bool = False
     replayed: bool = False
+    slower: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """The row without its factory."""
