@@ -37,8 +37,9 @@ class TraceHead:
 
     `detail` says what is kept: every token's choice, in its order, or only sums by expert; and
     `signals` what else, of every token or request (see `Routed`). `width` is that of the model's
-    hidden state, 0 where it is not known. `facts` are what a cost model needs to know of the model
-    in the `precision` that it ran in; None in traces of version 1.
+    hidden state, `read_bytes` what reading one expert moves here, 0 where they are not known.
+    `facts` are what a cost model needs to know of the model in the `precision` that it ran in; None
+    in traces of version 1.
     """
 
     model: str
@@ -51,6 +52,7 @@ class TraceHead:
     width: int = 0
     precision: str = "as-is"
     facts: Facts | None = None
+    read_bytes: int = 0
 
     def shape(self, signal: str, tokens: int) -> tuple[int, ...]:
         """What `signal` of a request of `tokens` is: see `Routed`."""
@@ -369,7 +371,8 @@ def _head_from(content: dict[str, Any]) -> TraceHead:
     facts = Facts(**content["facts"]) if content.get("facts") else None
     precision = str(content.get("precision", "as-is"))
     shape = (layers, experts, top_k, routed)
-    return TraceHead(str(content["model"]), *shape, detail, signals, width, precision, facts)
+    head = TraceHead(str(content["model"]), *shape, detail, signals, width, precision, facts)
+    return replace(head, read_bytes=int(content.get("read_bytes", 0)))
 
 
 def _entry_from(row: Any) -> tuple[str | None, int, int]:

@@ -6,10 +6,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from retinue.cli.measure import bar
 from retinue.cli.options import config_from
 from retinue.cli.simulated import Known, Machine, advice_text, cell_text, left_out_text
-from retinue.cli.terminal import audience, emit_json, note
+from retinue.cli.terminal import audience, bar, emit_json, note
 from retinue.config import Config, parse_size
 from retinue.errors import UsageError
 from retinue.memory.budget import split
@@ -33,7 +32,7 @@ def execute(options: Namespace) -> int:
     machine = Machine(trace, known, options, config)
     load = _load(trace, options, config)
     cells = [
-        Cell(label, Setting(slots, machine.roads(disk), machine.times, load))
+        Cell(label, Setting(slots, machine.roads(disk), machine.times, load, machine.own))
         for label, slots in _rooms(trace.head, machine.facts, options, config)
         for disk in machine.disks
     ]
@@ -41,11 +40,11 @@ def execute(options: Namespace) -> int:
     if ORACLE not in [preset.name for preset in wanted]:
         wanted.append(PRESETS[ORACLE])
     able, left_out = candidates(wanted, trace.head, known.of, timed=bool(load.arrivals))
-    note(f"times are from {machine.times.source}; {len(trace)} requests, {trace.tokens} tokens")
     if not trace.tokens:
         raise UsageError(f"the trace `{trace.file}` has no tokens", hint="record some texts")
     recording = Recording(trace, sorted(frozenset().union(*(each.needs for each in able))))
-    table = Table(recording, able, machine.facts.read_bytes)
+    note(f"times are from {machine.times.source}; {len(trace)} requests, {trace.tokens} tokens")
+    table = Table(recording, able, machine.read_bytes)
     with bar(len(cells) * len(able), "replay") as advance:
         filled = [table.fill(cell, advance) for cell in cells]
     texts = [cell_text(each) for each in filled]
@@ -108,7 +107,8 @@ def _document(
         "precision": head.precision,
         "requests": len(trace),
         "tokens": trace.tokens,
-        "read_bytes": machine.facts.read_bytes,
+        "read_bytes": machine.read_bytes,
+        "latency_s": machine.latency_s,
         "times": asdict(machine.times),
         "left_out": left_out,
         **first,

@@ -26,13 +26,21 @@ from retinue.policy.profile import Profile
 from retinue.policy.recommended import Recommendation
 from retinue.sim.candidates import Known as KnownOf
 from retinue.sim.cells import Cell, Filled
-from retinue.sim.costs import Times, times_of_bench, times_of_profile, times_of_rates, with_given
+from retinue.sim.costs import (
+    Times,
+    latency_of_bench,
+    times_of_bench,
+    times_of_profile,
+    times_of_rates,
+    with_given,
+)
 from retinue.sim.link import Roads
 from retinue.sim.recommend import Advice
 from retinue.trace import Trace, TraceHead
 from retinue.types import Facts
 
-_TIMES = ("expert_time", "layer_time", "elsewhere_time", "pass_time")
+_TIMES = ("expert_s", "layer_s", "elsewhere_s", "pass_s")
+LATENCY_S = 1e-4
 BENCH = "`retinue bench MODEL --json > FILE`, then `--bench FILE`"
 
 
@@ -94,34 +102,51 @@ class Machine:
 
     def __init__(self, trace: Trace, known: Known, options: Namespace, config: Config) -> None:
         self.facts = _facts(trace, options)
-        self._latency_s, self._bus = options.latency, options.bus and parse_size(options.bus)
+        given = 0 if options.expert_size is not None else trace.head.read_bytes
+        self.read_bytes = given or self.facts.read_bytes
+        self._bus = parse_size(options.bus) if options.bus is not None else None
+        benches = [document(Path(file)) for file in options.bench or ()]
+        bench = benches[0] if benches else None
         place = known.folder or trace.file.resolve().parent
         self.disks = _disks(options.disk, place, here=known.folder is not None)
-        self.times = self._times(known, options, config)
-        given = [self._latency_s, *(getattr(options, name) for name in _TIMES)]
-        if wrong := [value for value in given if value is not None and value < 0]:
+        times = {name: getattr(options, f"{name[:-2]}_time") for name in _TIMES}
+        self.times = with_given(self._times(known, bench, options, config), **times)
+        self.own = {
+            str(each.get("preset")): with_given(times_of_bench(self.facts, each), **times)
+            for each in benches[1:]
+        }
+        self.latency_s = self._latency(bench, options.latency)
+        seconds = [options.latency, *times.values()]
+        if wrong := [value for value in seconds if value is not None and value < 0]:
             raise UsageError(f"a time is out of range: `{wrong[0]}`", hint="seconds, 0 or more")
 
     def roads(self, disk: float) -> Roads:
         """With a disk of `disk` bytes a second."""
-        return Roads(disk, self._latency_s, self._bus)
+        return Roads(disk, self.latency_s, self._bus)
 
-    def _times(self, known: Known, options: Namespace, config: Config) -> Times:
-        own = {name.replace("_time", "_s"): getattr(options, name) for name in _TIMES}
-        if options.bench is not None:
-            return with_given(times_of_bench(self.facts, document(Path(options.bench))), **own)
+    def _latency(self, bench: Mapping[str, Any] | None, given: float | None) -> float:
+        found = given
+        if found is None and bench is not None:
+            found = latency_of_bench(bench, self.facts, self.read_bytes)
+        return LATENCY_S if found is None else found
+
+    def _times(
+        self, known: Known, bench: Mapping[str, Any] | None, options: Namespace, config: Config
+    ) -> Times:
+        if bench is not None:
+            return times_of_bench(self.facts, bench)
         threads, kind = config.threads or cores(), compute_format(self.facts)
         rate, profile = remembered_rates(threads).get(kind), known.profile()
         if options.expert_time is not None and options.layer_time is not None:
-            return with_given(Times(0.0, 0.0), **own)
+            return Times(0.0, 0.0)
         if profile is not None and profile.costs is not None:
-            return with_given(times_of_profile(self.facts, profile.costs, rate), **own)
+            return times_of_profile(self.facts, profile.costs, rate)
         if rate is None:
             raise Refused(
                 f"nobody measured how fast this machine computes in `{kind}`",
                 hint=f"{BENCH}; or `retinue plan MODEL`; or `--expert-time` and `--layer-time`",
             )
-        return with_given(times_of_rates(self.facts, rate), **own)
+        return times_of_rates(self.facts, rate)
 
 
 def document(file: Path) -> Mapping[str, Any]:

@@ -21,7 +21,7 @@ SIMULATION = (
     ("--experts", str, "SHARES", "room, such as 12.5%%,25%%,1GiB (default: what --memory leaves)"),
     ("--disk", str, "SPEEDS", "bytes a second, such as 300MB,1GB (default: as measured here)"),
     ("--bus", str, "SPEED", "bytes a second from memory to where is computed, if apart"),
-    ("--bench", str, "FILE", "of `retinue bench --json`: how long computing takes"),
+    ("--latency", float, "SECONDS", "until the disk answers (default: --bench's, or 0.0001)"),
     ("--expert-time", float, "SECONDS", "one token in one expert"),
     ("--layer-time", float, "SECONDS", "one token in one layer besides its experts"),
     ("--pass-time", float, "SECONDS", "one pass besides its layers"),
@@ -150,11 +150,11 @@ def _add_simulate(verbs: object) -> None:
     for name, kind, metavar, text in SIMULATION:
         simulation.add_argument(name, type=kind, metavar=metavar, help=text)
     simulation.add_argument(
-        "--latency",
-        type=float,
-        default=1e-4,
-        metavar="SECONDS",
-        help="until the disk answers a read (default: 0.0001)",
+        "--bench",
+        action="append",
+        metavar="FILE",
+        help="of `retinue bench --preset on-demand --json`: times of this machine; further ones are"
+        " of the preset that they name",
     )
     simulation.add_argument(
         "--recommend",

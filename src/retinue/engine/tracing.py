@@ -36,7 +36,9 @@ def trace_head(
     routed = np.flatnonzero(assembly.network.experts.there.any(axis=1)).tolist()
     shape = (facts.layers, facts.experts_per_layer, facts.top_k)
     width = int(assembly.network.model.config.get_text_config().hidden_size)
-    return TraceHead(facts.name, *shape, tuple(routed), detail, signals, width, precision, facts)
+    read_bytes = int(assembly.cache.sizes.read_bytes[0].max())
+    head = TraceHead(facts.name, *shape, tuple(routed), detail, signals, width, precision, facts)
+    return replace(head, read_bytes=read_bytes)
 
 
 def record(

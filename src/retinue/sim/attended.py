@@ -77,6 +77,7 @@ class Attended:
 
     def _turn(self, turn: Turn, demand: Demand, tokens: int) -> None:
         stage, cache, exact = self._stage, self.cache, self._policies.precision.exact
+        apart = stage.start_elsewhere(demand, turn.elsewhere)
         while turn.left:
             ready = turn.ready()
             if not ready:
@@ -87,6 +88,7 @@ class Attended:
                 self._count_worse(demand, ready)
             stage.compute(demand, ready, tokens)
             turn.computed(ready)
+        stage.link.advance_to(apart)
 
     def _scores_of(self, place: int, parts: Sequence[Part]) -> Callable[[int], FloatArray | None]:
         """What is recorded of a coming layer's router: of the next one alone."""

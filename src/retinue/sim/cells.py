@@ -80,4 +80,5 @@ class Table:
             policies = replace(policies, ring=ring)
         sizes = sizes_of(head, policies.precision.names, self._read_bytes)
         known = candidate.known(setting.slots).beforehand(policies)
+        setting = setting.of(candidate.preset.name)
         return Replay(self._recording, policies, setting, sizes, known).run()

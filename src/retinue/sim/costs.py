@@ -115,6 +115,24 @@ def times_of_bench(facts: Facts, document: Mapping[str, Any]) -> Times:
     )
 
 
+def latency_of_bench(document: Mapping[str, Any], facts: Facts, read_bytes: int) -> float | None:
+    """What a layer's reads took beyond their bytes in a run of `retinue bench`, in seconds.
+
+    From runs that read nothing ahead alone, such as of `on-demand`; None: it says nothing. Of a
+    layer that lacks experts, the others are computed while these are read.
+    """
+    hits, pending, misses = (int(document[name]) for name in ("hits", "pending", "misses"))
+    looked_up = hits + pending + misses
+    disk = document.get("disk_bytes_per_s")
+    if pending or not misses or not disk:
+        return None
+    layers = looked_up / facts.top_k  # of one token each
+    waiting = layers * (1 - (hits / looked_up) ** facts.top_k)
+    beside_s = float(document["expert_s"]) * hits / looked_up * waiting / layers
+    bytes_s = misses * read_bytes / float(disk)
+    return max(0.0, (float(document["stall_s"]) + beside_s - bytes_s) / waiting)
+
+
 def with_given(times: Times, **given: float | None) -> Times:
     """`times` with the fields that are given."""
     changes: dict[str, Any] = {name: each for name, each in given.items() if each is not None}

@@ -1,7 +1,7 @@
 """What a replay stands on: the recording, the link with its clock, times and counters."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -12,17 +12,25 @@ from retinue.sim.costs import Times
 from retinue.sim.link import Roads, SimulatedLink
 from retinue.sim.passes import Load
 from retinue.sim.recorded import Part, Recording
-from retinue.types import Demand
+from retinue.types import Demand, IntArray
 
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """Where a recording is replayed: room for `slots` experts, roads, times, requests."""
+    """Where a recording is replayed: room for `slots` experts, roads, times, requests.
+
+    `own` are times of presets whose policies take a time of their own, by name.
+    """
 
     slots: int
     roads: Roads
     times: Times
     load: Load = field(default_factory=Load)
+    own: Mapping[str, Times] = field(default_factory=dict)
+
+    def of(self, preset: str) -> "Setting":
+        """With that preset's own times."""
+        return replace(self, times=self.own.get(preset, self.times))
 
 
 class Stage:
@@ -46,6 +54,16 @@ class Stage:
             seconds += int((demand.tokens[at] - 1).sum()) * self.times.expert_token_s
         self.metrics.now.expert_s += seconds
         self.link.advance(seconds)
+
+    def start_elsewhere(self, demand: Demand, experts: IntArray) -> float:
+        """Compute `experts` of `demand` at the second place; returns when they will be done."""
+        if not len(experts):
+            return self.link.now
+        assert self.times.elsewhere_s is not None
+        tokens = demand.tokens[np.searchsorted(demand.experts, experts)]
+        seconds = float(tokens.sum()) * self.times.elsewhere_s
+        self.metrics.now.expert_s += seconds
+        return self.link.now + seconds
 
     def route(self, place: int, parts: Sequence[Part], needs: frozenset[Signal]) -> Route:
         """What the routers chose for the tokens of a pass in the layer at `place`."""
