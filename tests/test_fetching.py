@@ -18,6 +18,11 @@ from retinue.memory.files import Reader
 from retinue.model.kv import Segment
 from retinue.policy.base import Running
 
+UNAIDED = [
+    name
+    for name, row in PRESETS.items()
+    if row.exact and not (row.profiled or row.learned or row.replayed)
+]
 APPROXIMATE = [name for name, row in PRESETS.items() if not row.exact]
 EXPERTS, TOP_K = 16, 4
 PROMPT, FORCED = models.prompt_of(40), models.prompt_of(12, seed=9)
@@ -95,7 +100,7 @@ def test_the_knob_spans_the_curve(many: Path, plain: torch.Tensor) -> None:
     assert 0 == reads[0] < reads[1] < reads[3]
 
 
-@pytest.mark.parametrize("preset", [name for name, row in PRESETS.items() if row.exact])
+@pytest.mark.parametrize("preset", UNAIDED)
 def test_exact_presets_refuse_it_by_name(many: Path, preset: str) -> None:
     with pytest.raises(UsageError, match=f"`{preset}` is exact.*fetch_above") as caught:
         models.open_llm(many, preset=preset, fetch_above=0.3)

@@ -36,7 +36,7 @@ def execute(options: Namespace) -> int:
         for label, slots in _rooms(trace.head, machine.facts, options, config)
         for disk in machine.disks
     ]
-    wanted = chosen(options.presets, PRESETS)
+    wanted = chosen(options.presets)
     if ORACLE not in [preset.name for preset in wanted]:
         wanted.append(PRESETS[ORACLE])
     able, left_out = candidates(wanted, trace.head, known.of, timed=bool(load.arrivals))
@@ -139,7 +139,9 @@ def _recommend(
 
 def _remember(known: Known, entries: tuple[Recommendation, ...]) -> None:
     """Keep what may serve `--preset auto`, if there is a profile to keep it in."""
-    exact = tuple(entry for entry in entries if PRESETS[entry.preset].exact)
+    exact = tuple(
+        entry for entry in entries if entry.preset in PRESETS and PRESETS[entry.preset].exact
+    )
     profile, file = known.profile(), known.profile_file()
     if profile is None or file is None:
         note("there is no profile to keep this in; hint: `retinue profile MODEL --data FILE`")

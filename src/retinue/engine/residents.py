@@ -29,6 +29,7 @@ from retinue.policy.place.tables import Shares, Tables
 from retinue.policy.policies import Policies
 from retinue.policy.predict.forecasters import LEARNED, forecaster
 from retinue.policy.predict.own_prefill import OwnPrefill
+from retinue.policy.presets import preset
 from retinue.policy.profile import Profile
 from retinue.types import Facts, FloatArray
 
@@ -77,7 +78,7 @@ def known_beforehand(folder: Path, facts: Facts, policies: Policies, config: Con
                 hint="leave `--period` out",
             )
         return Beforehand(profile, made)
-    if config.profile is not None:
+    if config.profile is not None and not preset(config.preset).profiled:
         raise UsageError(
             f"the preset `{config.preset}` reads no profile: `{config.profile}`",
             hint="leave `--profile` out, or use a preset that does, such as `popular`",

@@ -16,6 +16,7 @@ from retinue.model.accounts import Accounts
 from retinue.model.expert_map import ExpertsModule
 from retinue.model.restriction import Rerouted, Restriction
 from retinue.model.routing import Router
+from retinue.model.tally import Tally
 from retinue.policy.base import BoolArray, Choice, Route, View
 from retinue.policy.miss.book import Books, Served
 from retinue.policy.policies import Policies
@@ -46,6 +47,7 @@ class Changes:
         self.accounts.on = not (
             policies.routing.exact and policies.thinning.exact and policies.precision.exact
         )
+        self.tally = Tally(metrics, self.accounts, cache.sizes.read_bytes[0])
         self.books = Books(policies.fetch_above, (layers, experts))
         self.restriction: Restriction | None = None
         if not policies.routing.exact:
@@ -74,11 +76,6 @@ class Changes:
         return self.reroutes and self._policies.routing.restricts
 
     @property
-    def needs_hidden(self) -> bool:
-        """Whether a policy that chooses for the routers looks at their input."""
-        return self.restriction is not None and self.restriction.needs_hidden
-
-    @property
     def thins(self) -> bool:
         """Whether some of a token's experts may be left out now."""
         return self._active and not self._policies.thinning.exact
@@ -89,6 +86,14 @@ class Changes:
         if self.restriction is not None:
             self.restriction.phase = phase
         self.accounts.begin(rows, phase)
+
+    def end_pass(self, *, succeeded: bool) -> None:
+        """The pass has ended. One that failed leaves the books as they were before it."""
+        self.tally.count()
+        if succeeded:
+            self.books.commit()
+        else:
+            self.books.abandon()
 
     def close(self) -> None:
         """Give the routers back."""
@@ -133,6 +138,17 @@ class Changes:
             weights = (weights.float() * torch.from_numpy(gain)[:, None]).to(weights.dtype)
         return index, torch.where(stays, weights, 0), lost
 
+    def lowered(
+        self, index: torch.Tensor, weights: FloatArray, low: set[int], lost: FloatArray | None
+    ) -> FloatArray:
+        """`lost` [tokens] and the weight of the experts `low`, not served as the model was given.
+
+        index, weights: [tokens, k].
+        """
+        served_low = np.isin(index.numpy(), list(low))
+        more = np.where(served_low, weights, 0).sum(axis=1)
+        return np.asarray(more if lost is None else lost + more, dtype=np.float32)
+
     def count(
         self, layer: int, weights: FloatArray, rerouted: Rerouted | None, lost: FloatArray | None
     ) -> None:
@@ -148,7 +164,7 @@ class Changes:
         given = weights.sum(axis=1)
         degraded = np.minimum(degraded, given)
         self._metrics.count_weight(layer, float(given.sum()), float(degraded.sum()))
-        self.accounts.serve(layer, given, degraded)
+        self.accounts.serve([layer], given[None], degraded[None])
 
     def count_restricted(self, layer: int, rerouted: Rerouted, served: Served) -> None:
         """Count what became of a restricted layer's misses, and what its router chose."""

@@ -102,10 +102,9 @@ class Restriction:
         """What `topk` is to give instead of `own` [tokens, k]; None: that it is."""
         ranking = self._routing.rank(choice, self._serve(choice))
         chosen = None if ranking is None else _best(ranking, own)
-        if chosen is None:
-            replaced = np.zeros(own.shape, dtype=bool)
-        else:
-            replaced = (choice.experts[:, :, None] != chosen[:, None]).all(axis=2)
+        replaced = (
+            np.zeros(own.shape, dtype=bool) if chosen is None else _absent(choice.experts, chosen)
+        )
         self._rerouted[choice.layer] = Rerouted(choice.experts, choice.weights, replaced)
         return chosen
 
@@ -132,6 +131,11 @@ class Watched:
             return own.output
         return self._run(watch.again(torch.from_numpy(chosen)), args, kwargs).output
 
+    @property
+    def needs_hidden(self) -> bool:
+        """Whether the policy chooses by the router's input."""
+        return self._restriction.needs_hidden
+
     def record(self, *args: Any, **kwargs: Any) -> Routed:
         """Run the router as it is, for a recording; nobody chooses."""
         return self._run(_Watch(self._found.experts), args, kwargs)
@@ -146,13 +150,12 @@ class Watched:
     ) -> IntArray | None:
         """What `topk` is to give instead of `indices`, where the router says this; None: nothing.
 
-        scores: [tokens, experts]; hidden: [tokens, hidden]; the others: [tokens, k]. They may
-        change after this.
+        scores: [tokens, experts]; hidden: [tokens, hidden]; the others: [tokens, k].
         """
         if not self._restriction.active:
             return None
-        phase, ids, given = self._restriction.phase, experts.copy(), weights.copy()
-        choice = Choice(self._found.layer, scores, ids, given, hidden, phase)
+        layer, phase = self._found.layer, self._restriction.phase
+        choice = Choice(layer, scores, experts, weights, hidden, phase)
         return self._restriction.choose(choice, indices)
 
     def _run(self, watch: "_Watch", args: Any, kwargs: Any) -> Routed:
@@ -169,15 +172,26 @@ def _install(router: nn.Module, watched: Watched) -> None:
     router.forward = forward
 
 
-def _best(ranking: FloatArray, own: IntArray) -> IntArray:
-    """The k best of each row, the first of equals first: [tokens, k].
+def _best(ranking: FloatArray, own: IntArray) -> IntArray | None:
+    """The k best of each row, the first of equals first: [tokens, k]; None where all are `own`.
 
     A token that gets the experts of its router gets them in its router's order, too: the order of
     summing is part of the result.
     """
-    best = np.argsort(-ranking, axis=1, kind="stable")[:, : own.shape[1]]
+    best = (-ranking).argsort(axis=1, kind="stable")[:, : own.shape[1]]
+    if len(best) == 1:
+        return None if set(best[0].tolist()) == set(own[0].tolist()) else best
     same = (np.sort(best, axis=1) == np.sort(own, axis=1)).all(axis=1, keepdims=True)
-    return np.where(same, own, best)
+    return None if same.all() else np.where(same, own, best)
+
+
+def _absent(experts: IntArray, chosen: IntArray) -> BoolArray:
+    """Which of `experts` are not among the `chosen` of their token: [tokens, k]."""
+    if len(experts) == 1:
+        among = set(chosen[0].tolist())
+        return np.array([[expert not in among for expert in experts[0].tolist()]])
+    absent: BoolArray = (experts[:, :, None] != chosen[:, None]).all(axis=2)
+    return absent
 
 
 def _run(run: Callable[[], Any], watch: "_Watch", found: ExpertsModule) -> Routed:

@@ -3,9 +3,11 @@
 from retinue.errors import UsageError
 from retinue.policy.outside import outside
 from retinue.policy.preset import Preset
-from retinue.policy.systems import baselines, fixed_sets, oracle
+from retinue.policy.systems import baselines, exact, fixed_sets, learning, oracle
 
-PRESETS = {row.name: row for row in (*baselines.PRESETS, *oracle.PRESETS, *fixed_sets.PRESETS)}
+_EXACT = (baselines.PRESETS, exact.PRESETS, learning.PRESETS, oracle.PRESETS)
+_TABLES = (*_EXACT, fixed_sets.PRESETS)
+PRESETS = {row.name: row for table in _TABLES for row in table}
 
 
 def preset(name: str) -> Preset:

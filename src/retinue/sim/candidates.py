@@ -4,12 +4,12 @@ A preset needs the signals that its policies look at, what was learnt of the mod
 experts. Whoever calls finds out what is known of the model: this module reads no file.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from retinue.errors import Refused, UsageError
+from retinue.errors import Refused
 from retinue.memory.base import Sizes
 from retinue.policy.evict.belady import Future, future_of
 from retinue.policy.order.cohort import Cohort
@@ -17,6 +17,7 @@ from retinue.policy.policies import Policies
 from retinue.policy.predict.forecasters import forecaster
 from retinue.policy.predict.learned import Learned
 from retinue.policy.preset import Given, Preset
+from retinue.policy.presets import PRESETS, preset
 from retinue.sim.fixed import Beforehand
 from retinue.sim.passes import Load, Passes
 from retinue.sim.recorded import Recording
@@ -78,32 +79,32 @@ def candidates(
     """
     found: list[Candidate] = []
     reasons: dict[str, str] = {}
-    for preset in presets:
+    for row in presets:
         try:
-            found.append(_candidate(preset, head, known, timed=timed))
+            found.append(_candidate(row, head, known, timed=timed))
         except Refused as error:
-            reasons[preset.name] = str(error)
+            reasons[row.name] = str(error)
     return found, reasons
 
 
 def _candidate(
-    preset: Preset, head: TraceHead, known: Callable[[Preset, int], Known], *, timed: bool
+    row: Preset, head: TraceHead, known: Callable[[Preset, int], Known], *, timed: bool
 ) -> Candidate:
-    if preset.replayed and timed:
+    if row.replayed and timed:
         raise Refused("what comes next depends on the speed where requests arrive at times")
-    nothing = future_of([], head.layers, head.experts) if preset.replayed else None
+    nothing = future_of([], head.layers, head.experts) if row.replayed else None
     whole = head.layers * head.experts
-    given = replace(known(preset, whole).given, slots=whole, future=nothing)
-    policies = preset.build(given)
-    known(preset, whole).beforehand(policies)
+    given = replace(known(row, whole).given, slots=whole, future=nothing)
+    policies = row.build(given)
+    known(row, whole).beforehand(policies)
     needs = policies.needs
     if not policies.routing.exact:
         needs |= {"scores"}
     if missing := sorted(needs - set(head.signals)):
         raise Refused(f"needs a trace with {' and '.join(f'`{name}`' for name in missing)}")
     far = policies.predictor.depth > 1 and "next_scores" in needs
-    notes = (RECORDED,) * (not preset.exact) + (NEAR,) * far
-    return Candidate(preset, lambda slots: known(preset, slots), frozenset(needs), notes)
+    notes = (RECORDED,) * (not row.exact) + (NEAR,) * far
+    return Candidate(row, lambda slots: known(row, slots), frozenset(needs), notes)
 
 
 def foreseen(recording: Recording, load: Load, slots: int) -> Future:
@@ -131,11 +132,9 @@ def sizes_of(head: TraceHead, names: Iterable[str], read_bytes: int) -> Sizes:
     return Sizes(sizes, sizes)
 
 
-def chosen(names: str | None, presets: Mapping[str, Preset]) -> list[Preset]:
-    """Those that `names`, with commas between, asks for; all without it. Raises UsageError."""
+def chosen(names: str | None) -> list[Preset]:
+    """Those that `names`, with commas between, asks for; without it all. Raises UsageError."""
     if names is None:
-        return list(presets.values())
-    wanted = [name.strip() for name in names.split(",")]
-    if unknown := [name for name in wanted if name not in presets]:
-        raise UsageError(f"unknown preset: `{unknown[0]}`", hint=f"known: {', '.join(presets)}")
-    return [presets[name] for name in dict.fromkeys(wanted)]
+        return list(PRESETS.values())
+    found = {found.name: found for found in map(preset, map(str.strip, names.split(",")))}
+    return list(found.values())
