@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 
 from retinue.policy.base import BoolArray, Choice, Route, View
+from retinue.policy.evict.belady import future_of
 from retinue.policy.preset import Arrays, Given
 from retinue.policy.profile import Profile, TaskCounts
 from retinue.policy.transitions import Transitions
@@ -25,7 +26,8 @@ def profile() -> Profile:
 
 def given() -> Given:
     """All that may be known of the model by hand."""
-    return replace(GIVEN, profile=profile(), learned=learned())
+    future = future_of([], LAYERS, EXPERTS)
+    return replace(GIVEN, profile=profile(), learned=learned(), future=future)
 
 
 def floats(values: object) -> FloatArray:
