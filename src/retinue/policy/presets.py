@@ -3,10 +3,16 @@
 from retinue.errors import UsageError
 from retinue.policy.outside import outside
 from retinue.policy.preset import Preset
-from retinue.policy.systems import baselines, exact, fixed_sets, learning, oracle
+from retinue.policy.systems import approximate, baselines, exact, fixed_sets, learning, oracle
 
-_EXACT = (baselines.PRESETS, exact.PRESETS, learning.PRESETS, oracle.PRESETS)
-_TABLES = (*_EXACT, fixed_sets.PRESETS)
+_TABLES = (
+    baselines.PRESETS,
+    exact.PRESETS,
+    learning.PRESETS,
+    oracle.PRESETS,
+    fixed_sets.PRESETS,
+    approximate.PRESETS,
+)
 PRESETS = {row.name: row for table in _TABLES for row in table}
 
 
