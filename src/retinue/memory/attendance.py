@@ -209,7 +209,7 @@ class Turn:
         if len(missing):
             if cache.phase == "prefill":
                 order = np.argsort(-demand.weight, kind="stable")
-                self._keep = demand.experts[order][: cache.quota]
+                self._keep = demand.experts[order][: cache.division.quota]
                 cache.settle_in(demand.layer, self._keep)
             self._missing = self._fetch(missing)
         if not len(self._missing):
@@ -233,7 +233,7 @@ class Turn:
             following = attendance.following.get(following)
         if not ahead:
             return
-        limit = cache.ring if prefill else 2 * cache.top_k
+        limit = cache.division.ring if prefill else 2 * cache.top_k
         view = cache.view(tuple(ahead), self._view.route)
         for want in predictor.forecast(view):
             near = want.layer == ahead[0].layer
