@@ -2,6 +2,8 @@
 
 import json
 import zipfile
+from collections.abc import Collection
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,23 @@ import pytest
 import models
 from command import MEMORY, Call, caller, refused
 from retinue.errors import Cancelled, UsageError, WriteError
-from retinue.trace import Routed, Trace, TraceHead, TraceWriter, append, routed_of
+from retinue.trace import (
+    SIGNALS,
+    Routed,
+    Trace,
+    TraceHead,
+    TraceWriter,
+    append,
+    check_same_model,
+    routed_of,
+)
+from retinue.types import Facts
 from test_cli_eval import write
 
 HEAD = TraceHead("tiny", 5, 8, 2, (1, 3, 4))
 TINY = ("--threads", 1, *MEMORY)
+_WORDS = {"name": "tiny", "family": "olmoe", "dtype": "bfloat16"}
+FACTS = Facts(**{item.name: _WORDS.get(item.name, 1) for item in fields(Facts)} | {"stored": ""})
 
 
 def request_of(seed: int, head: TraceHead = HEAD, task: str | None = "a") -> Routed:
@@ -73,6 +87,73 @@ def test_sums_alone(tmp_path: Path) -> None:
         assert np.array_equal(request.sums, request_of(seed).sums)
 
 
+def signals_of(request: Routed, head: TraceHead) -> dict[str, np.ndarray]:
+    random = np.random.default_rng(request.prompt_tokens)
+    tokens = request.prompt_tokens + request.answer_tokens
+    shapes = {name: head.shape(name, tokens) for name in head.signals}
+    return {name: random.random(shape, dtype=np.float32) for name, shape in shapes.items()}
+
+
+def test_signals_come_back_when_they_are_asked_for(tmp_path: Path) -> None:
+    head = replace(HEAD, signals=SIGNALS, width=16, precision="int8")
+    plain = [request_of(seed, head) for seed in range(3)]
+    wanted = [replace(request, signals=signals_of(request, head)) for request in plain]
+    with TraceWriter(tmp_path / "a.trace", head) as writer:
+        append(writer, wanted)
+    trace = Trace(tmp_path / "a.trace")
+    assert trace.head == head
+    for request, original in zip(trace.requests(SIGNALS), wanted, strict=True):
+        assert same(request, original)
+        for name, values in original.signals.items():
+            assert request.signals[name].dtype == np.float32
+            assert np.array_equal(request.signals[name], values.astype(np.float16))
+    assert request.signals["next_scores"].shape[1] == len(HEAD.routed) - 1
+    assert all(not request.signals for request in trace)
+    assert [set(request.signals) for request in trace.requests(["hidden"])] == [{"hidden"}] * 3
+
+
+def test_what_fp16_does_not_know_is_the_largest_that_it_does(tmp_path: Path) -> None:
+    head = replace(HEAD, signals=("embedding",), width=2)
+    large = replace(request_of(0), signals={"embedding": np.array([1e6, -1e6], np.float32)})
+    with TraceWriter(tmp_path / "a.trace", head) as writer:
+        writer.add(large)
+    (request,) = Trace(tmp_path / "a.trace").requests(["embedding"])
+    assert request.signals["embedding"].tolist() == [65504, -65504]
+
+
+def test_version_1_is_read(tmp_path: Path) -> None:
+    file = written(tmp_path / "a.trace")
+    with zipfile.ZipFile(file) as archive:
+        content = json.loads(archive.read("head.json"))
+    new = dict.fromkeys(("signals", "width", "precision", "facts"))
+    assert new.keys() <= content.keys()
+    old = Trace(changed(file, without=new.keys(), version=1))
+    assert old.head == HEAD
+    assert all(same(a, request_of(seed)) for seed, a in enumerate(old))
+
+
+@pytest.mark.parametrize(
+    ("mine", "theirs", "message"),
+    [
+        ({"signals": ("scores",)}, {}, "has no signal `scores`"),
+        ({"precision": "int4", "facts": FACTS}, {"facts": FACTS}, "of another precision: `as-is`"),
+        ({}, {"routed": (1, 3)}, "of another model"),
+        ({}, {"detail": "histogram"}, "has no tokens"),
+    ],
+)
+def test_what_does_not_merge(mine: dict[str, Any], theirs: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message) as caught:
+        check_same_model(replace(HEAD, **mine), replace(HEAD, **theirs), Path("a.trace"))
+    assert caught.value.hint
+
+
+def test_what_merges() -> None:
+    more = replace(HEAD, signals=SIGNALS, model="a copy", facts=FACTS)
+    check_same_model(HEAD, more, Path("a.trace"))
+    check_same_model(replace(HEAD, precision="int4", facts=FACTS), HEAD, Path("a.trace"))
+    check_same_model(replace(HEAD, detail="histogram"), HEAD, Path("a.trace"))
+
+
 def test_an_error_leaves_nothing_and_the_old_file_stays(tmp_path: Path) -> None:
     file = tmp_path / "a.trace"
 
@@ -95,7 +176,8 @@ def test_an_error_leaves_nothing_and_the_old_file_stays(tmp_path: Path) -> None:
 
 
 def read_all(file: Path) -> list[Routed]:
-    return list(Trace(file))
+    trace = Trace(file)
+    return list(trace.requests(trace.head.signals))
 
 
 def test_cut_off_anywhere(tmp_path: Path) -> None:
@@ -126,11 +208,13 @@ def test_flipped_bits_are_noticed_or_do_not_matter(tmp_path: Path) -> None:
     assert noticed > len(whole) // 3 / 2
 
 
-def changed(file: Path, **change: Any) -> Path:
+def changed(file: Path, *, without: Collection[str] = (), **change: Any) -> Path:
     """The trace with another head."""
     with zipfile.ZipFile(file) as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
-    members["head.json"] = json.dumps(json.loads(members["head.json"]) | change).encode()
+    head = json.loads(members["head.json"])
+    head = {key: value for key, value in head.items() if key not in without}
+    members["head.json"] = json.dumps(head | change).encode()
     with zipfile.ZipFile(file, "w") as archive:
         for name, content in members.items():
             archive.writestr(name, content)
@@ -140,7 +224,10 @@ def changed(file: Path, **change: Any) -> Path:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 2}, "unknown version of a trace: `2`"),
+        ({"version": 3}, "unknown version of a trace: `3`"),
+        ({"signals": ["colour"]}, "cannot read"),
+        ({"signals": ["scores"]}, "cannot read"),
+        ({"facts": {"name": "tiny"}}, "cannot read"),
         ({"format": "retinue-profile"}, "another format"),
         ({"experts": 0}, "out of range"),
         ({"routed": [1, 9]}, "out of range"),
@@ -206,3 +293,26 @@ def test_trace_and_append(call: Call, olmoe: Path, texts: Path, tmp_path: Path) 
     refused(call(*again[:-6], "--merge", coarse, "--out", two, *TINY), 2, "has no tokens")
     other = written(tmp_path / "other.trace")
     refused(call(*again[:-6], "--merge", other, "--out", two, *TINY), 2, "another model")
+    refused(call(*again, "--signals", "scores", "--out", two), 2, "has no signal `scores`")
+
+
+def test_trace_with_signals(call: Call, olmoe: Path, texts: Path, tmp_path: Path) -> None:
+    file = tmp_path / "a.trace"
+    words = ("trace", olmoe, "--data", texts, "--out", file, *TINY, "--json")
+    done = call(*words, "--signals", "embedding, hidden,next_scores,scores")
+    assert done.code == 0, done.err
+    assert done.document["signals"] == list(SIGNALS)
+    head = Trace(file).head
+    assert head.facts is not None
+    assert (head.facts.expert_bytes, head.precision) == (head.facts.read_bytes, "as-is")
+    for request in Trace(file).requests(SIGNALS):
+        assert request.experts is not None
+        scores, ahead = request.signals["scores"], request.signals["next_scores"]
+        assert request.signals["hidden"].shape == (18, models.LAYERS, head.width)
+        assert request.signals["embedding"].shape == (head.width,)
+        assert np.allclose(scores.sum(axis=2), 1, atol=0.01)
+        # A router's own choice is the top of its own scores; of the next one's, by and large.
+        own = np.sort(np.argsort(-scores, axis=2)[:, :, : models.TOP_K], axis=2)
+        assert (own == np.sort(request.experts, axis=2)).mean() > 0.9
+        assert ahead.shape == (18, models.LAYERS - 1, models.EXPERTS)
+    refused(call(*words, "--signals", "scores,colour"), 2, "unknown signal: `colour`")

@@ -1,16 +1,17 @@
 """Routing traces: which experts every token of a request chose, in one compressed file.
 
 A trace is a zip archive: `head.json`, and for each request one member of plain numbers, so that
-nothing is executed by reading one, and damage shows. It knows no model: whoever records gives it
-arrays. A file is written whole or not at all, and read a request at a time.
+nothing is executed by reading one, and damage shows; each signal of a request is a member of its
+own. It knows no model: whoever records gives it arrays. A file is written whole or not at all, and
+read a request at a time.
 """
 
 import json
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -18,10 +19,12 @@ from typing import Any, Literal, Self
 import numpy as np
 
 from retinue.errors import UsageError, WriteError
-from retinue.types import FloatArray, IntArray
+from retinue.types import Facts, FloatArray, IntArray
 
-FORMAT, VERSION = "retinue-trace", 1
+FORMAT, VERSION = "retinue-trace", 2
+READS = (1, 2)  # version 1 has neither signals nor facts
 Detail = Literal["tokens", "histogram"]
+SIGNALS = ("scores", "next_scores", "hidden", "embedding")
 _HEAD = "head.json"
 _DAMAGE = (OSError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError)
 
@@ -30,7 +33,10 @@ _DAMAGE = (OSError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedErro
 class TraceHead:
     """What all requests of a trace share. `routed` are the decoder layers that have experts.
 
-    `detail` says what is kept: every token's choice, in its order, or only sums by expert.
+    `detail` says what is kept: every token's choice, in its order, or only sums by expert; and
+    `signals` what else, of every token or request (see `Routed`). `width` is that of the model's
+    hidden state, 0 where it is not known. `facts` are what a cost model needs to know of the model
+    in the `precision` that it ran in; None in traces of version 1.
     """
 
     model: str
@@ -39,6 +45,20 @@ class TraceHead:
     top_k: int
     routed: tuple[int, ...]
     detail: Detail = "tokens"
+    signals: tuple[str, ...] = ()
+    width: int = 0
+    precision: str = "as-is"
+    facts: Facts | None = None
+
+    def shape(self, signal: str, tokens: int) -> tuple[int, ...]:
+        """What `signal` of a request of `tokens` is: see `Routed`."""
+        routed = len(self.routed)
+        return {
+            "scores": (tokens, routed, self.experts),
+            "next_scores": (tokens, routed - 1, self.experts),
+            "hidden": (tokens, routed, self.width),
+            "embedding": (self.width,),
+        }[signal]
 
     @property
     def token_bytes(self) -> int:
@@ -58,6 +78,11 @@ class Routed:
     With every token `experts` and `weights` are [tokens, routed, k], the prompt's tokens first; an
     id of `head.experts` or more means none, and weights are rounded to fp16. `sums` is
     [2, routed, experts]: the routing weight of each expert in the prompt and in the answer.
+
+    `signals` holds, rounded to fp16, those of the head's that were asked for. `scores` are what
+    each layer's own router says of its input, `next_scores` what the next layer's says of it:
+    probabilities [tokens, routed, experts], for the latter without the last layer. `hidden` are
+    these inputs [tokens, routed, width], `embedding` the mean of the prompt's tokens' [width].
     """
 
     task: str | None
@@ -66,6 +91,7 @@ class Routed:
     sums: FloatArray
     experts: IntArray | None = None
     weights: FloatArray | None = None
+    signals: Mapping[str, FloatArray] = field(default_factory=dict)
 
     def used(self, head: TraceHead, *, answer: bool = False) -> FloatArray:
         """Summed routing weight of each expert in the prompt, or in the answer: [layers, experts].
@@ -108,9 +134,12 @@ class TraceWriter:
 
     def add(self, request: Routed) -> None:
         """Append one request. Raises WriteError."""
-        content = _encode(self.head, request)
+        members = {str(self.requests): _encode(self.head, request)}
+        for signal in self.head.signals:
+            members[f"{self.requests}.{signal}"] = _encode_signal(request.signals[signal])
         try:
-            self._archive.writestr(str(self.requests), content)
+            for name, content in members.items():
+                self._archive.writestr(name, content)
         except OSError as error:
             raise self._unwritten(error) from error
         self._entries.append((request.task, request.prompt_tokens, request.answer_tokens))
@@ -165,10 +194,10 @@ class Trace:
             raise self._damaged(error) from error
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise self._damaged("its head is another format's")
-        if content.get("version") != VERSION:
+        if content.get("version") not in READS:
             raise UsageError(
                 f"`{file}`: unknown version of a trace: `{content.get('version')}`",
-                hint=f"this version of retinue reads {VERSION}; record it again",
+                hint=f"this version of retinue reads {VERSION} and earlier; record it again",
             )
         try:
             self.head = _head_from(content)
@@ -190,16 +219,34 @@ class Trace:
         return [task for task, _, _ in self._entries]
 
     def __iter__(self) -> Iterator[Routed]:
-        """Each request in its order, read when it is asked for. Raises UsageError for damage."""
+        """Each request in its order, without signals, read when it is asked for.
+
+        Raises UsageError for damage.
+        """
+        return self.requests()
+
+    def requests(self, signals: Collection[str] = ()) -> Iterator[Routed]:
+        """The same with those of the head's `signals`. Raises UsageError for damage."""
+        assert set(signals) <= set(self.head.signals), signals
         try:
             with zipfile.ZipFile(self.file) as archive:
                 for number, entry in enumerate(self._entries):
-                    size = _size(self.head, entry)
-                    if archive.getinfo(str(number)).file_size != size:
-                        raise self._damaged(f"request {number} does not have {size} bytes")
-                    yield _decode(self.head, entry, archive.read(str(number)))
+                    content = self._member(archive, str(number), _size(self.head, entry))
+                    found = {name: self._signal(archive, number, name) for name in signals}
+                    yield _decode(self.head, entry, content, found)
         except (*_DAMAGE, KeyError) as error:
             raise self._damaged(error) from error
+
+    def _signal(self, archive: zipfile.ZipFile, number: int, name: str) -> FloatArray:
+        _, prompt, answer = self._entries[number]
+        shape = self.head.shape(name, prompt + answer)
+        content = self._member(archive, f"{number}.{name}", 2 * int(np.prod(shape)))
+        return _decode_signal(content, shape)
+
+    def _member(self, archive: zipfile.ZipFile, name: str, size: int) -> bytes:
+        if archive.getinfo(name).file_size != size:
+            raise self._damaged(f"request {name} does not have {size} bytes")
+        return archive.read(name)
 
     def _damaged(self, reason: object) -> UsageError:
         return UsageError(
@@ -211,21 +258,36 @@ class Trace:
 def check_same_model(head: TraceHead, other: TraceHead, file: Path) -> None:
     """Raise UsageError unless the trace `other` of `file` may be appended to one of `head`.
 
-    A trace with every token may be appended to one without, not the other way round.
+    A trace with every token may be appended to one without, not the other way round; and so one
+    with more signals to one with fewer.
     """
-    coarse = other.detail == "histogram"
-    if replace(other, model=head.model, detail=head.detail) != head:
+    if _model(other) != _model(head):
         raise UsageError(
             f"the trace `{file}` is of another model: `{other.model}`, {other.layers} layers of"
             f" {other.experts} experts, top {other.top_k}; this one is `{head.model}`,"
             f" {head.layers} of {head.experts}, top {head.top_k}",
             hint="merge traces of one model only",
         )
-    if coarse and head.detail == "tokens":
+    if other.detail == "histogram" and head.detail == "tokens":
         raise UsageError(
             f"the trace `{file}` has no tokens, only sums",
             hint="record with `--detail histogram`, or record that trace again",
         )
+    if missing := [name for name in head.signals if name not in other.signals]:
+        raise UsageError(
+            f"the trace `{file}` has no signal `{missing[0]}`",
+            hint="leave it out of `--signals`, or record that trace again",
+        )
+    if other.facts is not None and other.precision != head.precision:
+        raise UsageError(
+            f"the trace `{file}` is of another precision: `{other.precision}`, this one is of"
+            f" `{head.precision}`",
+            hint="merge traces of one precision only",
+        )
+
+
+def _model(head: TraceHead) -> tuple[int, int, int, tuple[int, ...]]:
+    return head.layers, head.experts, head.top_k, head.routed
 
 
 def append(writer: TraceWriter, requests: Iterable[Routed]) -> None:
@@ -243,16 +305,35 @@ def _encode(head: TraceHead, request: Routed) -> bytes:
     return ids + request.weights.astype("<f2").tobytes()
 
 
-def _decode(head: TraceHead, entry: tuple[str | None, int, int], content: bytes) -> Routed:
+def _encode_signal(values: FloatArray) -> bytes:
+    """The high bytes of all fp16 numbers, then the low ones: that way they compress."""
+    most = np.finfo(np.float16).max  # hidden states may be larger than fp16 knows
+    rounded = np.clip(values, -most, most).astype("<f2")
+    return rounded.reshape(-1).view(np.uint8).reshape(-1, 2)[:, ::-1].T.tobytes()
+
+
+def _decode_signal(content: bytes, shape: tuple[int, ...]) -> FloatArray:
+    planes = np.frombuffer(content, np.uint8).reshape(2, -1)
+    pairs = np.ascontiguousarray(planes[::-1].T)
+    return pairs.view("<f2").reshape(shape).astype(np.float32)
+
+
+def _decode(
+    head: TraceHead,
+    entry: tuple[str | None, int, int],
+    content: bytes,
+    signals: Mapping[str, FloatArray],
+) -> Routed:
     task, prompt, answer = entry
     if head.detail == "histogram":
         sums = np.frombuffer(content, "<f4").reshape(2, len(head.routed), head.experts)
-        return Routed(task, prompt, answer, sums.astype(np.float32))
+        return Routed(task, prompt, answer, sums.astype(np.float32), signals=signals)
     shape = (prompt + answer, len(head.routed), head.top_k)
     ids = np.frombuffer(content, head._ids.newbyteorder("<"), count=int(np.prod(shape)))
     weights = np.frombuffer(content, "<f2", offset=ids.nbytes)
     experts = ids.reshape(shape).astype(np.int64)
-    return routed_of(head, task, prompt, experts, weights.reshape(shape).astype(np.float32))
+    given = weights.reshape(shape).astype(np.float32)
+    return replace(routed_of(head, task, prompt, experts, given), signals=signals)
 
 
 def _size(head: TraceHead, entry: tuple[str | None, int, int]) -> int:
@@ -269,7 +350,14 @@ def _head_from(content: dict[str, Any]) -> TraceHead:
         raise ValueError("layers or experts are out of range")
     if detail not in ("tokens", "histogram"):
         raise ValueError(f"detail is `{detail}`")
-    return TraceHead(str(content["model"]), layers, experts, top_k, routed, detail)
+    signals = tuple(str(name) for name in content.get("signals", ()))
+    width = int(content.get("width", 0))
+    if not set(signals) <= set(SIGNALS) or width < 0:
+        raise ValueError(f"signals are {signals}, width is {width}")
+    facts = Facts(**content["facts"]) if content.get("facts") else None
+    precision = str(content.get("precision", "as-is"))
+    shape = (layers, experts, top_k, routed)
+    return TraceHead(str(content["model"]), *shape, detail, signals, width, precision, facts)
 
 
 def _entry_from(row: Any) -> tuple[str | None, int, int]:

@@ -156,6 +156,12 @@ def _add_trace(verbs: object) -> None:
         default="tokens",
         help="every token's experts and weights, or their sums by expert (default: tokens)",
     )
+    trace.add_argument(
+        "--signals",
+        metavar="NAMES",
+        help="what else `simulate` needs for presets that look at more, with commas between:"
+        " scores, next_scores, embedding, and hidden, which is large",
+    )
     add_config_options(
         trace, ("memory", "experts", "context", "precision", "threads", "self_check")
     )

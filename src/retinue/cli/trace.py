@@ -9,7 +9,8 @@ from retinue.cli.options import config_from
 from retinue.cli.terminal import audience, emit_json
 from retinue.config import format_size
 from retinue.engine.tracing import record, trace_head
-from retinue.trace import Trace, TraceWriter, append, check_same_model
+from retinue.errors import UsageError
+from retinue.trace import SIGNALS, Trace, TraceWriter, append, check_same_model
 
 
 def execute(options: Namespace) -> int:
@@ -17,12 +18,13 @@ def execute(options: Namespace) -> int:
     config = replace(config_from(options), preset="auto", task=None, profile=None)
     earlier = Trace(Path(options.merge)) if options.merge else None
     out = Path(options.out)
+    signals = _signals(options)
     with measured(options, config) as (assembly, texts):
-        head = trace_head(assembly, options.detail)
+        head = trace_head(assembly, options.detail, signals, config.precision)
         if earlier is not None:
             check_same_model(head, earlier.head, earlier.file)
         with TraceWriter(out, head) as writer:
-            append(writer, earlier or ())
+            append(writer, earlier.requests(signals) if earlier is not None else ())
             with bar(len(texts)) as advance:
                 append(writer, record(assembly, head, texts, advance))
     size = out.stat().st_size
@@ -30,6 +32,7 @@ def execute(options: Namespace) -> int:
         "model": options.model,
         "out": str(out),
         "detail": head.detail,
+        "signals": list(head.signals),
         "requests": writer.requests,
         "tokens": writer.tokens,
         "bytes": size,
@@ -43,3 +46,11 @@ def execute(options: Namespace) -> int:
     if options.json:
         emit_json(document)
     return 0
+
+
+def _signals(options: Namespace) -> tuple[str, ...]:
+    """The names in `--signals`, in the order of `SIGNALS`. Raises UsageError for others."""
+    names = [name.strip() for name in options.signals.split(",")] if options.signals else []
+    if unknown := [name for name in names if name not in SIGNALS]:
+        raise UsageError(f"unknown signal: `{unknown[0]}`", hint=f"known: {', '.join(SIGNALS)}")
+    return tuple(name for name in SIGNALS if name in names)

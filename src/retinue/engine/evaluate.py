@@ -151,7 +151,7 @@ def _exact(
     policies = assembly.preset.build(assembly.given)  # of its own: the cache's have seen the pass
     replay = Replay(policies, assembly.cache.slots, assembly.facts.top_k, _read_bytes(assembly))
     scored = []
-    with scorer.recording(next_scores="next_scores" in policies.predictor.needs) as routing:
+    with scorer.recording(policies.predictor.needs & {"next_scores"}) as routing:
         for text in texts:
             scored.append(scorer.score(text.ids, text.scored))
             replay.run(routing)

@@ -96,6 +96,14 @@ class ExpertHost:
         """Whether every layer's router can be asked."""
         return None not in self._routers.values()
 
+    def scores(self, layer: int, hidden: torch.Tensor) -> FloatArray | None:
+        """What `layer`'s own router says of its input: probabilities [tokens, experts].
+
+        None where it cannot be asked.
+        """
+        router = self._routers.get(layer)
+        return _probabilities(router, hidden) if router is not None else None
+
     def next_scores(self, layer: int, hidden: torch.Tensor) -> FloatArray | None:
         """What the router after `layer` says of `layer`'s input: probabilities [tokens, experts].
 

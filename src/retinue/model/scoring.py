@@ -4,7 +4,7 @@ One forward pass a text, so that a model of any family is measured as it is. It 
 tasks nor presets: whoever calls it says whether routers are restricted.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -36,7 +36,10 @@ class LayerRouting:
     layer: int
     experts: IntArray  # [tokens, k]; ids beyond the experts mean none
     weights: FloatArray  # [tokens, k]
-    next_scores: FloatArray | None  # [tokens, experts], of the next layer's router, if asked for
+    # If asked for, see `trace.Routed`; of the last layer there are no next scores.
+    scores: FloatArray | None = None  # [tokens, experts]
+    next_scores: FloatArray | None = None  # [tokens, experts]
+    hidden: FloatArray | None = None  # [tokens, hidden]
 
 
 class Scorer:
@@ -70,9 +73,19 @@ class Scorer:
         self.costs.add(counters)
         return _scored(logits, torch.tensor(ids[-count:]))
 
+    @torch.inference_mode()
+    def embedding(self, ids: list[int]) -> FloatArray:
+        """The mean of the embeddings of `ids`: [hidden]."""
+        rows = self._model.get_input_embeddings()(torch.tensor(ids)).float()
+        mean: FloatArray = rows.mean(dim=0).numpy()
+        return mean
+
     @contextmanager
-    def recording(self, *, next_scores: bool) -> Iterator[list[LayerRouting]]:
-        """Within, the list holds the routing of the last text, a layer each, in order."""
+    def recording(self, signals: Collection[str] = ()) -> Iterator[list[LayerRouting]]:
+        """Within, the list holds the routing of the last text, a layer each, in order.
+
+        `signals`: which of `scores`, `next_scores` and `hidden` are recorded with it.
+        """
         seen: list[LayerRouting] = []
 
         def watch(
@@ -80,9 +93,11 @@ class Scorer:
         ) -> None:
             if seen and seen[-1].layer >= layer:
                 seen.clear()
-            ahead = self._host.next_scores(layer, hidden) if next_scores else None
             ids, given = index.numpy().astype(np.int64), weights.float().numpy()
-            seen.append(LayerRouting(layer, ids, given.copy(), ahead))
+            scores = self._host.scores(layer, hidden) if "scores" in signals else None
+            ahead = self._host.next_scores(layer, hidden) if "next_scores" in signals else None
+            inputs = hidden.float().numpy().copy() if "hidden" in signals else None
+            seen.append(LayerRouting(layer, ids, given.copy(), scores, ahead, inputs))
 
         self._host.watch = watch
         try:
