@@ -61,12 +61,14 @@ def test_zero_is_the_plain_model(many: Path, plain: torch.Tensor, share: str, ch
     assert torch.allclose(logits[-len(FORCED) :], plain[-len(FORCED) :], atol=1e-5)
 
 
-def test_zero_in_bfloat16_to_the_bit(checkpoints: Path) -> None:
+@pytest.mark.parametrize("eager", [True, False])
+def test_zero_in_bfloat16_to_the_bit(checkpoints: Path, eager: bool) -> None:
+    """Of the network as it comes, and of prepared steps."""
     fields = {"num_experts": EXPERTS, "num_experts_per_tok": TOP_K}
     folder = models.make(checkpoints / "fetching-bf16", "olmoe", torch.bfloat16, **fields)
-    with models.open_llm(folder, eager=True, chunk=16) as llm:
+    with models.open_llm(folder, eager=eager, chunk=16) as llm:
         wanted = models.run_logits(llm, PROMPT, FORCED)
-    with open_llm(folder, 0.0, chunk=16) as llm:
+    with open_llm(folder, 0.0, eager=eager, chunk=16) as llm:
         assert torch.equal(models.run_logits(llm, PROMPT, FORCED), wanted)
 
 
@@ -309,10 +311,13 @@ def test_a_failed_pass_is_run_again_as_if_it_were_the_first(
     assert (counters.missed, counters.fetched) == (other.missed, other.fetched)
 
 
-def test_a_cancelled_pass_leaves_no_trace(opened: LLM) -> None:
-    """Stopped in each layer in turn, also while it waits for a read."""
+@pytest.mark.parametrize("tokens", [16, 1])
+def test_a_cancelled_pass_leaves_no_trace(opened: LLM, tokens: int) -> None:
+    """Stopped in each layer in turn, also while it waits for a read, and in a prepared step."""
     runner, host = opened.assembly.engine._runner, opened.assembly.host
     sequence = runner.new_sequence(list(range(4)), 0)
+    if tokens == 1:
+        runner.run([Segment(sequence, PROMPT[16:32])], "prefill")
     before = host.books.there()
     for allowed in range(1, 3 * models.LAYERS):
         asked = 0
@@ -324,7 +329,7 @@ def test_a_cancelled_pass_leaves_no_trace(opened: LLM) -> None:
 
         host.stop = stop
         try:
-            runner.run([Segment(sequence, PROMPT[:16])], "prefill")
+            runner.run([Segment(sequence, PROMPT[:tokens])], "prefill" if tokens > 1 else "decode")
         except Cancelled:
             assert (host.books.there() == before).all()
             opened.assembly.cache.check()

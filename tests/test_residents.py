@@ -65,8 +65,7 @@ def test_everything_at_hand_is_the_plain_model(
     preset: str, family: str, profile: Path, request: pytest.FixtureRequest
 ) -> None:
     folder = request.getfixturevalue(family)
-    # Such presets prepare no steps, and a prepared step rounds bfloat16 otherwise.
-    with models.open_llm(folder, eager=True) as llm:
+    with models.open_llm(folder) as llm:
         plain = answer(llm).token_ids
     with open_llm(folder, profile, preset, experts="100%") as llm:
         output = answer(llm)

@@ -195,9 +195,8 @@ def _steps(
     network: Network, host: ExpertHost, store: Store, abilities: Abilities, notes: list[str]
 ) -> Steps:
     """The prepared steps; that of one sequence is recorded now, as nobody waits for a token."""
-    reason = abilities.unprepared
-    if host.restriction is not None:
-        reason = "the preset restricts the routers"
+    plain = host.restriction is None
+    reason = abilities.unprepared if plain else abilities.unprepared_restricted
     steps = Steps(network.model, store, notes.append, reason, network.dense)
     steps.prepare(1)
     return steps

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -15,16 +16,20 @@ from retinue.model.attention import install, uninstall
 from retinue.model.expert_map import find_experts
 from retinue.model.experts import IMPLEMENTATION
 from retinue.model.kv import Segment, Sequence, Store
+from retinue.model.restriction import Restriction
 from retinue.model.restriction import probe as obeys
-from retinue.model.routing import find_routers
+from retinue.model.routing import find_routers, top_k
 from retinue.model.runner import shared_pass
 from retinue.model.state_size import new_cache
 from retinue.model.step import Steps
 from retinue.model.twin import VOCABULARY, twin
+from retinue.policy.base import BoolArray, Choice
+from retinue.policy.route.next_resident import NextResident
 from retinue.types import BLOCK_TOKENS
 
 # Over a window, over a chunk of the linear-attention kernels, and over the border of one.
 PROMPT_TOKENS, FIRST_CHUNK_TOKENS = 100, 70
+UNTRIED = "it could not be tried out"
 TOLERANCE = 1e-5  # of the logits' norm; float32 rounding stays below a tenth of it
 
 
@@ -39,7 +44,8 @@ class Abilities:
     batching: bool = False
     look_ahead: bool = False
     restricted_routing: bool = False
-    unprepared: str = "it could not be tried out"  # why no decoding step can be prepared, if so
+    unprepared: str = UNTRIED  # why no decoding step can be prepared, if so
+    unprepared_restricted: str = UNTRIED  # the same, where a policy chooses for the routers
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -67,7 +73,11 @@ def abilities_of(model: PreTrainedModel) -> Abilities:
     if not batching:
         notes.append("each request has passes of its own: together this family's logits differ")
     unprepared = _why_unprepared(model) if batching else "its requests do not share passes"
-    return Abilities(chunked, batching, look_ahead, restricted, unprepared, tuple(notes))
+    otherwise = unprepared or "its routers do not obey"
+    if restricted and not unprepared:
+        with _half_of_the_experts(model):
+            otherwise = _why_unprepared(model)
+    return Abilities(chunked, batching, look_ahead, restricted, unprepared, otherwise, tuple(notes))
 
 
 def _routers(model: PreTrainedModel) -> list[Any]:
@@ -154,6 +164,26 @@ def _why_unprepared(model: Any) -> str:
         store.end()
         uninstall(model)
     return ""
+
+
+@contextmanager
+def _half_of_the_experts(model: Any) -> Iterator[None]:
+    """Let the next resident serve where a token's expert is not among half of them."""
+    modules = find_experts(model)
+    k = top_k(model, model.config, modules)
+    random = np.random.default_rng(0)
+    there = {found.layer: random.permutation(found.experts) for found in modules}
+
+    def serve(choice: Choice) -> BoolArray:
+        order = there[choice.layer]
+        return np.broadcast_to(order < max(k, len(order) // 2), choice.scores.shape)
+
+    restriction = Restriction(find_routers(model, modules), modules, NextResident(), serve)
+    restriction.active = True
+    try:
+        yield
+    finally:
+        restriction.close()
 
 
 @contextmanager

@@ -1,7 +1,9 @@
 """A recorded step, made ready to run again and again: native instructions, and calls between them.
 
-The memory of all that lives within a step is one arena, planned by who is used last when. What
-was there before the step (weights, positions, the pool of keys and values) is used where it lies.
+The memory of all that lives within a step is one arena (`arena.py`). What was there before the
+step (weights, positions, the pool of keys and values) is used where it lies. Where a restricted
+router has chosen, its policy is asked, and what follows its `topk` is done again if that replaces
+experts: a step in which none is replaced has the bits of the same step without the policy.
 """
 
 import ctypes
@@ -10,7 +12,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,18 @@ from retinue.errors import Unsupported
 from retinue.memory import evaluator as layout
 from retinue.memory.native import Format, Matrix, Native
 from retinue.metrics import Clock
+from retinue.model.again import repeated
+from retinue.model.arena import (
+    Attention,
+    Item,
+    Product,
+    Routed,
+    Torch,
+    aligned,
+    is_large,
+    plan,
+    row_stride,
+)
 from retinue.model.grouped_linear import GroupedLinear
 from retinue.model.instruction import TYPES, Instruction, Operand
 from retinue.model.kv import Pool
@@ -30,6 +43,7 @@ from retinue.model.record import (
     EXPERTS,
     GROUPED,
     PRODUCTS,
+    ROUTED,
     Operation,
     Recording,
     Ref,
@@ -37,7 +51,6 @@ from retinue.model.record import (
     layer_of,
 )
 
-ALIGNMENT = 64  # bytes
 Call = Callable[[], object]
 
 
@@ -58,34 +71,6 @@ class Memory:
     spans: Callable[[int | None], Spans]
 
 
-@dataclass(frozen=True, slots=True)
-class _Product:
-    """A matrix product that the library runs: out = given @ weight.T + bias, rows contiguous.
-
-    `weight` is one of bfloat16, or the layer that has it in another format.
-    """
-
-    out: Ref
-    given: Ref
-    weight: Ref | GroupedLinear
-    bias: Ref | None
-    tokens: int
-    stride: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Attention:
-    operation: Operation
-
-
-@dataclass(frozen=True, slots=True)
-class _Torch:
-    operation: Operation
-
-
-_Item = Instruction | _Product | _Attention | _Torch
-
-
 class Program:
     """`run` computes one step: its inputs are where they were recorded, `logits` is its answer.
 
@@ -103,14 +88,19 @@ class Program:
         self._constants, self._library = recording.constants, library
         self._numbers: dict[float, int] = {}
         self._keep: list[Any] = []
-        items = [item for operation in recording.operations for item in self._items(operation)]
-        self._arena, self._places = _plan(items, recording)
+        items: list[Item] = []
+        for at, operation in enumerate(recording.operations):
+            if operation.function == ROUTED:
+                items.append(self._routed(recording.operations[:at], operation))
+            else:
+                items += self._items(operation)
+        self._arena, self._places = plan(items, recording)
         self._table = np.zeros(len(self._numbers), dtype=np.float32)
         self._table[:] = list(self._numbers)
         self._calls = self._compile(items, memory)
         self.logits = self._tensor(recording.logits)
-        small = [item for item in items if not _is_large(item)]
-        natives = sum(not isinstance(item, _Torch) for item in small)
+        small = [item for item in items if not is_large(item)]
+        natives = sum(not isinstance(item, Torch) for item in small)
         self.native_share = natives / max(1, len(small))
 
     def run(self) -> None:
@@ -122,26 +112,30 @@ class Program:
 
     # --- what runs natively
 
-    def _items(self, operation: Operation) -> Sequence[_Item]:
+    def _items(self, operation: Operation) -> Sequence[Item]:
         if operation.function == ATTEND:
-            return [_Attention(operation)]
+            return [Attention(operation)]
         if operation.function == GROUPED:
             (given,), (out,) = operation.args, operation.outputs
             tokens = math.prod(given.shape[:-1])
             assert isinstance(operation.module, GroupedLinear)
-            return [_Product(out, given, operation.module, None, tokens, given.shape[-1])]
+            return [Product(out, given, operation.module, None, tokens, given.shape[-1])]
         if operation.function in PRODUCTS:
-            return [self._product(operation) or _Torch(operation)]
+            return [self._product(operation) or Torch(operation)]
         lowered = lower(operation) if operation.module is None else None
         if lowered is None:
-            return [_Torch(operation)]
+            return [Torch(operation)]
         for instruction in lowered:
             for operand in instruction.operands:
                 if operand.number is not None:
                     self._numbers.setdefault(operand.number, len(self._numbers))
         return lowered
 
-    def _product(self, operation: Operation) -> _Product | None:
+    def _routed(self, before: Sequence[Operation], operation: Operation) -> Routed:
+        again = repeated(before, operation)
+        return Routed(operation, tuple(item for each in again for item in self._items(each)))
+
+    def _product(self, operation: Operation) -> Product | None:
         """A product with a weight of bfloat16, as it lies in memory."""
         args, out = operation.args, operation.outputs[0]
         bias = None
@@ -160,10 +154,10 @@ class Program:
         if bias is not None and (bias.shape != (rows,) or bias.strides != (1,)):
             return None
         tokens = math.prod(given.shape[:-1])
-        stride = _row_stride(given)
-        if stride is None or _row_stride(out) != rows:
+        stride = row_stride(given)
+        if stride is None or row_stride(out) != rows:
             return None
-        return _Product(out, given, weight, bias, tokens, stride)
+        return Product(out, given, weight, bias, tokens, stride)
 
     # --- addresses
 
@@ -181,23 +175,25 @@ class Program:
                 raise Unsupported("a weight is seen as another type")
             return torch.as_strided(constant, ref.shape, ref.strides, ref.offset)
         begin = self._places[ref.source]
-        memory = self._arena[begin : begin + _aligned(ref.stop_bytes)].view(ref.dtype)
+        memory = self._arena[begin : begin + aligned(ref.stop_bytes)].view(ref.dtype)
         offset = memory.storage_offset() + ref.offset
         return torch.as_strided(memory, ref.shape, ref.strides, offset)
 
     # --- calls
 
-    def _compile(self, items: Sequence[_Item], memory: Memory) -> list[Call]:
+    def _compile(self, items: Sequence[Item], memory: Memory) -> list[Call]:
         calls: list[Call] = []
         run: list[Any] = []
         for item in [*items, None]:
-            if item is not None and not isinstance(item, _Torch):
+            if item is not None and not isinstance(item, (Torch, Routed)):
                 run.append(item)
                 continue
             if run:
                 calls.append(self._native(run, memory))
                 run = []
-            if item is not None:
+            if isinstance(item, Routed):
+                calls.append(self._policy(item, memory))
+            elif item is not None:
                 calls.append(self._torch(item.operation))
         return calls
 
@@ -206,7 +202,7 @@ class Program:
         for row, item in zip(table, items, strict=True):
             if isinstance(item, Instruction):
                 self._fill(row, item)
-            elif isinstance(item, _Product):
+            elif isinstance(item, Product):
                 self._fill_product(row, item)
             else:
                 self._fill_attention(row, item.operation, memory)
@@ -228,7 +224,7 @@ class Program:
         field["at"], field["type"] = at, TYPES[operand.dtype]
         field["strides"][: len(operand.strides)] = operand.strides
 
-    def _fill_product(self, row: Any, item: _Product) -> None:
+    def _fill_product(self, row: Any, item: Product) -> None:
         bias = self._at(item.bias) if item.bias is not None else 0
         if isinstance(item.weight, Ref):
             matrix = Matrix(self._at(item.weight), None, Format.BF16, *item.weight.shape, 0)
@@ -268,6 +264,12 @@ class Program:
         row["operation"], row["dimensions"] = layout.ATTEND, 1
         row["b"]["at"] = table.ctypes.data
 
+    def _policy(self, item: Routed, memory: Memory) -> Call:
+        _, _, indices, experts, _, scores, weights = map(self._tensor, item.operation.args)
+        seen = [tensor.numpy() for tensor in (scores, experts, weights, indices)]
+        again = self._compile(item.again, memory)
+        return partial(_run_policy, item.operation.module, seen, again, self._experts)
+
     def _torch(self, operation: Operation) -> Call:
         args, kwargs = tree_map(self._leaf, (operation.args, operation.kwargs))
         outs = [self._tensor(ref) for ref in operation.outputs]
@@ -293,79 +295,19 @@ def _run_experts(
     clock.seconds += time.perf_counter() - started
 
 
+def _run_policy(module: Any, seen: Sequence[Any], again: Sequence[Call], clock: Clock) -> None:
+    """Ask who serves, and compute what the router says of those."""
+    started = time.perf_counter()
+    chosen = module.retinue_route.choose(*seen)
+    if chosen is not None:
+        seen[-1][...] = chosen
+        for call in again:
+            call()
+    clock.seconds += time.perf_counter() - started
+
+
 def _run_torch(function: Callable[[], Any], outs: Sequence[torch.Tensor]) -> None:
     results = function()
     results = [results] if isinstance(results, torch.Tensor) else results
     for out, result in zip(outs, results, strict=True):
         out.copy_(result)
-
-
-def _is_large(item: _Item) -> bool:
-    """Whether it is a product or experts: those cost what they cost."""
-    if isinstance(item, _Torch):
-        return item.operation.function in (*PRODUCTS, EXPERTS)
-    return isinstance(item, _Product)
-
-
-def _row_stride(ref: Ref) -> int | None:
-    """The stride between rows of neighbouring numbers, if all rows follow one another."""
-    *lead, columns = ref.shape
-    if columns != 1 and ref.strides[-1] != 1:
-        return None
-    rows = [(n, s) for n, s in zip(lead, ref.strides, strict=False) if n != 1]
-    for (_, outer), (size, inner) in pairwise(rows):
-        if outer != size * inner:
-            return None
-    return rows[-1][1] if rows else columns
-
-
-def _refs(item: _Item) -> list[tuple[int, int]]:
-    """The sources that `item` touches, with the bytes that it needs of each."""
-    if isinstance(item, Instruction):
-        return [(o.source, _operand_stop(o, item)) for o in item.operands if o.number is None]
-    if isinstance(item, _Product):
-        inputs = (item.given, item.weight, item.bias)
-        refs = [item.out, *(ref for ref in inputs if isinstance(ref, Ref))]
-    else:
-        refs = [*item.operation.inputs, *item.operation.outputs]
-    return [(ref.source, ref.stop_bytes) for ref in refs]
-
-
-def _operand_stop(operand: Operand, item: Instruction) -> int:
-    last: int = sum((n - 1) * s for n, s in zip(item.sizes, operand.strides, strict=False))
-    return operand.offset_bytes + (last + 1) * operand.dtype.itemsize
-
-
-def _plan(items: Sequence[_Item], recording: Recording) -> tuple[torch.Tensor, dict[int, int]]:
-    """The arena, and where in it each source's memory begins."""
-    sizes: dict[int, int] = {}
-    first: dict[int, int] = {}
-    last: dict[int, int] = {}
-    refs = [_refs(item) for item in items]
-    end = (recording.logits.source, recording.logits.stop_bytes)
-    for number, touched in enumerate([*refs, [end]]):
-        for source, stop in touched:
-            if source not in recording.constants:
-                sizes[source] = max(sizes.get(source, 0), stop)
-                first.setdefault(source, number)
-                last[source] = number
-    places: dict[int, int] = {}
-    active: list[tuple[int, int, int]] = []  # begin, stop, last use
-    total = 0
-    for source in sorted(first, key=first.__getitem__):
-        active = sorted(entry for entry in active if entry[2] >= first[source])
-        begin, size = 0, _aligned(sizes[source])
-        for other, stop, _ in active:
-            if other - begin >= size:
-                break
-            begin = max(begin, stop)
-        places[source] = begin
-        active.append((begin, begin + size, last[source]))
-        total = max(total, begin + size)
-    arena = torch.zeros(total + ALIGNMENT, dtype=torch.uint8)
-    shift = -arena.data_ptr() % ALIGNMENT
-    return arena[shift:], places
-
-
-def _aligned(count: int) -> int:
-    return -(-count // ALIGNMENT) * ALIGNMENT

@@ -1,8 +1,9 @@
 """Writes down what the network does in one step of single tokens, without computing it.
 
-The step runs once, under a mode that sees every operation of torch. Experts, keys and values, and
-attention are marked by operations of our own; products with weights are skipped. What remains are
-small operations, of whose tensors only shape, place and source matter: their values are none.
+The step runs once, under a mode that sees every operation of torch. Experts, keys and values,
+attention, and what restricted routers chose are marked by operations of our own; products with
+weights are skipped. What remains are small operations, of whose tensors only shape, place and
+source matter: their values are none.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ from retinue.model.grouped_linear import GroupedLinear
 from retinue.model.kv import Pool, Segment, Sequence, Span, Store, window_left
 from retinue.types import BLOCK_TOKENS
 
-EXPERTS, ATTEND, GROUPED = "experts", "attend", "grouped"
+EXPERTS, ATTEND, GROUPED, ROUTED = "experts", "attend", "grouped", "routed"
 aten = torch.ops.aten
 PRODUCTS = (aten.linear.default, aten.mv.default, aten.mm.default, aten.addmm.default)
 # What follows these depends on values, which a recording does not have.
@@ -47,7 +48,11 @@ class Ref:
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """One operation of torch, or EXPERTS, ATTEND or GROUPED of `module`; tensors are Refs."""
+    """One operation of torch, or EXPERTS, ATTEND, GROUPED or ROUTED of `module`; tensors are Refs.
+
+    ROUTED only looks: at what a router ranked by, the values and indices of its `topk`, its experts
+    and its weights, and then at the first and the last of these in fp32.
+    """
 
     function: Any
     args: tuple[Any, ...]
@@ -202,6 +207,7 @@ def _marks(model: nn.Module, recorder: _Recorder, store: _Marked) -> Iterator[No
     marks: dict[str, Callable[[nn.Module, Any], Any]] = {
         "retinue_run": lambda module, own: _experts_mark(module, recorder),
         "retinue_attend": lambda module, own: _attention_mark(recorder, store, own.name),
+        "retinue_route": lambda module, own: _routed_mark(module, own, recorder),
     }
     try:
         for module in model.modules():
@@ -239,6 +245,16 @@ def _experts_mark(module: nn.Module, recorder: _Recorder) -> Callable[..., torch
         return out
 
     return run
+
+
+def _routed_mark(module: nn.Module, own: Any, recorder: _Recorder) -> Callable[..., Any]:
+    def route(*args: Any, **kwargs: Any) -> Any:
+        output, *seen = own.record(*args, **kwargs)
+        numbers = [tensor.to(torch.float32, copy=True) for tensor in (seen[0], seen[-1])]
+        recorder.note(ROUTED, (*seen, *numbers), {}, (), module)
+        return output
+
+    return route
 
 
 def _attention_mark(recorder: _Recorder, store: _Marked, name: str) -> Callable[..., Any]:

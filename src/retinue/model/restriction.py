@@ -1,9 +1,11 @@
-"""Between routers and policies: full scores out, a policy's ranking back in, no code per family.
+"""Between routers and policies: full scores out, a policy's choice back in, no code per family.
 
 A router is run as it is and watched: the one `torch.topk` over all experts is where it chooses.
-Where a policy ranks otherwise, the router runs once more, and that `topk` chooses by the policy's
-ranking but still returns the router's own values, so that normalisation, scaling and gating stay
-the family's. Whether a family's routers obey is probed at load, never assumed.
+Where a policy chooses otherwise, what the router does from there on is done once more: that `topk`
+gives the policy's experts, but still the router's own values, so that normalisation, scaling and
+gating stay the family's. In a prepared step these are a few instructions (`program.py`); otherwise
+the router runs again, and what it did before is looked up. Whether a family's routers obey is
+probed at load, never assumed.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,12 +26,15 @@ from retinue.types import FloatArray, IntArray
 PROBE_TOKENS = 5
 
 
-class _Pick(NamedTuple):
-    """A router's output and what it says: ids and weights [tokens, k]."""
+class Routed(NamedTuple):
+    """One run of a router: what it ranked by, what its `topk` gave, and what it says itself."""
 
     output: Any
-    experts: torch.Tensor
-    weights: torch.Tensor
+    scores: torch.Tensor  # [tokens, experts]
+    values: torch.Tensor  # [tokens, k], of `topk`
+    indices: torch.Tensor  # [tokens, k], of `topk`
+    experts: torch.Tensor  # [tokens, k]
+    weights: torch.Tensor  # [tokens, k]
 
 
 @dataclass(slots=True)
@@ -63,7 +68,8 @@ class Restriction:
             if router is None:
                 raise _disobeys(found, "it cannot be asked on its own")
             probe(router, found)
-            self._wrap(router.module, found)
+            _install(router.module, Watched(self, router.module, found))
+            self._routers.append(router.module)
 
     def take(self, layer: int) -> Rerouted | None:
         """What became of the layer's last routing, once; None when it was not restricted."""
@@ -73,109 +79,164 @@ class Restriction:
         """Give the routers back as they were."""
         for router in self._routers:
             del router.forward  # the instance's own; the class's shows again
+            del router.retinue_route
         self._routers.clear()
 
-    def _wrap(self, router: nn.Module, found: ExpertsModule) -> None:
-        plain = router.forward
-
-        def forward(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            if not self.active:
-                return plain(hidden, *args, **kwargs)
-            return self._route(found, lambda: plain(hidden, *args, **kwargs))
-
-        router.forward = forward
-        self._routers.append(router)
-
-    def _route(self, found: ExpertsModule, run: Callable[[], Any]) -> Any:
-        with _Watch(found.experts) as watch:
-            own = _pick(run(), found)
-        scores = watch.scores.float().numpy()
-        ids, weights = own.experts.numpy(), own.weights.float().numpy()
-        choice = Choice(found.layer, scores, ids, weights)
+    def choose(self, choice: Choice, own: IntArray) -> IntArray | None:
+        """What `topk` is to give instead of `own` [tokens, k]; None: that it is."""
         ranking = self._routing.rank(choice, self._serve(choice))
-        if ranking is None:
-            served, replaced = own, np.zeros(ids.shape, dtype=bool)
+        chosen = None if ranking is None else _best(ranking, own)
+        if chosen is None:
+            replaced = np.zeros(own.shape, dtype=bool)
         else:
-            with _Watch(found.experts, torch.from_numpy(ranking)):
-                served = _pick(run(), found)
-            replaced = (ids[:, :, None] != served.experts.numpy()[:, None]).all(axis=2)
-        self._rerouted[found.layer] = Rerouted(ids, weights, replaced)
-        return served.output
+            replaced = (choice.experts[:, :, None] != chosen[:, None]).all(axis=2)
+        self._rerouted[choice.layer] = Rerouted(choice.experts, choice.weights, replaced)
+        return chosen
 
 
-def _pick(output: Any, found: ExpertsModule) -> _Pick:
-    """Find ids and weights in a router's output, by type and shape."""
+class Watched:
+    """What a restricted router carries as `retinue_route`, which runs in place of `forward`."""
+
+    def __init__(self, restriction: Restriction, router: nn.Module, found: ExpertsModule) -> None:
+        self._restriction, self._found = restriction, found
+        self._plain = router.forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The router's output, with the policy's choice."""
+        if not self._restriction.active:
+            return self._plain(*args, **kwargs)
+        watch = _Watch(self._found.experts)
+        own = self._run(watch, args, kwargs)
+        scores, weights = own.scores.float().numpy(), own.weights.float().numpy()
+        chosen = self.choose(scores, own.experts.numpy(), weights, own.indices.numpy())
+        if chosen is None:
+            return own.output
+        return self._run(watch.again(torch.from_numpy(chosen)), args, kwargs).output
+
+    def record(self, *args: Any, **kwargs: Any) -> Routed:
+        """Run the router as it is, for a recording; nobody chooses."""
+        return self._run(_Watch(self._found.experts), args, kwargs)
+
+    def choose(
+        self, scores: FloatArray, experts: IntArray, weights: FloatArray, indices: IntArray
+    ) -> IntArray | None:
+        """What `topk` is to give instead of `indices`, where the router says this; None: nothing.
+
+        scores: [tokens, experts]; the others: [tokens, k]. They may change after this.
+        """
+        if not self._restriction.active:
+            return None
+        choice = Choice(self._found.layer, scores, experts.copy(), weights.copy())
+        return self._restriction.choose(choice, indices)
+
+    def _run(self, watch: "_Watch", args: Any, kwargs: Any) -> Routed:
+        return _run(lambda: self._plain(*args, **kwargs), watch, self._found)
+
+
+def _install(router: nn.Module, watched: Watched) -> None:
+    """Let `router.retinue_route` answer for the router, whoever is there when it is called."""
+    router.retinue_route = watched  # type: ignore[assignment]
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return router.retinue_route(*args, **kwargs)  # type: ignore[operator]
+
+    router.forward = forward
+
+
+def _best(ranking: FloatArray, own: IntArray) -> IntArray:
+    """The k best of each row, the first of equals first: [tokens, k].
+
+    A token that gets the experts of its router gets them in its router's order, too: the order of
+    summing is part of the result.
+    """
+    best = np.argsort(-ranking, axis=1, kind="stable")[:, : own.shape[1]]
+    same = (np.sort(best, axis=1) == np.sort(own, axis=1)).all(axis=1, keepdims=True)
+    return np.where(same, own, best)
+
+
+def _run(run: Callable[[], Any], watch: "_Watch", found: ExpertsModule) -> Routed:
+    """Run a router under `watch`."""
+    with watch:
+        output = run()
+    if len(watch.seen) != 1:
+        raise _disobeys(found, f"it chooses {len(watch.seen)} times, not once, by torch.topk")
+    return Routed(output, *watch.seen[0], *_pick(output, found))
+
+
+def _pick(output: Any, found: ExpertsModule) -> tuple[torch.Tensor, torch.Tensor]:
+    """Find ids and weights [tokens, k] in a router's output, by type and shape."""
     tensors = [item for item in output if isinstance(item, torch.Tensor)]
     ids = [t for t in tensors if not t.is_floating_point() and t.ndim == 2]
     for index in ids[:1]:
         for weights in tensors:
             if weights.is_floating_point() and weights.shape == index.shape:
-                return _Pick(output, index, weights)
+                return index, weights
     raise _disobeys(found, "it does not return ids and weights of the same shape")
 
 
 class _Watch(TorchFunctionMode):
-    """Sees the router's `topk` over all experts; with `ranking` it chooses by that instead."""
+    """Sees the router's `topk` over all experts: scores, and what it gave.
 
-    def __init__(self, experts: int, ranking: torch.Tensor | None = None) -> None:
+    `again(indices)` watches a second run on the same input: what came before the `topk` is looked
+    up, and the `topk` gives `indices`.
+    """
+
+    def __init__(self, experts: int) -> None:
         super().__init__()
-        self._experts, self._ranking = experts, ranking
-        self._seen: list[torch.Tensor] = []
+        self.seen: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        self._experts = experts
+        self._before: list[Any] = []  # what the calls before the first `topk` returned
+        self._known: list[Any] = []  # the same of the run that is repeated
+        self._indices: torch.Tensor | None = None
 
-    @property
-    def scores(self) -> torch.Tensor:
-        """What the router ranked by: [tokens, experts]."""
-        return self._seen[-1]
-
-    @property
-    def count(self) -> int:
-        """How often the router chose among all experts."""
-        return len(self._seen)
+    def again(self, indices: torch.Tensor) -> "_Watch":
+        """The watch of the second run; `indices`: [tokens, k]."""
+        other = _Watch(self._experts)
+        other._known, other._indices = self._before, indices
+        return other
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func not in (torch.topk, torch.Tensor.topk):
-            return func(*args, **kwargs)
+        scores = self._scores(args, kwargs) if func in (torch.topk, torch.Tensor.topk) else None
+        if scores is None:
+            if self.seen:
+                return func(*args, **kwargs)
+            at = len(self._before)
+            self._before.append(self._known[at] if at < len(self._known) else func(*args, **kwargs))
+            return self._before[-1]
+        if self._indices is None:
+            found = func(*args, **kwargs)
+        else:
+            values = scores.gather(-1, self._indices)
+            found = torch.return_types.topk((values, self._indices))
+        self.seen.append((scores, found.values, found.indices))
+        return found
+
+    def _scores(self, args: Any, kwargs: Any) -> torch.Tensor | None:
+        """What this `topk` chooses from, if that is all experts."""
         bound = dict(zip(("input", "k", "dim"), args, strict=False)) | kwargs
-        scores = bound["input"] if "input" in bound else bound["self"]
-        if (
-            scores.ndim != 2
-            or scores.shape[1] != self._experts
-            or bound.get("dim", -1) not in (-1, 1)
-        ):
-            return func(*args, **kwargs)
-        self._seen.append(scores)
-        own = func(*args, **kwargs)
-        if self._ranking is None:
-            return own
-        ranked = torch.topk(self._ranking, own.indices.shape[1], dim=-1).indices
-        # A token that gets the experts of its router gets them in its router's order, too: the
-        # order of summing is part of the result.
-        same = (own.indices.sort().values == ranked.sort().values).all(-1, keepdim=True)
-        indices = torch.where(same, own.indices, ranked)
-        return torch.return_types.topk((scores.gather(-1, indices), indices))
+        scores: torch.Tensor = bound["input"] if "input" in bound else bound["self"]
+        everyone = scores.ndim == 2 and scores.shape[1] == self._experts
+        return scores if everyone and bound.get("dim", -1) in (-1, 1) else None
 
 
 @torch.inference_mode()
 def probe(router: Router, found: ExpertsModule) -> None:
-    """Raise Unsupported unless `router` obeys a ranking and is itself where nothing changes."""
+    """Raise Unsupported unless `router` obeys a choice and is itself where nothing changes."""
     random = torch.Generator().manual_seed(0)
     hidden = router_input(router, PROBE_TOKENS)
     hidden = torch.randn(hidden.shape, generator=random).to(hidden.dtype)
-    with _Watch(found.experts) as watch:
-        own = _pick(router(hidden), found)
-    if watch.count != 1:
-        raise _disobeys(found, f"it chooses {watch.count} times, not once, by torch.topk")
-    ranking = torch.rand(watch.scores.shape, generator=random)
-    with _Watch(found.experts, ranking):
-        other = _pick(router(hidden), found)
-    wanted = ranking.topk(own.experts.shape[1]).indices
-    if not torch.equal(other.experts.sort().values, wanted.sort().values):
+    watch = _Watch(found.experts)
+    own = _run(lambda: router(hidden), watch, found)
+    chosen = torch.rand(own.scores.shape, generator=random).topk(own.experts.shape[1]).indices
+    other = _run(lambda: router(hidden), watch.again(chosen), found)
+    if not torch.equal(other.experts.sort().values, chosen.sort().values):
         raise _disobeys(found, "it does not keep to the experts that it is told")
-    with _Watch(found.experts, watch.scores):
-        again = _pick(router(hidden), found)
-    if not (torch.equal(again.experts, own.experts) and torch.equal(again.weights, own.weights)):
-        raise _disobeys(found, "it does not repeat its own choice")
+    for repeated in (watch.again(own.indices), _Watch(found.experts)):
+        again = _run(lambda: router(hidden), repeated, found)
+        same = torch.equal(again.experts, own.experts) and torch.equal(again.weights, own.weights)
+        if not same:
+            raise _disobeys(found, "it does not repeat its own choice")
 
 
 def _disobeys(found: ExpertsModule, reason: str) -> Unsupported:

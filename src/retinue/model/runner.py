@@ -96,8 +96,7 @@ class Runner:
     def _logits(self, segments: Items[Segment], phase: Phase) -> torch.Tensor:
         if not self._store.shareable:
             return self._alone(segments[0])
-        # A restricted router has to be asked the way that it comes.
-        if self._steps is not None and phase == "decode" and not self._host.restricted:
+        if self._steps is not None and phase == "decode":
             torch.set_num_threads(self._step_threads)
             try:
                 logits = self._steps.run(segments)

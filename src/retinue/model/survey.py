@@ -54,7 +54,7 @@ def survey_abilities(network: "Network") -> "Abilities":
     from retinue.model.abilities import Abilities, probe
 
     folder = network.checkpoint.folder
-    kind = "abilities" if native.library() is None else "abilities-native"
+    kind = "family" if native.library() is None else "family-native"
     return _remembered(kind, folder, Abilities, lambda: probe(network.model.config))
 
 

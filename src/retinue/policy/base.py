@@ -222,6 +222,7 @@ class Choice:
     experts: IntArray  # [tokens, k]
     weights: FloatArray  # [tokens, k]
     hidden: FloatArray | None = None  # [tokens, hidden], the router's input; signal "hidden"
+    phase: Phase = "decode"
 
 
 class Routing(Protocol):

@@ -6,6 +6,7 @@ for one more token as for the first, so that it can run while a model decodes. T
 same: scores of every layer's experts, each by itself, before a sigmoid.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,7 +41,24 @@ def paths(arrays: Arrays, context: Context, ids: IntArray) -> tuple[FloatArray, 
     for at, row in enumerate(own):
         before[at], means[at] = last, mean
         last, mean = row, decay * mean + (1 - decay) * row
+    return _said(arrays, own, before, means), Context(last, mean)
+
+
+def together(
+    arrays: Arrays, contexts: Sequence[Context], ids: IntArray
+) -> tuple[FloatArray, list[Context]]:
+    """The same for one token of each of several sequences: scores [sequences, rows, experts]."""
+    embed, decay = arrays["embed"], float(arrays["decay"][0])
+    own = embed[np.minimum(ids, len(embed) - 1)]
+    before = np.stack([context.last for context in contexts])
+    means = np.stack([context.mean for context in contexts])
+    scores = _said(arrays, own, before, means)
+    later = decay * means + (1 - decay) * own
+    return scores, [Context(*both) for both in zip(own, later, strict=True)]
+
+
+def _said(arrays: Arrays, own: FloatArray, before: FloatArray, means: FloatArray) -> FloatArray:
     mix = arrays["mix"]
     inner = own @ mix[0] + before @ mix[1] + means @ mix[2] + arrays["mix_bias"]
     said = np.einsum("tw,rwe->tre", np.maximum(inner, 0), arrays["say"], optimize=True)
-    return np.asarray(said + arrays["say_bias"]), Context(last, mean)
+    return np.asarray(said + arrays["say_bias"])

@@ -12,7 +12,8 @@ the experts of the token before, a mistake repeats itself as well, and is not ma
 import numpy as np
 
 from retinue.policy.base import Signal, View
-from retinue.types import Demand, FloatArray, IntArray, Want
+from retinue.policy.predict.likely import likely
+from retinue.types import Demand, IntArray, Want
 
 
 class NextGate:
@@ -36,7 +37,7 @@ class NextGate:
     def forecast(self, view: View) -> list[Want]:
         """The top-k of each token at each coming layer, the most probable in sum first."""
         wants = [
-            self._want(ahead.layer, ahead.scores, view.top_k)
+            likely(ahead.layer, ahead.scores, view.top_k)
             for ahead in view.ahead
             if ahead.scores is not None
         ]
@@ -51,11 +52,3 @@ class NextGate:
             return want
         likely = ~np.isin(want.experts, mistakes)
         return Want(want.layer, want.experts[likely], want.scores[likely])
-
-    def _want(self, layer: int, scores: FloatArray, top_k: int) -> Want:
-        experts = scores.shape[1]
-        chosen = np.argpartition(scores, experts - top_k, axis=1)[:, -top_k:]
-        weight = np.zeros(experts, dtype=np.float32)
-        np.add.at(weight, chosen, np.take_along_axis(scores, chosen, axis=1))
-        order = np.argsort(-weight, kind="stable")[: np.count_nonzero(weight)]
-        return Want(layer, order, weight[order])

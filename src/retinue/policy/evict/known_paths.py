@@ -1,0 +1,32 @@
+"""Belady's rule as far as the pass that runs is known: who is needed last, leaves first.
+
+Read-ME (arXiv 2410.19123, section 4.2): since routes are known before a layer runs, the victim is
+the expert whose next use among queued requests is the farthest. Deviation: routes are known of the
+pass that runs, not of what waits; what this pass does not need any more goes by recency.
+"""
+
+import numpy as np
+
+from retinue.policy.base import View
+from retinue.policy.evict.recency import Recency
+from retinue.policy.predict.chosen import Chooser
+from retinue.types import FloatArray, IntArray
+
+
+class KnownPaths:
+    """What the coming layers of this pass need stays, the next layer's longest."""
+
+    def __init__(self, chooser: Chooser) -> None:
+        self._chooser, self._recency = chooser, Recency()
+
+    def priorities(self, layers: IntArray, experts: IntArray, view: View) -> FloatArray:
+        """Below 0 by age for what is not needed; else 1 and more, the sooner the more."""
+        found = self._recency.priorities(layers, experts, view)
+        for layer in np.unique(layers[layers > view.layer]).tolist():
+            scores = self._chooser.scores(layer)
+            if scores is None:
+                continue
+            chosen = np.argsort(-scores, axis=1, kind="stable")[:, : view.top_k]
+            needed = (layers == layer) & np.isin(experts, chosen)
+            found[needed] = 1 + view.layers - (layer - view.layer)
+        return found

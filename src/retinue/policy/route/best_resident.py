@@ -1,0 +1,40 @@
+"""DAOP's graceful degradation: of the experts that are missing only the best is worth a read.
+
+DAOP (arXiv 2501.10375, section 4.3): where both of a token's two experts are missing, the better
+one is kept and the best resident takes the second one's place; weights are normalised again by the
+family's rule. Generalised to k: of the missing the best is kept, every other one is replaced. In
+prompts the routers choose as ever.
+"""
+
+import numpy as np
+
+from retinue.policy.base import BoolArray, Choice, Signal
+from retinue.types import FloatArray
+
+
+class BestResident:
+    """`kept`: how many of a token's missing experts are read all the same; k of them is exact."""
+
+    exact = False
+    restricts = False
+    needs: frozenset[Signal] = frozenset()
+
+    def __init__(self, kept: int = 1) -> None:
+        self._kept = kept
+
+    def rank(self, choice: Choice, resident: BoolArray) -> FloatArray | None:
+        """The router's own order, without the missing experts beyond the first `kept`."""
+        there = np.take_along_axis(resident, choice.experts, axis=1)
+        own = np.take_along_axis(choice.scores, choice.experts, axis=1)
+        order = np.argsort(-own, axis=1, kind="stable")
+        missing = np.take_along_axis(~there, order, axis=1)
+        dropped = np.zeros_like(missing)
+        np.put_along_axis(dropped, order, missing & (missing.cumsum(axis=1) > self._kept), axis=1)
+        if choice.phase == "prefill" or not dropped.any():
+            return None
+        lowest, highest = np.finfo(np.float32).min, np.float32(np.inf)
+        # What is kept comes first, then the residents, then who was chosen but is too far away.
+        ranking = np.where(resident, np.maximum(choice.scores, lowest), -highest)
+        fallback = np.where(dropped, lowest, highest)
+        np.put_along_axis(ranking, choice.experts, fallback, axis=1)
+        return np.asarray(ranking, dtype=np.float32)

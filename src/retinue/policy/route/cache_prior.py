@@ -1,0 +1,56 @@
+"""Cache-conditional experts: the router leans towards what is there.
+
+Cache-prior (arXiv 2412.00099, section 4.3): lambda times the average range of the layer's logits
+is added to those of cached experts before the choice; a token's J best stay as they are. Weights
+are those of the original scores. The paper halves misses at 0.1 to 3 % more perplexity. Deviations:
+where a family ranks by probabilities, their logarithms are its logits; the average runs over the
+tokens seen so far; in prompts the routers choose as ever, as in the paper.
+"""
+
+import numpy as np
+
+from retinue.policy.base import BoolArray, Choice, Signal
+from retinue.types import FloatArray
+
+LAMBDA = 0.3
+KEPT = 1  # J
+
+
+class CachePrior:
+    """`weight` is lambda: 0 changes nothing; `kept` is J."""
+
+    restricts = False
+    needs: frozenset[Signal] = frozenset()
+
+    def __init__(self, weight: float = LAMBDA, kept: int = KEPT) -> None:
+        self._weight, self._kept = weight, kept
+        self._ranges: dict[int, tuple[float, int]] = {}  # by layer: sum, tokens
+        self.exact = weight == 0
+
+    def rank(self, choice: Choice, resident: BoolArray) -> FloatArray | None:
+        """Logits with the residents' raised, and the first J before everybody."""
+        logits = _logits(choice.scores)
+        average = self._average(choice.layer, logits)
+        if choice.phase == "prefill":
+            return None
+        ranking = np.where(resident, logits + self._weight * average, logits)
+        first = np.argsort(-choice.scores, axis=1, kind="stable")[:, : self._kept]
+        np.put_along_axis(ranking, first, np.float32(np.inf), axis=1)
+        return np.asarray(ranking, dtype=np.float32)
+
+    def _average(self, layer: int, logits: FloatArray) -> float:
+        """The mean distance of the best to the worst expert, over all tokens so far."""
+        total, tokens = self._ranges.get(layer, (0.0, 0))
+        total += float((logits.max(axis=1) - logits.min(axis=1)).sum())
+        tokens += len(logits)
+        self._ranges[layer] = total, tokens
+        return total / tokens
+
+
+def _logits(scores: FloatArray) -> FloatArray:
+    """Logits, up to a constant a token, where `scores` are a softmax; else `scores`."""
+    sums = scores.sum(axis=1)
+    finite = np.where(np.isfinite(scores), scores, np.finfo(np.float32).min)
+    if (scores >= 0).all() and np.allclose(sums, 1, atol=0.02):
+        return np.asarray(np.log(np.maximum(scores, 1e-9)))
+    return np.asarray(finite)
