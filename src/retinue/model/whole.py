@@ -4,7 +4,8 @@ It is slow and large, runs texts without a KV cache, and serves nobody. Experts 
 `apply_expert`, as in the engine, so that whatever can be served can be tried.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -40,10 +41,12 @@ def rounded(weights: torch.Tensor, bits: int) -> torch.Tensor:
         return weights
     columns = weights.shape[-1]
     padded = functional.pad(weights, (0, -columns % GROUP))
-    groups = padded.unflatten(-1, (-1, GROUP))
+    groups = padded.reshape(*padded.shape[:-1], -1, GROUP)
     least = groups.amin(-1, keepdim=True)
     step = ((groups.amax(-1, keepdim=True) - least) / (2**bits - 1)).clamp_min(1e-12)
-    return (((groups - least) / step).round() * step + least).flatten(-2)[..., :columns]
+    found = ((groups - least) / step).round() * step + least
+    whole: torch.Tensor = found.reshape(padded.shape)
+    return whole[..., :columns]
 
 
 class WholeModel:
@@ -57,7 +60,7 @@ class WholeModel:
             load_dense(network, reader)
         finally:
             reader.close()
-        self._model = network.model.float()
+        self._model = network.model.float()  # type: ignore[no-untyped-call]
         self._model.requires_grad_(False)
         self._modules = network.experts.modules
         layouts = network.experts.layouts
@@ -127,20 +130,18 @@ class WholeModel:
         return functional.cross_entropy(logits, tokens[0, 1:], reduction="sum")
 
 
-class _differentiable:
+@contextmanager
+def _differentiable(module: nn.Module) -> Iterator[None]:
     """Within, what the module computes is where gradients end."""
 
-    def __init__(self, module: nn.Module) -> None:
-        self._module = module
+    def ask(_: nn.Module, inputs: object, output: torch.Tensor) -> torch.Tensor:
+        return output.requires_grad_(torch.is_grad_enabled())
 
-    def __enter__(self) -> None:
-        def ask(module: nn.Module, inputs: object, output: torch.Tensor) -> torch.Tensor:
-            return output.requires_grad_(torch.is_grad_enabled())
-
-        self._handle = self._module.register_forward_hook(ask)
-
-    def __exit__(self, *_: object) -> None:
-        self._handle.remove()
+    handle = module.register_forward_hook(ask)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 class _Layer:
@@ -176,12 +177,10 @@ class _Layer:
         """What was added up, by expert."""
         return self._distance
 
-    def run(
-        self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
-    ) -> torch.Tensor:
+    def run(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """The layer's output; ids beyond the experts are skipped."""
         out = torch.zeros_like(hidden)
-        for expert in index.unique().tolist():
+        for expert in np.unique(index.numpy()).tolist():
             if expert >= len(self._experts):
                 continue
             tokens, ranks = torch.where(index == expert)

@@ -27,20 +27,21 @@ def adapmoe(
     examples: Sequence[Example], measured: FloatArray, accuracy: FloatArray
 ) -> dict[str, FloatArray]:
     """Arrays of kind `adapmoe`. measured: S_l before scaling; accuracy: a_l; [rows] both."""
-    raw = np.maximum(measured, LEAST * max(float(measured.max()), 1e-12))
+    least = LEAST * max(float(measured.max()), 1e-12)
+    raw = np.asarray(np.maximum(measured, least), dtype=np.float32)
     tails = tails_of(examples)
     low, high = 1e-12, 1e12  # of the factor: the smaller, the more goes
     for _ in range(100):
-        middle = float(np.sqrt(low * high))
+        middle = np.float32(np.sqrt(low * high))
         if dropped(tails, raw * middle).mean() > SAVED:
-            low = middle
+            low = float(middle)
         else:
-            high = middle
-    sensitivity = raw * high
+            high = float(middle)
+    sensitivity = raw * np.float32(high)
     accuracy = np.where(np.arange(len(raw)) == 0, 0, accuracy)
-    spare = max(tails.shape[-1], 1)
-    single = dropped(tails, sensitivity) * (spare + 1) / spare
-    return {"sensitivity": sensitivity, "accuracy": accuracy, "single": single}
+    single = np.minimum(dropped(tails, sensitivity) * (tails.shape[-1] + 1), 1)
+    named = {"sensitivity": sensitivity, "accuracy": accuracy, "single": single}
+    return {"tolerance": np.array([TOLERANCE]), **named}
 
 
 def tails_of(examples: Sequence[Example]) -> FloatArray:

@@ -42,7 +42,7 @@ def widths(
     limit = whole.loss(texts) + np.log1p(TOLERATED)
 
     def bears(bits: IntArray) -> bool:
-        return whole.loss(texts, bits) <= limit
+        return bool(whole.loss(texts, bits) <= limit)
 
     shape = importances.shape
     enough = next(bits for bits in WIDTHS if bits == AS_IS or bears(np.full(shape, bits)))

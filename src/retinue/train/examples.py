@@ -4,7 +4,7 @@ Choices are kept of every token. Hidden states and scores are large, so they are
 that are drawn evenly from each text, as many as fit into `LIMIT_BYTES` for all texts.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +14,6 @@ from retinue.trace import Routed, TraceHead
 from retinue.types import FloatArray, IntArray
 
 LIMIT_BYTES = 256 << 20
-SIGNALS = ("scores", "hidden", "embedding")
 Half = npt.NDArray[np.float16]
 
 
@@ -49,49 +48,37 @@ def room(head: TraceHead, texts: int) -> int:
     return max(2, LIMIT_BYTES // (token * max(texts, 1)))
 
 
-def examples_of(
-    head: TraceHead,
-    requests: Iterable[Routed],
-    ids: Sequence[Sequence[int]] | None,
-    texts: int,
-    seed: int,
-) -> list[Example]:
-    """The requests of a recording with `SIGNALS` that have a prompt and an answer.
-
-    ids: the tokens of each request, where they are known; `texts`: how many requests come.
-    """
-    random, most, found = np.random.default_rng(seed), room(head, texts), []
-    for at, request in enumerate(requests):
-        if request.prompt_tokens and request.answer_tokens:
-            known = None if ids is None else np.array(ids[at], dtype=np.int64)
-            found.append(_example(request, known, most, random))
-    return found
-
-
-def _example(
-    request: Routed, ids: IntArray | None, most: int, random: np.random.Generator
+def example_of(
+    request: Routed, ids: Sequence[int] | None, most: int, random: np.random.Generator
 ) -> Example:
+    """One request of a recording; of `most` tokens what is large is kept.
+
+    ids: its tokens, where they are known. What of the signals was not recorded is empty.
+    """
     assert request.experts is not None
     assert request.weights is not None
-    tokens, signals = len(request.experts), request.signals
+    tokens, rows, _ = request.experts.shape
+    nothing = np.empty((tokens, rows, 0), np.float32)
+    scores = request.signals.get("scores", nothing)
+    hidden = request.signals.get("hidden", nothing)
     drawn = np.sort(random.permutation(tokens)[:most])
     return Example(
         request.task,
         request.prompt_tokens,
-        ids,
+        None if ids is None else np.array(ids, dtype=np.int64),
         request.experts,
         request.weights.astype(np.float32),
-        signals["embedding"].astype(np.float32),
-        signals["scores"][: request.prompt_tokens].mean(axis=0, dtype=np.float32),
+        request.signals.get("embedding", nothing[0, 0]).astype(np.float32),
+        scores[: request.prompt_tokens].mean(axis=0, dtype=np.float32),
         drawn,
-        signals["scores"][drawn].astype(np.float16),
-        _half(signals["hidden"][drawn]),
+        scores[drawn].astype(np.float16),
+        _half(hidden[drawn]),
     )
 
 
-def drawn_of(examples: Sequence[Example]) -> Drawn:
-    """All drawn tokens of `examples`."""
-    chosen = [choices(one.experts[one.drawn], one.scores.shape[-1]) for one in examples]
+def drawn_of(examples: Sequence[Example], experts: int) -> Drawn:
+    """All drawn tokens of `examples`, of layers with `experts`."""
+    chosen = [choices(one.experts[one.drawn], experts) for one in examples]
     return Drawn(
         np.concatenate([one.hidden for one in examples]),
         np.concatenate([one.scores for one in examples]),

@@ -31,7 +31,7 @@ def promoe(drawn: Drawn, course: Course, stride: int = STRIDE) -> dict[str, Floa
     quarter as wide as the hidden state.
     """
     _, rows, hidden = drawn.hidden.shape
-    experts, width = drawn.scores.shape[-1], _width(hidden)
+    experts, width = drawn.chosen.shape[-1], _width(hidden)
     shapes = {
         "read": (rows - stride, hidden, width),
         "read_bias": (rows - stride, width),
@@ -70,7 +70,7 @@ def read_me(drawn: Drawn, course: Course) -> dict[str, FloatArray]:
     context already, and is distilled to what each layer's own router says.
     """
     _, rows, hidden = drawn.hidden.shape
-    experts, width = drawn.scores.shape[-1], 2 * _width(hidden)
+    experts, width = drawn.chosen.shape[-1], 2 * _width(hidden)
     shapes = {
         "read": (hidden, width),
         "read_bias": (width,),

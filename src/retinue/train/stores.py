@@ -1,8 +1,10 @@
 """What is kept of requests and iterations that were seen: MoE-Infinity's and fMoE's stores."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
+import numpy.typing as npt
 
 from retinue.policy.predict.shares import shares_of
 from retinue.policy.preset import Arrays
@@ -11,6 +13,7 @@ from retinue.types import FloatArray
 
 MATRICES = 120  # the smallest capacity of MoE-Infinity's paper
 MAPS = 512  # the paper keeps 1000; the other half comes from what is served
+DISTANCE = 3  # layers between a search and what it is for; the paper's for Mixtral
 NEAR = 1e-9
 
 
@@ -20,7 +23,7 @@ def counts_of(example: Example, experts: int) -> FloatArray:
     found = np.zeros((rows, experts + 1))
     ids = np.minimum(example.experts, experts)
     np.add.at(found, (np.arange(rows)[None, :, None], ids), 1)
-    return shares_of(found[:, :experts])
+    return np.asarray(shares_of(found[:, :experts]), dtype=np.float32)
 
 
 def moe_infinity(
@@ -41,18 +44,51 @@ def fmoe(examples: Sequence[Example], seed: int, most: int = MAPS) -> dict[str, 
 
     An iteration is a prompt, whose map is the mean over its tokens, or a single token of an answer.
     Maps enter in a random order; once the store is full, each takes the place of the one that it is
-    most like: RDY = d/L cos(embeddings) + (1 - d/L) cos(maps) with the paper's d of 3 layers.
+    most like: RDY = d/L cos(embeddings) + (1 - d/L) cos(maps) with d = 3 layers.
     """
     maps, embeddings = _iterations(examples)
     order = np.random.default_rng(seed).permutation(len(maps))
     maps, embeddings = maps[order], embeddings[order]
-    weight = min(1.0, 3 / maps.shape[1])
+    weight = min(1.0, DISTANCE / maps.shape[1])
     flat, words = _unit(maps.reshape(len(maps), -1)), _unit(embeddings)
     kept = list(range(min(most, len(maps))))
     for at in range(len(kept), len(maps)):
         alike = weight * words[kept] @ words[at] + (1 - weight) * flat[kept] @ flat[at]
         kept[int(alike.argmax())] = at
     return {"maps": maps[kept], "embeddings": embeddings[kept]}
+
+
+def nearest_request(arrays: Arrays, examples: Sequence[Example]) -> FloatArray:
+    """What `moe-infinity` expects of each text's answer: [texts, rows, experts].
+
+    The matrix nearest to what the prompt used.
+    """
+    matrices = arrays["matrices"]
+    rows, experts = matrices.shape[1:]
+    library = _unit(matrices).reshape(len(matrices), -1)
+    found = []
+    for one in examples:
+        prompt = replace(one, experts=one.experts[: one.prompt_tokens])
+        own = _unit(counts_of(prompt, experts)).reshape(-1)
+        found.append(matrices[int((library @ own).argmax())])
+    return np.stack(found).reshape(-1, rows, experts)
+
+
+def nearest_map(arrays: Arrays, example: Example, distance: int) -> FloatArray:
+    """What `fmoe` expects of each drawn token: [n, rows, experts].
+
+    The first `distance` rows go by the prompt's embedding, each other by the token's scores up to
+    `distance` rows before it.
+    """
+    maps = arrays["maps"]
+    said = np.empty(example.scores.shape, np.float32)
+    semantic = int((_unit(arrays["embeddings"]) @ _unit(example.embedding)).argmax())
+    said[:, :distance] = maps[semantic, :distance]
+    for row in range(distance, maps.shape[1]):
+        seen = _unit(example.scores[:, : row + 1 - distance].reshape(len(said), -1))
+        known = _unit(maps[:, : row + 1 - distance].reshape(len(maps), -1))
+        said[:, row] = maps[(seen @ known.T).argmax(axis=1), row]
+    return said
 
 
 def _iterations(examples: Sequence[Example]) -> tuple[FloatArray, FloatArray]:
@@ -78,6 +114,7 @@ def _spread(matrices: FloatArray, most: int) -> list[int]:
     return kept
 
 
-def _unit(values: FloatArray) -> FloatArray:
+def _unit(values: npt.ArrayLike) -> FloatArray:
     """Of length 1 along the last axis."""
-    return np.asarray(values / (np.linalg.norm(values, axis=-1, keepdims=True) + NEAR))
+    found = np.asarray(values, dtype=np.float32)
+    return np.asarray(found / (np.linalg.norm(found, axis=-1, keepdims=True) + NEAR))
