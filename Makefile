@@ -6,7 +6,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench families clean
+.PHONY: help demo test lint bench families presets clean
 
 help:
 	@echo "make demo    four prompts with all experts in memory and with a quarter of them"
@@ -14,6 +14,7 @@ help:
 	@echo "make lint    linter and type checker"
 	@echo "make bench   speed and memory, ours and a peer in turn; CHECKPOINT=folder"
 	@echo "make families  write docs/reference/families.md from a run of every family"
+	@echo "make presets   write docs/reference/presets.md from the table of presets"
 	@echo "make clean   remove what the others made, .venv too"
 
 demo: .venv/.ready
@@ -32,6 +33,9 @@ bench: .venv/.ready
 
 families: .venv/.ready
 	@$(BIN)/python -m tests.families_table
+
+presets: .venv/.ready
+	@$(BIN)/python -m tests.presets_table
 
 # torch comes first and by itself, so that the resolver has no choice left for its largest part.
 .venv/.ready: pyproject.toml setup.py $(wildcard native/*)

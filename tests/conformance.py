@@ -21,6 +21,7 @@ import tiny
 from retinue.memory.cache import ExpertCache
 from retinue.memory.checkpoint import open_checkpoint
 from retinue.memory.files import Reader
+from retinue.memory.link import DiskLink, sizes_of
 from retinue.memory.mover import Mover
 from retinue.memory.tier import Tier
 from retinue.metrics import Metrics
@@ -113,8 +114,10 @@ def opened(folder: Path, share: float = 0.5) -> Iterator[tuple[Network, Facts, E
     tier = Tier(max(facts.min_slots, int(share * facts.total_experts)), facts.slot_bytes)
     mover = Mover(reader)
     layouts, modules = network.experts.layouts, network.experts.modules
-    cache = ExpertCache(layouts, tier, mover, policies.evictor, network.top_k)
-    host = ExpertHost(modules, find_routers(network.model, modules), cache, policies, metrics)
+    link = DiskLink(layouts, tier, mover)
+    cache = ExpertCache(sizes_of(layouts), tier, link, policies.evictor, network.top_k)
+    routers = find_routers(network.model, modules)
+    host = ExpertHost(modules, routers, cache, link.views, policies, metrics)
     try:
         yield network, facts, host
         cache.check()

@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, settings
 from retinue.memory.cache import LOADING, ExpertCache
 from retinue.memory.checkpoint import DTYPE_BYTES, TensorEntry
 from retinue.memory.layout import ExpertLayout, Piece, lay_out
+from retinue.memory.link import DiskLink, sizes_of
 from retinue.memory.mover import Mover, Source
 from retinue.memory.tier import Tier
 from retinue.policy.base import View
@@ -192,7 +193,9 @@ class Rig:
         self.disk = FakeDisk(held=held)
         self.mover = Mover(source or self.disk, readers=2, chunk_bytes=4096)
         self.tier = Tier(slots, max(layout.slot_bytes for row in self.layouts for layout in row))
-        self.cache = ExpertCache(self.layouts, self.tier, self.mover, ByNumber(), top_k)
+        self.link = DiskLink(self.layouts, self.tier, self.mover)
+        sizes = sizes_of(self.layouts)
+        self.cache = ExpertCache(sizes, self.tier, self.link, ByNumber(), top_k)
 
     def __enter__(self) -> "Rig":
         return self
@@ -234,7 +237,7 @@ class Rig:
 
     def is_right(self, layer: int, expert: int) -> bool:
         """Whether the READY expert's slot holds the bytes of that expert."""
-        views = self.cache.views(int(self.cache.slot_of[layer, expert]))
+        views = self.link.views(layer, expert, int(self.cache.slot_of[layer, expert]))
         piece = self.layouts[layer][expert].pieces[0]
         expected = pattern(piece.entry.file.name, piece.start, piece.stop - piece.start)
         return view_bytes(views["w"]) == expected

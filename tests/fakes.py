@@ -6,6 +6,7 @@ given to the wrong request, overwritten, or counted as computed when it was not,
 
 import time
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -53,13 +54,20 @@ class Books:
 class Host:
     def __init__(self) -> None:
         self.cache, self.metrics, self.closed = Books(), Metrics(), False
-        self.accounts = Accounts(layers=1, experts=1)
+        self.changes = SimpleNamespace(accounts=Accounts(layers=1, experts=1))
         self.stop: Callable[[], bool] = lambda: False
+        self.inside: list[int] = []  # numbers of requests that run
         self.running: list[list[Running]] = []  # before each pass
 
     def begin(self, running: list[Running]) -> int:
         self.running.append(running)
         return 0
+
+    def enter(self, sequence: int, task: str | None, prompt: list[int]) -> None:
+        self.inside.append(sequence)
+
+    def leave(self, sequence: int) -> None:
+        self.inside.remove(sequence)
 
     def close(self) -> None:
         self.closed = True
@@ -161,4 +169,5 @@ def finish(engine: Engine, *requests: Request) -> str:
         text += "".join(request.take_delta() for request in requests[:1])
         engine.scheduler.check()
     engine.idle()
+    assert not engine._runner.host.inside, "who ended is not known to have"  # type: ignore[attr-defined]
     return text

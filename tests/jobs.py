@@ -1,6 +1,6 @@
 """Requests as the orders see them, and an estimate with round numbers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ class Waiting:
     answered: int = 0
     longest: int = 10
     last_token_at: float = 0.0
+    prompt: Sequence[int] = ()
 
 
 def due(first_s: float | None, between_s: float | None = None, **fields: Any) -> Waiting:

@@ -1,13 +1,31 @@
 """Facts for policies that look at tokens: routes, choices and views of a model made by hand."""
 
+from dataclasses import replace
+
 import numpy as np
 
 from retinue.policy.base import BoolArray, Choice, Route, View
 from retinue.policy.preset import Arrays, Given
+from retinue.policy.profile import Profile, TaskCounts
+from retinue.policy.transitions import Transitions
 from retinue.types import Demand, FloatArray
 
 LAYERS, EXPERTS, TOP_K, HIDDEN = 4, 6, 2, 3
 GIVEN = Given("by-hand", LAYERS, EXPERTS, TOP_K, routed=tuple(range(LAYERS)), slots=12)
+
+
+def profile() -> Profile:
+    """One task of one text; expert 1 of layer 0 is followed by 2 three times, and by 4 once."""
+    weight = np.tile(floats([6, 1, 2, 5, 3, 4]), (LAYERS, 1))
+    pairs = {(0, 1, 2): 3, (0, 1, 4): 1, (0, 3, 4): 2, (1, 2, 5): 1}
+    transitions = Transitions(1, 0.5, 0.5, 0.5, pairs)
+    counts = TaskCounts(1, 9, weight.astype(np.int64), weight, transitions=transitions)
+    return Profile(GIVEN.model, LAYERS, EXPERTS, TOP_K, {"a": counts})
+
+
+def given() -> Given:
+    """All that may be known of the model by hand."""
+    return replace(GIVEN, profile=profile(), learned=learned())
 
 
 def floats(values: object) -> FloatArray:
@@ -67,7 +85,7 @@ def best(ranking: FloatArray, count: int = TOP_K) -> list[list[int]]:
 
 
 def learned() -> dict[str, Arrays]:
-    """Arrays of every kind that approximate presets need, for the model by hand."""
+    """Arrays of every kind, for the model by hand."""
     random = np.random.default_rng(3)
 
     def drawn(*shape: int) -> FloatArray:
@@ -94,6 +112,26 @@ def learned() -> dict[str, Arrays]:
         "read-me": {
             "read": drawn(HIDDEN, 5),
             "read_bias": drawn(5),
+            "say": drawn(LAYERS, 5, EXPERTS),
+            "say_bias": drawn(LAYERS, EXPERTS),
+        },
+        "expertflow": {
+            "embed": drawn(9, 5),
+            "decay": floats([0.5]),
+            "mix": drawn(3, 5, 7),
+            "mix_bias": drawn(7),
+            "say": drawn(LAYERS, 7, EXPERTS),
+            "say_bias": drawn(LAYERS, EXPERTS),
+        },
+        "fmoe": {
+            "maps": np.abs(drawn(3, LAYERS, EXPERTS)),
+            "embeddings": drawn(3, HIDDEN),
+        },
+        "moe-infinity": {"matrices": np.abs(drawn(3, LAYERS, EXPERTS))},
+        "promoe": {
+            "stride": floats([2]),
+            "read": drawn(LAYERS, HIDDEN, 5),
+            "read_bias": drawn(LAYERS, 5),
             "say": drawn(LAYERS, 5, EXPERTS),
             "say_bias": drawn(LAYERS, EXPERTS),
         },

@@ -13,7 +13,7 @@ from benchmarks.results import Document, Report, best, compare, noise, not_slowe
 from benchmarks.setting import Setting, fits_comfortably
 from transformers import AutoModelForCausalLM
 
-from retinue.cli.main import build_parser
+from retinue.cli.verbs import build_parser
 
 TINY = shapes.Shape(64, 48, layers=2, heads=4, experts=8, top_k=2, vocabulary=512)
 SMALL = Checkpoint(Path("small"), "olmoe", 1000, 800, experts=16, top_k=2)

@@ -10,7 +10,7 @@ from benchmarks.methods import Method
 from benchmarks.setting import Setting
 
 from models import open_llm
-from retinue.cli.main import build_parser
+from retinue.cli.verbs import build_parser
 from retinue.engine.tasks import TaskText
 
 SMALL = Checkpoint(Path("small"), "olmoe", 1000, 800, experts=16, top_k=2)

@@ -76,7 +76,7 @@ def test_reads_are_counted_once_they_are_used() -> None:
         assert rig.cache.used_bytes_read == 0
         for _ in range(2):
             (slot,) = rig.cache.use(0, [1]).tolist()
-            assert rig.cache.views(slot)["w"][0].shape == (1500,)
+            assert rig.link.views(0, 1, slot)["w"][0].shape == (1500,)
             assert rig.cache.used_bytes_read == 6000
         rig.load(0, 2)  # the evictor sends 0 away, which was never used
         rig.load(0, 0)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from disk import Rig, ids
-from retinue.memory.cache import HEAT_DECAY
+from retinue.memory.history import HEAT_DECAY
 from retinue.memory.tier import Tier
 from retinue.policy.base import Ahead
 from retinue.types import Demand, IntArray

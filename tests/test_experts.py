@@ -19,8 +19,8 @@ from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
 import models
 from retinue import LLM
 from retinue.errors import Cancelled
+from retinue.memory.base import Urgency
 from retinue.memory.files import Reader
-from retinue.memory.mover import Urgency
 from retinue.model.reference import TOLERANCE, reference_experts
 from retinue.model.work import apply_expert, weighted_sum
 from retinue.types import Demand, Want
@@ -188,7 +188,10 @@ def test_the_reference_reads_what_the_cache_reads(olmoe: Path, checkpoints: Path
                 cache.wait(1.0)
             for expert in range(models.EXPERTS):
                 (slot,) = cache.use(2, [expert]).tolist()
-                ours, plain = cache.views(slot), read_expert(layouts[2][expert])
+                ours, plain = (
+                    llm.assembly.host.views(2, expert, slot),
+                    read_expert(layouts[2][expert]),
+                )
                 assert ours.keys() == plain.keys()
                 for name in ours:
                     assert torch.equal(torch.cat(ours[name]), torch.cat(plain[name]))
@@ -253,20 +256,20 @@ def test_a_wrong_forecast_gives_its_slot_to_what_is_needed(olmoe: Path) -> None:
         while cache.resident < 3:
             cache.wait(1.0)
         with mover._changed:  # no reader can begin
-            plain, cache._mover = cache._mover, _Queue()
+            plain, cache.reads.link = cache.reads.link, _Queue()
             cache.want(Want(1, np.array([5]), np.ones(1, np.float32)), limit=2)
             cache.drop_wants(1, np.array([6]))
             assert cache.room(1)
-            cache._mover = plain
+            cache.reads.link = plain
         assert cache.resident == 3
         cache.touch(Demand(0, np.array([0]), np.array([1]), np.array([1.0], np.float32)), 1)
         cache.check()
 
 
 class _Queue:
-    """A mover whose readers never come."""
+    """A link whose readers never come."""
 
-    def submit(self, extents: Any, slot: Any, urgency: Urgency, finish: Any = None) -> Any:
+    def submit(self, expert: Any, slot: int, urgency: Urgency, precision: int) -> Any:
         return _Ticket(urgency)
 
     def cancel(self, ticket: Any) -> None:

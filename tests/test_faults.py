@@ -279,7 +279,7 @@ def test_a_failed_forecast_is_tried_again_on_demand(olmoe: Path, failing: type[F
         cache.begin_step("prefill")
         for layer in range(models.LAYERS):
             cache.want(Want(layer, np.arange(models.EXPERTS), np.ones(8, np.float32)), limit=99)
-        while cache._loading:
+        while cache.reads.loading:
             cache.wait(1.0)
         failing.broken = staticmethod(lambda offset: False)
         assert answers(llm).token_ids == expected
@@ -318,7 +318,7 @@ def test_cancel_in_the_middle_of_a_read(olmoe: Path, preset: str) -> None:
         llm.assembly.engine.idle()
         # Reads that were under way still hold their slots, and give them back.
         deadline = time.perf_counter() + 5
-        while llm.assembly.cache._draining and time.perf_counter() < deadline:
+        while llm.assembly.cache.reads.draining and time.perf_counter() < deadline:
             time.sleep(0.02)
             llm.assembly.cache.poll()
         assert llm.assembly.tier.free + llm.assembly.cache.resident == llm.assembly.cache.slots

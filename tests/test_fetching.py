@@ -18,6 +18,11 @@ from retinue.memory.files import Reader
 from retinue.model.kv import Segment
 from retinue.policy.base import Running
 
+UNAIDED = [
+    name
+    for name, row in PRESETS.items()
+    if row.exact and not (row.profiled or row.learned or row.replayed)
+]
 APPROXIMATE = [name for name, row in PRESETS.items() if not row.exact]
 EXPERTS, TOP_K = 16, 4
 PROMPT, FORCED = models.prompt_of(40), models.prompt_of(12, seed=9)
@@ -38,7 +43,7 @@ def open_llm(folder: Path, above: float | None, **settings: Any) -> LLM:
 def agree(llm: LLM) -> None:
     """The cache holds what the books say, and both balance."""
     llm.assembly.cache.check()
-    books = llm.assembly.host.books
+    books = llm.assembly.host.changes.books
     assert ((llm.assembly.cache.slot_of >= 0) == books.there()).all()
     assert not books.astray
 
@@ -95,7 +100,7 @@ def test_the_knob_spans_the_curve(many: Path, plain: torch.Tensor) -> None:
     assert 0 == reads[0] < reads[1] < reads[3]
 
 
-@pytest.mark.parametrize("preset", [name for name, row in PRESETS.items() if row.exact])
+@pytest.mark.parametrize("preset", UNAIDED)
 def test_exact_presets_refuse_it_by_name(many: Path, preset: str) -> None:
     with pytest.raises(UsageError, match=f"`{preset}` is exact.*fetch_above") as caught:
         models.open_llm(many, preset=preset, fetch_above=0.3)
@@ -134,13 +139,13 @@ def test_pieces_are_the_whole(many: Path, above: float) -> None:
                 runner.run([Segment(sequence, ids[start : start + size])], phase)
                 start += size
             found.append(counts(llm))
-            there.append(llm.assembly.host.books.there())
+            there.append(llm.assembly.host.changes.books.there())
             agree(llm)
             assert llm.assembly.cache.resident == llm.assembly.cache.slots
     with open_llm(many, above) as llm:
         result = evaluated(llm, [TaskIds("a", ids, 20)])
         found.append((result.misses, result.fetched, result.bytes_read))
-        there.append(llm.assembly.host.books.there())
+        there.append(llm.assembly.host.changes.books.there())
         agree(llm)
     assert all(each == found[0] for each in found), found
     assert all((each == there[0]).all() for each in there)
@@ -223,7 +228,7 @@ def test_exact_presets_keep_accounts_when_they_are_told(many: Path) -> None:
     with models.open_llm(many, experts="50%") as llm:
         request = run(llm)
         assert request.usage is None
-        llm.assembly.host.accounts.on = True
+        llm.assembly.host.changes.accounts.on = True
         usage = run(llm).usage
     assert usage is not None
     assert usage.used.sum(axis=1) == pytest.approx(len(PROMPT), rel=1e-4)
@@ -292,14 +297,14 @@ def test_a_failed_pass_is_run_again_as_if_it_were_the_first(
     runner, host = opened.assembly.engine._runner, opened.assembly.host
     sequence = runner.new_sequence(list(range(4)), 0)
     runner.run([Segment(sequence, PROMPT[:16])], "prefill")
-    before, read = host.books.there(), Reader.read
+    before, read = host.changes.books.there(), Reader.read
     with monkeypatch.context() as patch:
         patch.setattr(Reader, "read", lambda *_, **__: 1 / 0)
         for segment in (PROMPT[16:32], PROMPT[16:17]):
             with pytest.raises(Exception, match="division"):
                 runner.run([Segment(sequence, segment)], "prefill")
-        assert (host.books.there() == before).all()
-        assert host.books.astray
+        assert (host.changes.books.there() == before).all()
+        assert host.changes.books.astray
     assert Reader.read is read
     logits, counters = runner.run([Segment(sequence, PROMPT[16:32])], "prefill")
     agree(opened)
@@ -318,7 +323,7 @@ def test_a_cancelled_pass_leaves_no_trace(opened: LLM, tokens: int) -> None:
     sequence = runner.new_sequence(list(range(4)), 0)
     if tokens == 1:
         runner.run([Segment(sequence, PROMPT[16:32])], "prefill")
-    before = host.books.there()
+    before = host.changes.books.there()
     for allowed in range(1, 3 * models.LAYERS):
         asked = 0
 
@@ -331,11 +336,11 @@ def test_a_cancelled_pass_leaves_no_trace(opened: LLM, tokens: int) -> None:
         try:
             runner.run([Segment(sequence, PROMPT[:tokens])], "prefill" if tokens > 1 else "decode")
         except Cancelled:
-            assert (host.books.there() == before).all()
+            assert (host.changes.books.there() == before).all()
             opened.assembly.cache.check()
         else:
             break
     else:
         pytest.fail("it never ran to its end")
     agree(opened)
-    assert not (host.books.there() == before).all()
+    assert not (host.changes.books.there() == before).all()

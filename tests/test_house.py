@@ -48,7 +48,7 @@ LAYERS: dict[str, set[str]] = {
 # Among the modules beside the folders, each may import those to its left.
 FOUNDATION = ("errors", "types", "config", "metrics", "trace")
 # From a lower layer, these see only some modules.
-NARROW = {("memory", "policy"): {"retinue.policy.base"}}
+NARROW = {("memory", "policy"): {"retinue.policy.base", "retinue.policy.policies"}}
 # The package itself only hands out names, `__main__` is the command line under another name.
 ENTRANCES = ("__init__", "__main__")
 

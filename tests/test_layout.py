@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from disk import PATIENCE_S, STEADY, view_bytes, write_tensors
+from retinue.memory.base import TicketState, Urgency
 from retinue.memory.checkpoint import DTYPE_BYTES, TensorEntry, read_header
 from retinue.memory.files import Reader
 from retinue.memory.layout import ALIGNMENT, MAX_GAP_BYTES, ExpertLayout, Piece, lay_out
-from retinue.memory.mover import Mover, TicketState, Urgency
+from retinue.memory.mover import Mover
 from retinue.memory.tier import Tier
 
 

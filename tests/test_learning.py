@@ -176,7 +176,7 @@ def test_a_server_learns_from_its_engine(
     assembly = opened(olmoe)
     learner = open_learner(olmoe, assembly.facts)  # there is no profile yet
     try:
-        assembly.host.accounts.on = True
+        assembly.host.changes.accounts.on = True
         params = SamplingParams(max_new_tokens=3, ignore_eos=True)
         asked = new_request(models.prompt_of(12, 1), params, None, task="a")
         assembly.engine.add(asked)

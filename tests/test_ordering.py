@@ -9,12 +9,16 @@ import pytest
 from jobs import Waiting
 from retinue.config import Config
 from retinue.engine.ordering import missing, order_of
+from retinue.errors import UsageError
 from retinue.memory.machine import machine_name
+from retinue.policy.evict.recency import Recency
 from retinue.policy.measured import MachineCosts, OutputTokens
+from retinue.policy.miss.fetch import FetchAll
+from retinue.policy.order.alike import Alike
 from retinue.policy.order.emoe import Emoe
 from retinue.policy.order.shortest import Shortest
 from retinue.policy.place.popular import Popular, PopularByTask
-from retinue.policy.policies import NoPlacement
+from retinue.policy.policies import NoPlacement, NoPredictor, Policies
 
 FACTS: Any = SimpleNamespace(read_bytes=10)
 
@@ -34,16 +38,25 @@ class Known:
         return OutputTokens(3.0, 3.0, 5.0) if task == "a" else None
 
 
+PLAIN = Policies(Recency(), NoPredictor(), FetchAll())
 CACHE: Any = SimpleNamespace(slot_of=np.array([[0, -1, 1, 2], [-1, -1, -1, 3]]))
 
 
-def made(known: Any, placement: Any = None, **fields: Any) -> Any:
-    return order_of(Config(**fields), FACTS, known, placement or NoPlacement(), CACHE)
+def made(known: Any, placement: Any = None, order: str | None = None) -> Any:
+    """`order` is the preset's."""
+    parts = Recency(), NoPredictor(), FetchAll()
+    policies = Policies(
+        *parts, placement=placement or NoPlacement(), order=order, paths=lambda prompt: prompt > 0
+    )
+    return order_of(Config(), FACTS, known, policies, CACHE)
 
 
 def test_the_order_is_the_one_that_is_named() -> None:
     assert isinstance(made(None), Emoe)
-    assert isinstance(made(Known(), order="shortest"), Shortest)
+    assert isinstance(order_of(Config(order="shortest"), FACTS, None, PLAIN, CACHE), Shortest)
+    assert isinstance(made(None, order="alike"), Alike)
+    with pytest.raises(UsageError, match="`alike` groups by what a preset predicts"):
+        order_of(Config(order="alike"), FACTS, None, PLAIN, CACHE)
 
 
 def test_experts_of_a_task_that_are_not_in_memory() -> None:

@@ -3,7 +3,7 @@
 import pytest
 
 from jobs import Waiting, decoding, due, learnt, queues
-from retinue.config import ORDERS
+from retinue.config import ALIKE, ORDERS
 from retinue.policy.order.base import Order
 from retinue.policy.order.emoe import LEAST_CHUNK, SAFE, SAFE_FIRST, Emoe
 from retinue.policy.order.estimate import PATIENCE_S, Estimate
@@ -12,9 +12,9 @@ from retinue.policy.order.named import order_named
 from retinue.policy.order.shortest import Shortest
 
 
-@pytest.mark.parametrize("name", ORDERS)
+@pytest.mark.parametrize("name", [*ORDERS, ALIKE])
 def test_every_order_has_its_name(name: str) -> None:
-    order: Order = order_named(name, Estimate())
+    order: Order = order_named(name, Estimate(), lambda prompt: prompt > 0)
     assert type(order).__name__.lower() == name
 
 

@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 
+import presets_table
+import routes
 from disk import ids
-from retinue.errors import UsageError
+from retinue.errors import Refused, UsageError
 from retinue.policy.base import SIGNALS, Ahead, Evictor, View
 from retinue.policy.evict.heat import Heat
 from retinue.policy.evict.pace import Pace
@@ -201,12 +203,13 @@ def test_fetch_all(weight: list[float], resident: list[bool], fetched: list[int]
 
 
 QUESTIONS = {"evict", "predict", "miss", "route", "place", "forecast", "thin", "precision", "order"}
+UNTOLD = [name for name, row in PRESETS.items() if (row.profiled or row.learned) and not row.fixed]
 
 
 @pytest.mark.parametrize("name", list(PRESETS))
 def test_presets_are_what_they_say(name: str) -> None:
     row = preset(name)
-    made = row.build(Given())
+    made = row.build(routes.given())
     assert row.name == name
     assert made.exact == row.exact
     assert made.predictor.needs <= set(SIGNALS)
@@ -219,6 +222,22 @@ def test_presets_are_what_they_say(name: str) -> None:
     assert ("miss: fetch nothing" in row.parts) == nothing
     assert "build" not in row.as_dict()
     assert row.as_dict()["name"] == name
+
+
+@pytest.mark.parametrize("name", UNTOLD)
+def test_presets_say_what_they_lack(name: str) -> None:
+    """When they are built, but for placements, which ask for their profile later."""
+    row = preset(name)
+    with pytest.raises(Refused, match="|".join([*row.learned, "profile"])) as caught:
+        row.build(routes.GIVEN)
+    assert "retinue" in caught.value.hint
+
+
+def test_the_page_of_presets_is_the_table() -> None:
+    written = presets_table.PAGE.read_text(encoding="utf-8")
+    assert written == presets_table.page(), "run `python -m tests.presets_table`"
+    for name in PRESETS:
+        assert f"| `{name}` |" in written
 
 
 def test_presets_share_nothing() -> None:

@@ -167,7 +167,7 @@ def test_every_weight_is_that_of_the_counterpart(
         (found,) = assembly.network.experts.modules
         for expert in range(found.experts):
             (slot,) = assembly.cache.use(found.layer, [expert]).tolist()
-            views = assembly.cache.views(slot)
+            views = assembly.host.views(found.layer, expert, slot)
             for name, blocks in views.items():
                 parts = [b.decode(dtype) if isinstance(b, Packed) else b for b in blocks]
                 assert torch.equal(torch.cat(parts), state[f"{found.name}.{name}"][expert])

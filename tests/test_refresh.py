@@ -93,11 +93,13 @@ class Rig:
         self.host: Any = SimpleNamespace(
             cache=self.cache,
             metrics=self.metrics,
-            restriction=SimpleNamespace(active=False),
-            place=self.cache.place,
-            books=SimpleNamespace(
-                there=lambda: self.cache.slot_of >= 0, expect=self.expected.append
+            changes=SimpleNamespace(
+                active=False,
+                books=SimpleNamespace(
+                    there=lambda: self.cache.slot_of >= 0, expect=self.expected.append
+                ),
             ),
+            place=self.cache.place,
         )
         tables = Tables(SHAPE, profile(), forecast or self.forecast)
         there = np.ones(SHAPE, dtype=bool)
@@ -114,7 +116,7 @@ class Rig:
 def test_it_starts_within_the_budget_and_serves_at_once() -> None:
     rig = Rig(Emoe())
     assert rig.cache.sets == [[4, 5], [4, 5]]
-    assert rig.host.restriction.active
+    assert rig.host.changes.active
     assert rig.host.begin == rig.residents.begin
     assert (rig.metrics.refreshes, rig.metrics.refresh_bytes) == (0, 0)  # that was loading
 

@@ -43,7 +43,7 @@ def test_a_cell_has_its_interval_below() -> None:
 
 def test_the_page_is_whole_and_safe() -> None:
     table = Table(["name", "value"], [["<i>", "1\n0 to 2"]], [False, True])
-    text = page(report(table=table, figures=[Figure("<svg></svg>", "A caption")]))
+    text = page(report(tables=[table], figures=[Figure("<svg></svg>", "A caption")]))
     assert text.startswith("<!DOCTYPE html>")
     for escaped in ("A &lt;b&gt;title", "x &lt; y", "z &amp; w", "a &lt;model&gt;", "&lt;i&gt;"):
         assert escaped in text

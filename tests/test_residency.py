@@ -1,5 +1,6 @@
 """What is in memory never changes a bit: logits are compared, not only tokens."""
 
+import functools
 import random
 import time
 from pathlib import Path
@@ -13,9 +14,17 @@ import models
 from retinue import LLM
 from retinue.memory.files import Reader
 from retinue.policy.presets import PRESETS
+from retinue.policy.systems import baselines
 
 EXPERTS, TOP_K = 16, 4
 PROMPT, FORCED = models.prompt_of(40), models.prompt_of(10, seed=9)
+# Those that need to know nothing; the others run on the sample model, `test_systems_live.py`.
+PUBLISHED = [
+    name
+    for name, row in PRESETS.items()
+    if row.exact and not (row.profiled or row.learned or row.replayed)
+    if row not in baselines.PRESETS
+]
 SHARES = ("100%", "50%", "25%", "13%", "least")
 
 
@@ -67,7 +76,12 @@ def checkpoint(request: pytest.FixtureRequest, checkpoints: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def expected(checkpoint: Path) -> torch.Tensor:
-    """With everything resident before the first step."""
+    return everything_resident(checkpoint)
+
+
+@functools.cache
+def everything_resident(checkpoint: Path) -> torch.Tensor:
+    """The logits with everything resident before the first step."""
     with open_llm(checkpoint, preset="on-demand") as llm:
         cache = llm.assembly.cache
         for layer in llm.assembly.network.experts.modules:
@@ -86,7 +100,7 @@ def experts_setting(checkpoint: Path, share: str) -> str | int:
 
 
 @pytest.mark.parametrize("share", SHARES)
-@pytest.mark.parametrize("preset", [name for name, row in PRESETS.items() if row.exact])
+@pytest.mark.parametrize("preset", [row.name for row in baselines.PRESETS])
 @pytest.mark.usefixtures("restless")
 def test_logits_are_bit_equal(
     checkpoint: Path, expected: torch.Tensor, preset: str, share: str
@@ -102,6 +116,18 @@ def test_logits_are_bit_equal(
     # Three passes of the prompt and a pass for each forced id but the last.
     assert logits.shape == (3 + len(FORCED) - 1, models.VOCABULARY)
     assert torch.equal(logits, expected)
+
+
+@pytest.mark.parametrize("share", ["25%", "least"])
+@pytest.mark.parametrize("preset", PUBLISHED)
+@pytest.mark.usefixtures("restless")
+def test_published_systems_change_no_bit(checkpoints: Path, preset: str, share: str) -> None:
+    folder = make(checkpoints, "olmoe")
+    experts = experts_setting(folder, share)
+    with open_llm(folder, preset=preset, experts=experts) as llm:
+        logits = models.run_logits(llm, PROMPT, FORCED)
+        llm.assembly.engine.idle()
+    assert torch.equal(logits, everything_resident(folder))
 
 
 def _part(share: str) -> float:

@@ -9,37 +9,36 @@ import torch
 
 import models
 from retinue.errors import NotFinite, SelfCheckFailed
-from retinue.memory.cache import ExpertCache, Views
+from retinue.memory.link import DiskLink, Views
 from retinue.model import work
 
-PLAIN = ExpertCache.views
-Corruption = Callable[[ExpertCache, int, int, Views], Views]
+PLAIN = DiskLink.views
+Corruption = Callable[[DiskLink, int, int, int], Views]
 
 
 def corrupt(monkeypatch: pytest.MonkeyPatch, change: Corruption) -> None:
-    """Let the cache hand out something else than what was read."""
+    """Let the link hand out something else than what was read."""
 
-    def views(cache: ExpertCache, slot: int) -> Views:
-        layer, expert = cache._owner[slot].tolist()
-        return change(cache, layer, expert, PLAIN(cache, slot))
-
-    monkeypatch.setattr(ExpertCache, "views", views)
+    monkeypatch.setattr(DiskLink, "views", change)
 
 
-def neighbour(cache: ExpertCache, layer: int, expert: int, views: Views) -> Views:
+def neighbour(link: DiskLink, layer: int, expert: int, slot: int) -> Views:
     """Another resident expert of the same layer, as soon as there is one."""
-    others = [e for e in range(cache.experts) if cache.slot_of[layer, e] >= 0 and e != expert]
-    return PLAIN(cache, int(cache.slot_of[layer, others[0]])) if others else views
+    others = [(e, s) for s, ((of, e), _) in link._views.items() if of == layer and e != expert]
+    views = PLAIN(link, layer, expert, slot)
+    return PLAIN(link, layer, *others[0]) if others else views
 
 
-def halves(cache: ExpertCache, layer: int, expert: int, views: Views) -> Views:
+def halves(link: DiskLink, layer: int, expert: int, slot: int) -> Views:
     """Gate and up in the wrong order."""
+    views = PLAIN(link, layer, expert, slot)
     joined = torch.cat(views["gate_up_proj"])
     return views | {"gate_up_proj": tuple(reversed(joined.chunk(2)))}
 
 
-def last_layer(cache: ExpertCache, layer: int, expert: int, views: Views) -> Views:
+def last_layer(link: DiskLink, layer: int, expert: int, slot: int) -> Views:
     """Zeros in the last layer alone."""
+    views = PLAIN(link, layer, expert, slot)
     if layer < models.LAYERS - 1:
         return views
     return {name: tuple(torch.zeros_like(b) for b in blocks) for name, blocks in views.items()}

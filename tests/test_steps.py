@@ -146,7 +146,7 @@ def test_restricted_tokens_and_counts_equal_the_networks(
             llm.assembly.cache.check()
             total = llm.assembly.metrics.total.decode
             counts = total.hits, total.missed, total.rerouted, total.fetched, total.fetched_bytes
-            found.append((tokens, counts, llm.assembly.host.books.there().tolist()))
+            found.append((tokens, counts, llm.assembly.host.changes.books.there().tolist()))
         assert {1, 3} <= set(steps) or eager
         assert bool(steps) is not eager
     assert found[0] == found[1]
@@ -179,7 +179,7 @@ def test_a_token_that_keeps_its_experts_keeps_its_bits_beside_one_that_does_not(
     found = []
     for replaced in (False, True):
         with models.open_llm(folder, kv_tokens=512, preset="random", experts="100%") as llm:
-            restriction = llm.assembly.host.restriction
+            restriction = llm.assembly.host.changes.restriction
             assert restriction is not None
             restriction._routing = _OthersForTheSecond(replaced)
             found.append(models.run_logits_together(llm, PROMPTS[:2], forced))
@@ -190,6 +190,9 @@ def test_a_token_that_keeps_its_experts_keeps_its_bits_beside_one_that_does_not(
 
 class _OthersForTheSecond:
     """In steps of two tokens, the least wanted experts serve the second one."""
+
+    exact, restricts = False, True
+    needs: frozenset[str] = frozenset()
 
     def __init__(self, replaced: bool) -> None:
         self._replaced = replaced

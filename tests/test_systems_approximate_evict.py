@@ -12,8 +12,8 @@ from retinue.policy.base import Evictor, Prompt, View
 from retinue.policy.evict.frequency_distance import FrequencyDistance
 from retinue.policy.evict.known_paths import KnownPaths
 from retinue.policy.evict.multidimensional import Multidimensional
+from retinue.policy.evict.quota import Quota
 from retinue.policy.evict.recency import Recency
-from retinue.policy.evict.rooms import Rooms
 from retinue.policy.evict.used_here import UsedHere
 from retinue.policy.route.periodic_set import OutsideFirst, PeriodicSet
 from retinue.policy.uses import SequenceUses
@@ -104,19 +104,6 @@ def test_belady_on_what_is_known() -> None:
     assert order == [(2, 2), (0, 0), (3, 4), (2, 0)]
 
 
-def test_layers_over_their_rooms_give_first() -> None:
-    used = np.full((LAYERS, EXPERTS), 5)
-    used[0, 0] = 1  # the oldest, in a layer that has as many as it may
-    used[1, :3] = 7, 8, 9
-    resident = there((0, 0), (1, 0), (1, 1), (1, 2))
-    evictor = Rooms(Recency(), np.array([1, 1, 1, 1]))
-    entries = [(0, 0), (1, 0), (1, 1), (1, 2)]
-    said = evictor.priorities(
-        ids(0, 1, 1, 1), ids(0, 0, 1, 2), view(last_used=used, resident=resident)
-    )
-    assert [entries[i] for i in np.argsort(said)] == [(1, 0), (1, 1), (0, 0), (1, 2)]
-
-
 def used_uses() -> SequenceUses:
     uses = SequenceUses()
     see(uses, view(route=route([[0, 1], [0, 3]], [[0.6, 0.4]] * 2, sequences=[1, 2])))
@@ -135,8 +122,8 @@ def with_set() -> PeriodicSet:
 EVICTORS: dict[str, Callable[[], Evictor]] = {
     "hobbit": lambda: Multidimensional(used_uses()),
     "edgemoe": lambda: FrequencyDistance(LAYERS, EXPERTS),
-    "daop": lambda: Rooms(UsedHere(used_uses()), np.full(LAYERS, 2)),
-    "adapmoe": lambda: Rooms(Recency(), np.arange(LAYERS)),
+    "daop": lambda: Quota(UsedHere(used_uses())),
+    "adapmoe": lambda: Quota(Recency(), lambda view: np.arange(LAYERS, dtype=np.float32)),
     "read-me": lambda: KnownPaths(Path({2: floats([[2, 1, 0, 0, 0, 0]])})),
     "swapmoe": lambda: OutsideFirst(with_set()),
 }
@@ -159,6 +146,5 @@ def test_evictors_are_total_orders(name: str, entries: set, seed: int) -> None:
     assert np.isfinite(said).all()
     mixed = random.permutation(len(listed))
     again = EVICTORS[name]().priorities(layers[mixed], experts[mixed], facts)
-    if name not in ("adapmoe", "daop"):  # `Rooms` ranks, so that ties go by place
-        assert again.tolist() == said[mixed].tolist()
+    assert again.tolist() == said[mixed].tolist()
     assert sorted(np.argsort(said, kind="stable").tolist()) == list(range(len(listed)))

@@ -40,6 +40,7 @@ AS_IS = "as-is"
 PRECISIONS = (AS_IS, "int8", "int4")
 CLASSIFIERS = ("learned", "keywords", "none")
 ORDERS = ("fcfs", "shortest", "emoe")
+ALIKE = "alike"  # an order for presets that predict routes
 
 _UNITS = {"": 1, "B": 1}
 _UNITS |= {f"{letter}B": 1000**n for n, letter in enumerate("KMGT", 1)}
@@ -94,7 +95,12 @@ class Config:
     )
     batch: int | None = _option(None, "requests that run at once (default: 1, in Python 8)", "N")
     chunk: int = _option(2048, "tokens of prompts that one pass takes at most", "TOKENS")
-    preset: str = _option("auto", "a named combination of policies, see `retinue presets`", "NAME")
+    preset: str = _option(
+        "auto",
+        "a named combination of policies, see `retinue presets`, or one of your own,"
+        " `./my_policy.py:PRESET`",
+        "NAME",
+    )
     fetch_above: float | None = _option(
         None,
         "in presets that replace missing experts: fetch those whose share of the token's routing"
@@ -121,9 +127,10 @@ class Config:
     forecaster: str | None = _option(
         None, "who forecasts for presets that ask (default: the preset's)", "NAME"
     )
-    order: str = _option(
-        "emoe",
-        "who goes first: emoe (by deadlines; without any, by arrival), shortest, fcfs",
+    order: str | None = _option(
+        None,
+        "who goes first: emoe (by deadlines; without any, by arrival), shortest, fcfs, or alike (by"
+        " what the preset predicts; default: the preset's, else emoe)",
         "NAME",
     )
     first_token_deadline: float | None = _option(
@@ -175,8 +182,9 @@ class Config:
                 f"infer_task is unknown: `{self.infer_task}`",
                 hint=f"this version knows: {', '.join(CLASSIFIERS)}",
             )
-        if self.order not in ORDERS:
-            raise UsageError(f"unknown order: `{self.order}`", hint=f"one of {', '.join(ORDERS)}")
+        orders = (*ORDERS, ALIKE)
+        if self.order is not None and self.order not in orders:
+            raise UsageError(f"unknown order: `{self.order}`", hint=f"one of {', '.join(orders)}")
         for name in (
             *("context", "threads", "kv_tokens", "batch", "chunk"),
             *("queue", "choices", "max_prompt", "period"),

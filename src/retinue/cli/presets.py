@@ -12,11 +12,22 @@ def execute(options: Namespace) -> int:
         emit_json({"presets": [preset.as_dict() for preset in PRESETS.values()]})
         return 0
     rows = [
-        (p.name, "exact" if p.exact else "approximate", p.paper, "; ".join(p.parts))
+        (
+            p.name,
+            "exact" if p.exact else "approximate",
+            p.paper,
+            ", ".join(p.wants),
+        )
         for p in PRESETS.values()
     ]
-    print(table(("preset", "output", "source", "parts"), rows))
+    print(table(("preset", "output", "source", "needs"), rows))
     for preset in PRESETS.values():
-        if preset.deviations:
-            print(f"\n{preset.name}: {preset.deviations}")
+        print(f"\n{preset.name}: {'; '.join(preset.parts)}")
+        for title, text in (
+            ("deviations", preset.deviations),
+            ("where one place computes", preset.alone),
+            ("may be slower than on-demand", preset.slower),
+        ):
+            if text:
+                print(f"  {title}: {text}")
     return 0

@@ -13,7 +13,7 @@ from retinue.cli.laboratory import described, digest, digest_of_texts, texts_for
 from retinue.cli.options import config_from
 from retinue.cli.terminal import audience, emit_json, note
 from retinue.errors import Cancelled
-from retinue.lab.drawing import can_draw
+from retinue.lab.drawing import HOW_TO_GET, can_draw
 from retinue.lab.ledger import Ledger
 from retinue.lab.page import page
 from retinue.memory.home import locate
@@ -21,7 +21,7 @@ from retinue.model.predictors import find_predictor
 from retinue.model.profiles import find_profile
 from retinue.model.survey import fingerprint, survey
 from retinue.reproduce.findings import collect, document, report
-from retinue.reproduce.similarity import HOW_TO_GET, can_embed
+from retinue.reproduce.similarity import can_embed
 from retinue.reproduce.studies import Study, study
 from retinue.reproduce.workbench import FULL, QUICK, Workbench
 
@@ -39,7 +39,7 @@ def execute(options: Namespace) -> int:
     for experiment in wanted:
         bench.ledger.entry(experiment.name)  # refuse now what was measured with another setting
     _say_what_is_missing()
-    with cancel_on(bench.stop.set, SIGINT, SIGTERM) as came:
+    with cancel_on(bench.interrupt, SIGINT, SIGTERM) as came:
         try:
             for experiment in wanted:
                 experiment.measure(bench)

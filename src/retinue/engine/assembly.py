@@ -19,6 +19,7 @@ from retinue.memory.budget import Split
 from retinue.memory.cache import ExpertCache
 from retinue.memory.checkpoint import open_checkpoint
 from retinue.memory.files import Reader
+from retinue.memory.link import DiskLink, sizes_of
 from retinue.memory.machine import cores
 from retinue.memory.mover import Mover
 from retinue.memory.tier import Tier
@@ -101,24 +102,22 @@ def assemble(reserved: Reserved) -> Assembly:
         mover = Mover(reader, bytes_per_s=config.read_bytes_per_s)
         undo.callback(mover.close)
         host = _host(network, tier, mover, policies, metrics)
-        if config.self_check:
-            experts = network.experts
-            self_check(host, experts.modules, experts.layouts, network.model.dtype)
+        _start(host, network, policies, check=config.self_check)
         if facts.plain_bytes and host.cache.holds_everything and not policies.placement.fixed:
             host.cache.place(network.experts.there)  # encoded once, here, and not while it answers
         store = _store(network, limits, abilities)
-        order = order_of(config, facts, known.profile, policies.placement, host.cache)
+        order = order_of(config, facts, known.profile, policies, host.cache)
         scheduler = _scheduler(facts, limits, config, abilities, store, order)
         steps = None if config.eager else _steps(network, host, store, abilities, notes)
         runner = Runner(network, host, mover, metrics, store, steps)
         engine = Engine(runner, scheduler, facts.vocab_size, end_tokens(network))
         tokenizer = load_tokenizer(folder)
         residents = _residents(host, policies, known, network, config)
-        by_task = known.profile if policies.placement.by_task else None
-        infers = classifier(config.infer_task, by_task, tokenizer and tokenizer.decode)
+        infers = _classifier(config, policies, known, tokenizer)
         undo.pop_all()
     notes += [*filter(None, [reader.note]), *abilities.notes]
-    notes += _policy_notes(policies, host) + _precision_notes(network, facts, limits, config)
+    notes += _policy_notes(reserved.preset, policies, host)
+    notes += _precision_notes(network, facts, limits, config)
     load_s = reserved.seconds + time.perf_counter() - started
     return Assembly(
         facts,
@@ -143,10 +142,28 @@ def assemble(reserved: Reserved) -> Assembly:
     )
 
 
-def _policy_notes(policies: Policies, host: ExpertHost) -> list[str]:
+def _start(host: ExpertHost, network: Network, policies: Policies, *, check: bool) -> None:
+    """Check some experts as they are; from now on policies may change things."""
+    if check:
+        experts = network.experts
+        self_check(host, experts.modules, experts.layouts, network.model.dtype)
+    host.changes.active = not policies.exact and not policies.placement.fixed
+
+
+def _classifier(
+    config: Config, policies: Policies, known: Beforehand, tokenizer: Any | None
+) -> Classifier:
+    """Who says which task a request without one is of, where the placement asks for it."""
+    by_task = known.profile if policies.placement.by_task else None
+    return classifier(config.infer_task, by_task, tokenizer and tokenizer.decode)
+
+
+def _policy_notes(preset: Preset, policies: Policies, host: ExpertHost) -> list[str]:
     """What the user has to know of a preset."""
+    alone = [f"one place computes here, so that no misses are divided: {preset.alone}"]
     blind = "next_scores" in policies.needs and not host.sees_ahead
-    return [BLIND] * blind + [APPROXIMATE] * (not policies.exact)
+    notes = [BLIND] * blind + [APPROXIMATE] * (not policies.exact)
+    return notes + alone * bool(preset.alone)
 
 
 def _precision_notes(network: Network, facts: Facts, limits: Split, config: Config) -> list[str]:
@@ -195,7 +212,7 @@ def _steps(
     network: Network, host: ExpertHost, store: Store, abilities: Abilities, notes: list[str]
 ) -> Steps:
     """The prepared steps; that of one sequence is recorded now, as nobody waits for a token."""
-    plain = host.restriction is None
+    plain = host.changes.restriction is None
     reason = abilities.unprepared if plain else abilities.unprepared_restricted
     steps = Steps(network.model, store, notes.append, reason, network.dense)
     steps.prepare(1)
@@ -206,10 +223,13 @@ def _host(
     network: Network, tier: Tier, mover: Mover, policies: Policies, metrics: Metrics
 ) -> ExpertHost:
     modules, layouts = network.experts.modules, network.experts.layouts
-    cache = ExpertCache(layouts, tier, mover, policies.evictor, network.top_k)
+    link = DiskLink(layouts, tier, mover)
+    cache = ExpertCache(sizes_of(layouts), tier, link, policies.evictor, network.top_k)
     routers = find_routers(network.model, modules)
     kernels = find_kernels(modules, layouts, tier, network.model.dtype)
-    return ExpertHost(modules, routers, cache, policies, metrics, kernels)
+    host = ExpertHost(modules, routers, cache, link.views, policies, metrics, kernels)
+    host.embed = network.mean_embedding
+    return host
 
 
 def _residents(

@@ -112,6 +112,7 @@ class Engine:
         if request.sequence is None:
             assert request.table is not None
             request.sequence = self._runner.new_sequence(request.table.blocks, request.done)
+        self._runner.host.enter(request.sequence.number, request.task, request.prompt)
 
     def end_cancelled(self) -> list[Request]:
         """End the requests that were cancelled; returns them. `step` does so as well."""
@@ -186,7 +187,7 @@ class Engine:
     def _account(self, requests: list[Request]) -> None:
         """Keep what the routers chose for `requests` in the pass that succeeded."""
         host = self._runner.host
-        for request, usage in zip(requests, host.accounts.usages, strict=False):
+        for request, usage in zip(requests, host.changes.accounts.usages, strict=False):
             request.usage = usage if request.usage is None else request.usage.plus(usage)
             host.metrics.account(request.task, usage)
 
@@ -227,6 +228,8 @@ class Engine:
         reason: FinishReason | None = None,
     ) -> None:
         """Enter a final state, and free what the request holds."""
+        if request.sequence is not None:
+            self._runner.host.leave(request.sequence.number)
         if request.state is State.WAITING:
             self.scheduler.waiting.remove(request)
         else:

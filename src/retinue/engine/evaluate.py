@@ -181,7 +181,7 @@ def _restricted(
     for text in texts:
         residents.begin([_running(text, new=True)])
         scored.append(_score(scorer, text, advance))
-        (usage,) = assembly.host.accounts.usages
+        (usage,) = assembly.host.changes.accounts.usages
         residents.observe(text.task, usage.used)
         used[text.task] = used[text.task].plus(usage) if text.task in used else usage
     counters = scorer.costs

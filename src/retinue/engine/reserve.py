@@ -84,6 +84,11 @@ def given_of(folder: Path, facts: Facts, slots: int, chosen: Preset, config: Con
 def _policies(chosen: Preset, config: Config, given: Given) -> Policies:
     """The preset's policies, with the threshold of fetching that the user wants."""
     policies = chosen.build(given)
+    if chosen.exact and not policies.exact:
+        raise UsageError(
+            f"the preset `{chosen.name}` says that it is exact, but its parts are not",
+            hint="write `exact=False` in its row",
+        )
     if config.fetch_above is None:
         return policies
     if chosen.exact:

@@ -29,6 +29,7 @@ from retinue.policy.place.rhythm import Drift, Rhythm
 from retinue.policy.policies import Policies
 from retinue.policy.predict.forecasters import LEARNED, forecaster
 from retinue.policy.predict.own_prefill import OwnPrefill
+from retinue.policy.presets import preset
 from retinue.policy.profile import Profile
 from retinue.types import Facts, FloatArray
 
@@ -77,7 +78,7 @@ def known_beforehand(folder: Path, facts: Facts, policies: Policies, config: Con
                 hint="leave `--period` out",
             )
         return Beforehand(profile, made)
-    if config.profile is not None:
+    if config.profile is not None and not preset(config.preset).profiled:
         raise UsageError(
             f"the preset `{config.preset}` reads no profile: `{config.profile}`",
             hint="leave `--profile` out, or use a preset that does, such as `popular`",
@@ -128,8 +129,7 @@ class Residents:
         """Load the first set, and let it serve from now on."""
         running = [Running(task, prompt_tokens=1)]
         self._change(running, self._key(running))
-        assert self._host.restriction is not None
-        self._host.restriction.active = True
+        self._host.changes.active = True
         self._host.begin, self._host.observe = self.begin, self.observe
 
     def begin(self, running: Sequence[Running]) -> int:
@@ -156,7 +156,7 @@ class Residents:
                 metrics.refresh_bytes += self.bytes_read - before
                 metrics.refresh_s += time.perf_counter() - started
             else:
-                self._host.books.expect(self._popularity(running))
+                self._host.changes.books.expect(self._popularity(running))
                 self._placed = key
         if unheard:
             self._rhythm.change()
@@ -176,13 +176,12 @@ class Residents:
     @contextmanager
     def away(self) -> Iterator[None]:
         """Within, the plain model runs and use decides what stays; afterwards `begin` loads."""
-        assert self._host.restriction is not None
-        self._host.restriction.active = False
+        self._host.changes.active = False
         self._placed = None
         try:
             yield
         finally:
-            self._host.restriction.active = True
+            self._host.changes.active = True
 
     def _key(self, running: Sequence[Running]) -> list[Running]:
         """What decides: the requests in any order, if the placement asks for them."""
@@ -193,7 +192,7 @@ class Residents:
 
     def _change(self, running: Sequence[Running], key: list[Running]) -> None:
         self._placed = None  # should a read fail, the next step tries again
-        cache, placed = self._host.cache, self._host.books.there()
+        cache, placed = self._host.cache, self._host.changes.books.there()
         # Not what the cache holds: that is the plain model's after `away`, and half a set after a
         # read that failed, in which a layer may have fewer experts than a token needs.
         stock = Stock(cache.slots, cache.top_k, self._there, placed)

@@ -35,6 +35,13 @@ class Bench:
     ledger: Ledger
     say: Callable[[str], None]
     stop: Event = field(default_factory=Event)
+    _open: LLM | None = None
+
+    def interrupt(self) -> None:
+        """Stop as soon as the running layer allows. From any thread or a signal."""
+        self.stop.set()
+        if self._open is not None:
+            self._open.cancel()
 
     def once(self, experiment: str, key: str, measure: Callable[[], list[Row]]) -> list[Row]:
         """The rows of one cell: those of the ledger, or what `measure` gives, which is kept.
@@ -71,8 +78,11 @@ class Bench:
         if not preset(config.preset).profiled:
             config = replace(config, profile=None)
         with LLM.from_config(self.folder, config) as llm:
-            self.watched(llm)
-            yield llm
+            self._open = self.watched(llm)
+            try:
+                yield llm
+            finally:
+                self._open = None
 
     def watched(self, llm: LLM) -> LLM:
         """The same model, whose passes end when somebody wants to stop."""

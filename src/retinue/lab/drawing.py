@@ -1,7 +1,8 @@
 """Charts as SVG, by matplotlib: the same chart gives the same bytes.
 
 Text stays text, so that a page can be searched and read aloud. Lines differ by colour, by marker
-and by dash, so that they can be told apart without colours.
+and by dash, so that they can be told apart without colours. What is neither takes the page's ink,
+in light and in dark.
 """
 
 import importlib.util
@@ -14,10 +15,18 @@ import numpy as np
 
 from retinue.lab.base import Chart, Series
 
+HOW_TO_GET = "pip install 'retinue[reproduce]'"
 WIDTH, HEIGHT = 5.4, 3.5  # inches
-INK, FAINT = "#1c2733", "#c9d1d9"
+INK, FAINT, GRID = "#1c2733", "#c9d1d9", "#e6eaee"
+# What they become in a page, where it says what these are; else the colour itself.
+IN_A_PAGE = {
+    INK: f"var(--ink, {INK})",
+    FAINT: f"var(--faint, {FAINT})",
+    GRID: f"var(--line, {GRID})",
+    "#ffffff": "var(--paper, #ffffff)",
+}
 # Okabe and Ito's colours, which people with any kind of colour vision can tell apart.
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#1c2733")
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", INK)
 MARKERS = "osD^vPX*"
 DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
 HATCHES = ("", "//", "..", "xx", "\\\\", "++")
@@ -35,7 +44,7 @@ STYLE: Any = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
-    "grid.color": "#e6eaee",
+    "grid.color": GRID,
     "axes.axisbelow": True,
     "legend.frameon": False,
 }
@@ -153,5 +162,7 @@ def _for_a_page(svg: str, prefix: str, words: str) -> str:
     svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{prefix}-", svg)
     svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
+    for colour, name in IN_A_PAGE.items():
+        svg = re.sub(rf"(fill|stroke): {colour}", rf"\g<1>: {name}", svg)
     words = words.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
     return svg.replace("<svg", f'<svg role="img" aria-label="{words}"', 1).strip()

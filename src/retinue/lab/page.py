@@ -13,12 +13,13 @@ from html import escape
 class Table:
     """Cells as they are to be read; `numeric` columns stand to the right.
 
-    A second line in a cell is written in small.
+    A second line in a cell is written in small. Without a caption it is called by its size.
     """
 
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
     numeric: Sequence[bool]
+    caption: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,14 +32,14 @@ class Figure:
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """One question: what others claim, what was found, and on what that rests."""
+    """One question: what others claim, if they do, what was found, and on what that rests."""
 
     name: str  # an anchor
     title: str
     claim: str
     found: str
     figures: Sequence[Figure] = ()
-    table: Table | None = None
+    tables: Sequence[Table] = ()
     notes: Sequence[str] = ()
 
 
@@ -92,11 +93,17 @@ def _section(number: int, section: Section, report: Report) -> str:
     return (
         f'<section id="{escape(section.name)}">'
         f"<h2><span>{number}</span> {escape(section.title)}</h2>"
-        f'<div class="both">{_said(report.claim_heading, section.claim)}'
-        f"{_said(report.found_heading, section.found)}</div>"
+        f"{_both(section, report)}"
         f'<div class="figures">{figures}</div>'
-        f"{_table(section.table) if section.table is not None else ''}{notes}</section>"
+        f"{''.join(map(_table, section.tables))}{notes}</section>"
     )
+
+
+def _both(section: Section, report: Report) -> str:
+    if not section.claim:
+        return f'<p class="found">{escape(section.found)}</p>'
+    claim = _said(report.claim_heading, section.claim)
+    return f'<div class="both">{claim}{_said(report.found_heading, section.found)}</div>'
 
 
 def _said(heading: str, text: str) -> str:
@@ -116,7 +123,7 @@ def _table(table: Table) -> str:
         )
         lines.append(f"<tr>{cells}</tr>")
     body = f"<thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody>"
-    count = f"{len(table.rows)} rows"
+    count = escape(table.caption) or f"{len(table.rows)} rows"
     scroll = f'<div class="scroll" tabindex="0"><table>{body}</table></div>'
     return f'<details open=""><summary>{count}</summary>{scroll}</details>'
 
@@ -149,9 +156,12 @@ _PAGE = """<!DOCTYPE html>
 """
 
 _STYLE = """
-:root { color-scheme: light; --ink: #1c2733; --soft: #5a6772; --line: #dfe4e9; --tint: #f5f7f9; }
+:root { color-scheme: light dark; --paper: #fff; --ink: #1c2733; --soft: #5a6772;
+  --line: #dfe4e9; --tint: #f5f7f9; --faint: #c9d1d9; --mark: #0072b2; }
+@media (prefers-color-scheme: dark) { :root { --paper: #14191f; --ink: #dde3ea; --soft: #9aa6b2;
+  --line: #2c353e; --tint: #1b2229; --faint: #4a5661; --mark: #56b4e9; } }
 * { box-sizing: border-box; }
-body { margin: 0; background: #fff; color: var(--ink);
+body { margin: 0; background: var(--paper); color: var(--ink);
   font: 16px/1.55 system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif; }
 main { max-width: 60rem; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
 h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 .5rem; letter-spacing: -.01em; }
@@ -174,7 +184,8 @@ nav li a { font-weight: 600; }
 nav li p { margin: .1rem 0 0; font-size: .92rem; }
 .both { display: grid; grid-template-columns: 1fr 1fr; gap: 1.5rem; margin-bottom: 1rem; }
 .both > div { border-left: 3px solid var(--line); padding-left: .9rem; font-size: .95rem; }
-.both > div:last-child { border-color: #0072b2; }
+.both > div:last-child { border-color: var(--mark); }
+.found { font-size: 1rem; }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 27rem), 1fr));
   gap: 1.25rem; }
 figure svg { display: block; width: 100%; height: auto; }
@@ -198,6 +209,7 @@ td small { display: block; color: var(--soft); font-size: .72rem; line-height: 1
   .setting dd { margin-bottom: .4rem; }
 }
 @media print {
+  :root { --paper: #fff; --ink: #000; --soft: #444; --line: #ccc; --tint: #f5f7f9; --faint: #999; }
   body { font-size: 10pt; }
   main { max-width: none; padding: 0; }
   section h2 { break-after: avoid; }

@@ -12,8 +12,9 @@ from functools import partial
 import torch
 
 from retinue.errors import CheckpointError
+from retinue.memory.base import Urgency
 from retinue.memory.layout import ExpertLayout
-from retinue.memory.mover import Mover, Source, Ticket, Urgency
+from retinue.memory.mover import Mover, Source, Ticket
 from retinue.memory.recode import encode_expert
 from retinue.memory.tier import Tier
 from retinue.types import Expert

@@ -87,6 +87,15 @@ def resident_bytes(*, peak: bool = False) -> int:
     return own + sum(_status(child, "VmRSS") or 0 for child in _children(os.getpid()))
 
 
+def forget_peak() -> bool:
+    """Let the peak of this process begin anew at what it holds now; False where that cannot be."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
 def _system_available() -> int:
     with suppress(OSError, ValueError):
         for line in Path("/proc/meminfo").read_text().splitlines():

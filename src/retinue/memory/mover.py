@@ -11,32 +11,15 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from enum import Enum, IntEnum
 from pathlib import Path
 from typing import Protocol
 
 from retinue.errors import CheckpointError, RetinueError
+from retinue.memory.base import TicketState, Urgency
 from retinue.memory.layout import Extent
 
 CHUNK_BYTES = 2 << 20
 READERS = 6
-
-
-class Urgency(IntEnum):
-    """Smaller goes first."""
-
-    DEMAND = 0
-    NEXT_LAYER = 1
-    LATER = 2
-
-
-class TicketState(Enum):
-    """QUEUED until the last chunk is read, or one of the ends."""
-
-    QUEUED = "queued"
-    DONE = "done"
-    FAILED = "failed"
-    CANCELLED = "cancelled"
 
 
 class Source(Protocol):

@@ -1,6 +1,7 @@
 """Whose tokens a pass runs: what the routers chose, and what others served, request by request."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,19 +16,19 @@ class Accounts:
     def __init__(self, layers: int, experts: int) -> None:
         self._shape = (layers, experts)
         self._starts: IntArray = np.zeros(1, dtype=np.int64)
-        self._prompts = False
+        self.prompts = False  # whether the pass reads them
         self.on = False
         self.usages: list[Usage] = []
 
     def begin(self, rows: Sequence[int], phase: Phase) -> None:
         """A pass of `phase` starts, with `rows[i]` tokens of its i-th request."""
         self._starts = np.cumsum([0, *rows[:-1]])
-        self._prompts = phase == "prefill"
+        self.prompts = phase == "prefill"
         self.usages = [Usage.none(*self._shape) for _ in rows] if self.on else []
 
     def choose(self, layer: int, experts: IntArray, weights: FloatArray) -> None:
         """Count what a layer's router chose; experts, weights: [tokens, k]."""
-        if not (self.on and self._prompts):
+        if not (self.on and self.prompts):
             return
         bounds = [*self._starts.tolist(), len(experts)]
         for usage, start, stop in zip(self.usages, bounds, bounds[1:], strict=False):
@@ -35,15 +36,14 @@ class Accounts:
             valid = ids < self._shape[1]
             np.add.at(usage.used[layer], ids[valid], given[valid])
 
-    def serve(self, layer: int, weights: FloatArray, degraded: FloatArray) -> None:
-        """Count routing weight and what of it others served: [tokens] each."""
+    def serve(self, layers: Sequence[int], weights: FloatArray, degraded: FloatArray) -> None:
+        """Count routing weight and what of it others served: [len(layers), tokens] each."""
         if not self.on:
             return
-        for usage, routed, lost in zip(
-            self.usages, self._sums(weights), self._sums(degraded), strict=True
-        ):
-            usage.routed[layer] += routed
-            usage.degraded[layer] += lost
+        routed, lost = self._sums(weights), self._sums(degraded)
+        for at, usage in enumerate(self.usages):
+            usage.routed[layers] += routed[:, at]
+            usage.degraded[layers] += lost[:, at]
 
     def miss(self, missed: IntArray, fetched: IntArray) -> None:
         """Count experts that were not there, and of them those that were read: [tokens] each."""
@@ -55,6 +55,6 @@ class Accounts:
             usage.missed += int(absent)
             usage.fetched += int(read)
 
-    def _sums(self, values: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
-        """`values` [tokens] by request."""
-        return np.asarray(np.add.reduceat(values, self._starts))
+    def _sums(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """`values` [..., tokens] by request."""
+        return np.asarray(np.add.reduceat(values, self._starts, axis=-1))

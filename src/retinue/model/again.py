@@ -17,7 +17,7 @@ def repeated(before: Sequence[Operation], routed: Operation) -> list[Operation]:
     The first one looks up the values that the `topk` would have given. Raises Unsupported.
     """
     scores, values, indices, *_ = routed.args
-    copies = {ref.source for ref in routed.args[-2:]}
+    copies = {ref.source for ref in routed.args[5:]}
     after: list[Operation] = []
     for operation in reversed(before):
         given = {ref.source for ref in operation.outputs}

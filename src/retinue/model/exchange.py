@@ -22,7 +22,7 @@ class Exchange:
     def __init__(self, cache: ExpertCache, layer: int, served: Served, needed: IntArray) -> None:
         self._cache, self._layer = cache, layer
         cache.begin_layer(layer)
-        there, stay = cache.slot_of[layer] >= 0, served.stay
+        there, stay = cache.ready[layer].copy(), served.stay
         fetched = np.unique(served.fetched)
         passing = fetched[~there[fetched] & ~stay[fetched]]
         coming = np.flatnonzero(stay & ~there)

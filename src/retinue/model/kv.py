@@ -8,6 +8,7 @@ transformers' models see the store as a Cache. `begin` says which sequences the 
 is for, `commit` makes what it wrote count. Without `commit` nothing has happened.
 """
 
+import itertools
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,12 +38,14 @@ class Sequence:
     """One sequence's memory: its blocks of the pool, the tokens in them, and running states.
 
     `own` is the cache that the model made for itself, in families whose layers cannot share a pool.
+    `number` is its own in this process.
     """
 
     blocks: list[int]
     length: int = 0
     states: dict[int, States] = field(default_factory=dict)
     own: Any = None
+    number: int = field(default_factory=itertools.count().__next__)
     places: torch.Tensor = field(init=False)  # of all its tokens in the pool: [room]
     first: int | None = field(init=False)  # the first place, if the others follow it
 

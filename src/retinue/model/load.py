@@ -7,13 +7,14 @@ file and in `expert_map.py`, and pyproject.toml pins the minor range that was te
 import json
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
@@ -46,6 +47,7 @@ from retinue.model.quantise import (
     stored_linears,
 )
 from retinue.model.routing import top_k
+from retinue.types import FloatArray
 
 # Besides weights there are tables: which experts a token goes to, say.
 _ALL_DTYPES = STORED_DTYPES | {
@@ -80,6 +82,13 @@ class Network:
     def top_k(self) -> int:
         """The most experts of one layer that a token is routed to."""
         return top_k(self.model, self.text_config, self.experts.modules)
+
+    @torch.inference_mode()
+    def mean_embedding(self, token_ids: Sequence[int]) -> FloatArray:
+        """The mean of the tokens' input embeddings: [hidden]."""
+        embed = self.model.get_input_embeddings()
+        vectors = embed(torch.tensor([list(token_ids)]))[0]
+        return np.asarray(vectors.float().mean(dim=0).numpy(), dtype=np.float32)
 
 
 def build(checkpoint: Checkpoint, precision: str = AS_IS) -> Network:

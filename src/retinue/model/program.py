@@ -265,8 +265,8 @@ class Program:
         row["b"]["at"] = table.ctypes.data
 
     def _policy(self, item: Routed, memory: Memory) -> Call:
-        _, _, indices, experts, _, scores, weights = map(self._tensor, item.operation.args)
-        seen = [tensor.numpy() for tensor in (scores, experts, weights, indices)]
+        _, _, indices, experts, _, scores, weights, *hidden = map(self._tensor, item.operation.args)
+        seen = [tensor.numpy() for tensor in (scores, experts, weights, indices, *hidden)]
         again = self._compile(item.again, memory)
         return partial(_run_policy, item.operation.module, seen, again, self._experts)
 
@@ -298,9 +298,10 @@ def _run_experts(
 def _run_policy(module: Any, seen: Sequence[Any], again: Sequence[Call], clock: Clock) -> None:
     """Ask who serves, and compute what the router says of those."""
     started = time.perf_counter()
-    chosen = module.retinue_route.choose(*seen)
+    # Copies: whoever is asked may keep what it saw.
+    chosen = module.retinue_route.choose(*[array.copy() for array in seen])
     if chosen is not None:
-        seen[-1][...] = chosen
+        seen[3][...] = chosen
         for call in again:
             call()
     clock.seconds += time.perf_counter() - started

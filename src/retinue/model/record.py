@@ -51,7 +51,8 @@ class Operation:
     """One operation of torch, or EXPERTS, ATTEND, GROUPED or ROUTED of `module`; tensors are Refs.
 
     ROUTED only looks: at what a router ranked by, the values and indices of its `topk`, its experts
-    and its weights, and then at the first and the last of these in fp32.
+    and its weights, and then at the first and the last of these and, where its policy needs it, the
+    router's input, in fp32.
     """
 
     function: Any
@@ -250,8 +251,11 @@ def _experts_mark(module: nn.Module, recorder: _Recorder) -> Callable[..., torch
 def _routed_mark(module: nn.Module, own: Any, recorder: _Recorder) -> Callable[..., Any]:
     def route(*args: Any, **kwargs: Any) -> Any:
         output, *seen = own.record(*args, **kwargs)
-        numbers = [tensor.to(torch.float32, copy=True) for tensor in (seen[0], seen[-1])]
-        recorder.note(ROUTED, (*seen, *numbers), {}, (), module)
+        shown = [seen[0], seen[-1]]
+        if own.needs_hidden:
+            shown.append(args[0].reshape(len(seen[0]), -1))
+        copies = [tensor.to(torch.float32, copy=True) for tensor in shown]
+        recorder.note(ROUTED, (*seen, *copies), {}, (), module)
         return output
 
     return route

@@ -11,9 +11,9 @@ from safetensors import safe_open
 from torch import nn
 
 from retinue.errors import NotFinite, SelfCheckFailed
-from retinue.memory.cache import Views
 from retinue.memory.formats import Packed
 from retinue.memory.layout import Block, ExpertLayout, Piece
+from retinue.memory.link import Views
 from retinue.memory.recode import encode_expert
 from retinue.model.expert_map import ExpertsModule
 from retinue.model.experts import ExpertHost
@@ -112,7 +112,7 @@ def self_check(
     of these experts is no number.
     """
     random = torch.Generator().manual_seed(0)
-    host.cache.begin_step("decode")
+    host.begin_pass("decode", [1])
     for found in {modules[0].layer: modules[0], modules[-1].layer: modules[-1]}.values():
         width = min(2, found.experts)
         hidden = torch.randn(1, found.width, generator=random).to(dtype)

@@ -8,7 +8,8 @@ the router runs again, and what it did before is looked up. Whether a family's r
 probed at load, never assumed.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ from retinue.errors import Unsupported
 from retinue.model.expert_map import ExpertsModule
 from retinue.model.routing import Router, router_input
 from retinue.policy.base import BoolArray, Choice, Routing
-from retinue.types import FloatArray, IntArray
+from retinue.types import FloatArray, IntArray, Phase
 
 PROBE_TOKENS = 5
 
@@ -49,8 +50,8 @@ class Rerouted:
 class Restriction:
     """Lets a routing policy choose for the routers of one model, while it is `active`.
 
-    `serve(choice)` says which experts may serve each token, [tokens, experts], at least k of them.
-    `close` gives the routers back as they were.
+    `serve(choice)` says which experts may serve each token, or, where the policy does not restrict,
+    are there: [tokens, experts]. `close` gives the routers back as they were.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Restriction:
         serve: Callable[[Choice], BoolArray],
     ) -> None:
         self.active = False
+        self.phase: Phase = "decode"  # of the pass that runs
         self._routing, self._serve = routing, serve
         self._rerouted: dict[int, Rerouted] = {}
         self._routers: list[nn.Module] = []
@@ -71,9 +73,23 @@ class Restriction:
             _install(router.module, Watched(self, router.module, found))
             self._routers.append(router.module)
 
+    @property
+    def needs_hidden(self) -> bool:
+        """Whether the policy chooses by the router's input."""
+        return "hidden" in self._routing.needs
+
     def take(self, layer: int) -> Rerouted | None:
         """What became of the layer's last routing, once; None when it was not restricted."""
         return self._rerouted.pop(layer, None)
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Within, the routers choose for themselves."""
+        before, self.active = self.active, False
+        try:
+            yield
+        finally:
+            self.active = before
 
     def close(self) -> None:
         """Give the routers back as they were."""
@@ -86,10 +102,9 @@ class Restriction:
         """What `topk` is to give instead of `own` [tokens, k]; None: that it is."""
         ranking = self._routing.rank(choice, self._serve(choice))
         chosen = None if ranking is None else _best(ranking, own)
-        if chosen is None:
-            replaced = np.zeros(own.shape, dtype=bool)
-        else:
-            replaced = (choice.experts[:, :, None] != chosen[:, None]).all(axis=2)
+        replaced = (
+            np.zeros(own.shape, dtype=bool) if chosen is None else _absent(choice.experts, chosen)
+        )
         self._rerouted[choice.layer] = Rerouted(choice.experts, choice.weights, replaced)
         return chosen
 
@@ -108,25 +123,39 @@ class Watched:
         watch = _Watch(self._found.experts)
         own = self._run(watch, args, kwargs)
         scores, weights = own.scores.float().numpy(), own.weights.float().numpy()
-        chosen = self.choose(scores, own.experts.numpy(), weights, own.indices.numpy())
+        hidden = None
+        if self._restriction.needs_hidden:
+            hidden = args[0].reshape(len(scores), -1).float().numpy()
+        chosen = self.choose(scores, own.experts.numpy(), weights, own.indices.numpy(), hidden)
         if chosen is None:
             return own.output
         return self._run(watch.again(torch.from_numpy(chosen)), args, kwargs).output
+
+    @property
+    def needs_hidden(self) -> bool:
+        """Whether the policy chooses by the router's input."""
+        return self._restriction.needs_hidden
 
     def record(self, *args: Any, **kwargs: Any) -> Routed:
         """Run the router as it is, for a recording; nobody chooses."""
         return self._run(_Watch(self._found.experts), args, kwargs)
 
     def choose(
-        self, scores: FloatArray, experts: IntArray, weights: FloatArray, indices: IntArray
+        self,
+        scores: FloatArray,
+        experts: IntArray,
+        weights: FloatArray,
+        indices: IntArray,
+        hidden: FloatArray | None = None,
     ) -> IntArray | None:
         """What `topk` is to give instead of `indices`, where the router says this; None: nothing.
 
-        scores: [tokens, experts]; the others: [tokens, k]. They may change after this.
+        scores: [tokens, experts]; hidden: [tokens, hidden]; the others: [tokens, k].
         """
         if not self._restriction.active:
             return None
-        choice = Choice(self._found.layer, scores, experts.copy(), weights.copy())
+        layer, phase = self._found.layer, self._restriction.phase
+        choice = Choice(layer, scores, experts, weights, hidden, phase)
         return self._restriction.choose(choice, indices)
 
     def _run(self, watch: "_Watch", args: Any, kwargs: Any) -> Routed:
@@ -143,15 +172,26 @@ def _install(router: nn.Module, watched: Watched) -> None:
     router.forward = forward
 
 
-def _best(ranking: FloatArray, own: IntArray) -> IntArray:
-    """The k best of each row, the first of equals first: [tokens, k].
+def _best(ranking: FloatArray, own: IntArray) -> IntArray | None:
+    """The k best of each row, the first of equals first: [tokens, k]; None where all are `own`.
 
     A token that gets the experts of its router gets them in its router's order, too: the order of
     summing is part of the result.
     """
-    best = np.argsort(-ranking, axis=1, kind="stable")[:, : own.shape[1]]
+    best = (-ranking).argsort(axis=1, kind="stable")[:, : own.shape[1]]
+    if len(best) == 1:
+        return None if set(best[0].tolist()) == set(own[0].tolist()) else best
     same = (np.sort(best, axis=1) == np.sort(own, axis=1)).all(axis=1, keepdims=True)
-    return np.where(same, own, best)
+    return None if same.all() else np.where(same, own, best)
+
+
+def _absent(experts: IntArray, chosen: IntArray) -> BoolArray:
+    """Which of `experts` are not among the `chosen` of their token: [tokens, k]."""
+    if len(experts) == 1:
+        among = set(chosen[0].tolist())
+        return np.array([[expert not in among for expert in experts[0].tolist()]])
+    absent: BoolArray = (experts[:, :, None] != chosen[:, None]).all(axis=2)
+    return absent
 
 
 def _run(run: Callable[[], Any], watch: "_Watch", found: ExpertsModule) -> Routed:

@@ -8,7 +8,9 @@ import torch
 from torch import nn
 
 from retinue.model.expert_map import ExpertsModule
+from retinue.types import FloatArray
 
+PROBE_TOKENS = 3
 ROUTER_NAMES = ("gate", "router")
 # How modules and configurations call the number of experts that a token is routed to.
 TOP_K_NAMES = (
@@ -35,6 +37,8 @@ class Router:
             p.name for p in names if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD
         ]
         self._extra = [(name, block) for name in wanted]
+
+        self.gives_probabilities = False  # instead of logits, see `find_routers`
 
     def __call__(self, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
         extra = {name: getattr(block, name) for name, block in self._extra}
@@ -66,10 +70,24 @@ def _router(model: nn.Module, found: ExpertsModule) -> Router | None:
 @torch.inference_mode()
 def _answers(router: Router, experts: int) -> bool:
     try:
-        logits = router(router_input(router, 1))[0]
+        like = router_input(router, PROBE_TOKENS)
+        random = torch.Generator().manual_seed(0)
+        logits = router(torch.randn(like.shape, generator=random).to(like.dtype))[0]
     except (StopIteration, TypeError, RuntimeError, IndexError, AttributeError, ValueError):
         return False
-    return isinstance(logits, torch.Tensor) and logits.shape == (1, experts)
+    if not isinstance(logits, torch.Tensor) or logits.shape != (PROBE_TOKENS, experts):
+        return False
+    sums = logits.float().sum(dim=-1)
+    router.gives_probabilities = bool((logits >= 0).all() and ((sums - 1).abs() < 1e-2).all())
+    return True
+
+
+def probabilities(router: Router, hidden: torch.Tensor) -> FloatArray:
+    """What `router` says of each token before it chooses: [tokens, experts], each row adds to 1."""
+    said = router(hidden)[0].float()
+    given = said if router.gives_probabilities else torch.softmax(said, dim=-1)
+    found: FloatArray = given.numpy()
+    return found
 
 
 def router_input(router: Router, tokens: int) -> torch.Tensor:

@@ -73,7 +73,10 @@ class Runner:
         started = time.perf_counter()
         counters = self._metrics.begin(phase)
         try:
-            self._host.begin_pass(phase, [len(segment.tokens) for segment in segments])
+            rows = [len(segment.tokens) for segment in segments]
+            numbers = [segment.sequence.number for segment in segments]
+            tokens = [token for segment in segments for token in segment.tokens]
+            self._host.begin_pass(phase, rows, numbers, tokens)
             logits = self._logits(segments, phase)
             if not bool(torch.isfinite(logits).all()):
                 raise self._not_finite()
@@ -128,7 +131,7 @@ class Runner:
         # Of the experts that this pass used, some may have left again.
         for layer, expert in np.argwhere(cache.last_used == cache.step).tolist():
             layout, slot = layouts[layer][expert], int(cache.slot_of[layer, expert])
-            views = cache.views(slot) if slot >= 0 else read_expert(layout)
+            views = self._host.views(layer, expert, slot) if slot >= 0 else read_expert(layout)
             if (error := damaged_expert(layer, expert, layout, views)) is not None:
                 return error
         return NotFinite(

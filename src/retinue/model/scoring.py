@@ -60,7 +60,7 @@ class Scorer:
         read = self._mover.bytes_read
         counters = self._metrics.begin("prefill")
         try:
-            self._host.begin_pass("prefill", [len(ids)])
+            self._host.begin_pass("prefill", [len(ids)], token_ids=ids)
             logits = self._model(
                 input_ids=torch.tensor([ids]), use_cache=False, logits_to_keep=count + 1
             ).logits[0, -count - 1 : -1]  # not every class of model knows `logits_to_keep`

@@ -14,15 +14,17 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from retinue.memory.cache import Views
 from retinue.memory.formats import Packed
 from retinue.memory.grouped import grouped_form
 from retinue.memory.layout import Block
+from retinue.memory.link import Views
 from retinue.model.grouped_linear import grouped_product
 from retinue.model.kernels import ExpertKernel
 from retinue.model.linear import product
 from retinue.types import Demand, IntArray
 
+# Shows the parameters of (layer, expert) in a slot.
+ViewsOf = Callable[[int, int, int], Views]
 SUM_BLOCK_TOKENS = 64  # bounds the rows that are held in fp32
 
 
@@ -32,14 +34,14 @@ class Work:
     def __init__(
         self,
         module: nn.Module,
-        views_of: Callable[[int], Views],
+        views_of: Callable[[int, int], Views],
         hidden: torch.Tensor,
         index: torch.Tensor,
         weights: torch.Tensor,
     ) -> None:
         """hidden: [tokens, hidden]; index, weights: [tokens, k], ids beyond the experts skipped.
 
-        `views_of` shows the parameters in a slot.
+        `views_of(expert, slot)` shows the parameters of an expert in its slot.
         """
         self._module, self._views_of = module, views_of
         self._hidden, self._weights = hidden, weights
@@ -72,7 +74,7 @@ class Work:
     def compute(self, experts: Sequence[int], slots: IntArray) -> None:
         """Run `experts`, which lie in `slots`, on their tokens, into their rows."""
         for expert, slot in zip(experts, slots.tolist(), strict=True):
-            self._compute_one(expert, self._views_of(slot))
+            self._compute_one(expert, self._views_of(expert, slot))
 
     def _compute_one(self, expert: int, views: Views) -> None:
         start, stop = self._spans[expert]

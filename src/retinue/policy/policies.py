@@ -1,6 +1,6 @@
 """What a preset is made of: one answer per question, and null objects for what is not asked."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -24,6 +24,9 @@ from retinue.policy.base import (
     Watcher,
 )
 from retinue.types import Demand, IntArray, Want
+
+# Which experts a prompt of these token ids is likely to use: a bit for each that there may be.
+Paths = Callable[[IntArray], BoolArray]
 
 
 class NoPredictor:
@@ -113,6 +116,7 @@ class Policies:
     precision: Precision = field(default_factory=AsIs)
     watchers: tuple[Watcher, ...] = ()
     order: str | None = None  # by name, who goes first unless the user says; None: the default
+    paths: Paths | None = None  # what the order `alike` groups by
 
     @property
     def exact(self) -> bool:

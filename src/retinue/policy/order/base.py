@@ -18,6 +18,11 @@ class Job(Protocol):
     @property
     def deadline(self) -> Deadline | None: ...
     @property
+    def prompt(self) -> Sequence[int]:
+        """The ids of its prompt; empty where they are not known."""
+        ...
+
+    @property
     def prompt_left(self) -> int:
         """Tokens of the prompt that are not computed yet."""
         ...

@@ -21,12 +21,13 @@ class NextResident:
 
     def rank(self, choice: Choice, resident: BoolArray) -> FloatArray | None:
         """The router's scores with minus infinity for what is not resident."""
-        there = np.take_along_axis(resident, choice.experts, axis=1)
+        rows = np.arange(len(resident))[:, None]
+        there = resident[rows, choice.experts]
         if there.all():
             return None
         # A resident that the family itself ruled out still comes before what is not there, and
         # what the router chose before what has the same score.
         lowest, highest = np.finfo(np.float32).min, np.float32(np.inf)
-        ranking = np.where(resident, np.maximum(choice.scores, lowest), -highest)
-        np.put_along_axis(ranking, choice.experts, np.where(there, highest, -highest), axis=1)
+        ranking = np.where(resident, np.fmax(choice.scores, lowest), -highest)
+        ranking[rows, choice.experts] = np.where(there, highest, -highest)
         return ranking

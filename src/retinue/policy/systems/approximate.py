@@ -6,8 +6,8 @@ from retinue.policy.base import BoolArray
 from retinue.policy.evict.frequency_distance import FrequencyDistance
 from retinue.policy.evict.known_paths import KnownPaths
 from retinue.policy.evict.multidimensional import WEIGHTS, Multidimensional
+from retinue.policy.evict.quota import Quota
 from retinue.policy.evict.recency import Recency
-from retinue.policy.evict.rooms import Rooms
 from retinue.policy.evict.used_here import UsedHere
 from retinue.policy.miss.fetch import FetchAll
 from retinue.policy.miss.hottest import FetchHottest
@@ -20,6 +20,7 @@ from retinue.policy.precision.by_token import CAPACITIES, ByToken
 from retinue.policy.predict.chosen import Chosen
 from retinue.policy.predict.next_gate import NextGate
 from retinue.policy.predict.path_dictionary import PathDictionary
+from retinue.policy.predict.stacked_gates import StackedGates
 from retinue.policy.predict.trail import Trail
 from retinue.policy.preset import Given, Preset
 from retinue.policy.route.best_resident import BestResident
@@ -33,6 +34,7 @@ from retinue.policy.thin.sensitivity import AdaptiveGate
 from retinue.policy.uses import SequenceUses
 from retinue.types import IntArray
 
+LOOK_AHEAD = 3  # layers, in HOBBIT; the paper takes one to three
 _DECODED = (
     "a lower precision is decoded to the checkpoint's own when it arrives, so that it saves"
     " reading and no room"
@@ -45,7 +47,7 @@ def hobbit(given: Given, high: float = HIGH_UP_TO, skip: float = SKIP_ABOVE) -> 
     weights = given.learned["hobbit"]["weights"] if "hobbit" in given.learned else WEIGHTS
     return Policies(
         Multidimensional(uses, weights),
-        NextGate(),
+        StackedGates(LOOK_AHEAD, until_missing=True),
         FetchAll(),
         thinning=MissingTail(skip),
         precision=ByShare(high),
@@ -56,9 +58,11 @@ def hobbit(given: Given, high: float = HIGH_UP_TO, skip: float = SKIP_ABOVE) -> 
 def adapmoe(given: Given, tolerance: float | None = None) -> Policies:
     """T, if not what was learnt; 0 is exact."""
     arrays = given.arrays("adapmoe")
-    rooms = expected_rooms(arrays, given)
+    quotas = expected_rooms(arrays, given).astype(np.float32)
     thinning = AdaptiveGate(arrays, given.routed, tolerance)
-    return Policies(Rooms(Recency(), rooms), NextGate(), FetchAll(), thinning=thinning)
+    return Policies(
+        Quota(Recency(), lambda view: quotas), NextGate(), FetchAll(), thinning=thinning
+    )
 
 
 def edgemoe(given: Given) -> Policies:
@@ -99,7 +103,7 @@ def cache_prior(given: Given, weight: float = LAMBDA) -> Policies:
 def daop(given: Given, kept: int = 1) -> Policies:
     """How many of a token's missing experts are read; all of them is exact."""
     uses = SequenceUses()
-    evictor = Rooms(UsedHere(uses), _even(given, _there(given)))
+    evictor = Quota(UsedHere(uses))
     return Policies(evictor, NextGate(), FetchAll(), BestResident(kept), watchers=(uses,))
 
 
@@ -134,7 +138,7 @@ PRESETS = (
         "HOBBIT, 2411.01433",
         (
             "evict: multidimensional",
-            "predict: next gate",
+            "predict: stacked gates, until one is missing",
             "miss: fetch all",
             "thin: missing tail above 0.9",
             "precision: int4 above 0.6",
@@ -148,7 +152,7 @@ PRESETS = (
         False,
         "AdapMoE, 2408.10284",
         (
-            "evict: recency, slots by layer",
+            "evict: recency, quotas of a dynamic program",
             "predict: next gate",
             "miss: fetch all",
             "thin: tail below the layer's sensitivity",
@@ -222,7 +226,7 @@ PRESETS = (
         False,
         "DAOP, 2501.10375",
         (
-            "evict: used here, slots by layer",
+            "evict: used here, even quotas",
             "predict: next gate",
             "miss: fetch all",
             "route: best resident",

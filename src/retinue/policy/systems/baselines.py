@@ -36,5 +36,6 @@ PRESETS = (
         ("evict: recency", "predict: whole layer", "miss: fetch all"),
         "with fewer slots than two layers, what finds no room is read when it is needed",
         lambda given: Policies(Recency(), WholeLayer(), FetchAll()),
+        slower="it reads every expert of each layer, used or not",
     ),
 )

@@ -1,0 +1,133 @@
+"""Every verb with its options. Imports no model code: `--help` answers at once."""
+
+from argparse import ArgumentParser
+
+from retinue import __version__
+from retinue.cli.options import (
+    ENGINE,
+    MODEL_HELP,
+    QUEUE,
+    ROOM,
+    SAMPLING,
+    SERVER,
+    add_config_options,
+    new_verb,
+)
+from retinue.cli.text_verbs import add_text_verbs
+
+
+def build_parser() -> ArgumentParser:
+    """All verbs with their options. Imports no model code: `--help` answers at once."""
+    parser = ArgumentParser(
+        prog="retinue",
+        description="Runs Mixture-of-Experts language models in a fraction of their memory.",
+    )
+    parser.add_argument("--version", action="version", version=f"retinue {__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    _add_run(verbs)
+    _add_serve(verbs)
+    _add_plan(verbs)
+    _add_doctor(verbs)
+    _add_bench(verbs)
+    _add_pack(verbs)
+    add_text_verbs(verbs)
+    new_verb(verbs, "presets", "every preset with its source and parts", "retinue presets --json")
+    new_verb(verbs, "list", "the models in the hub's cache", "retinue list --json")
+    _add_rm(verbs)
+    return parser
+
+
+def _add_run(verbs: object) -> None:
+    run = new_verb(
+        verbs,
+        "run",
+        "one answer; without PROMPT a chat, or the prompt from a pipe",
+        'retinue run sample "A: Hello there!" --memory 1GiB --max-new-tokens 40',
+    )
+    run.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    run.add_argument("prompt", metavar="PROMPT", nargs="?", help="the text to continue")
+    run.add_argument(
+        "--token-ids", action="store_true", help="PROMPT is token ids, separated by spaces"
+    )
+    run.add_argument("--logprobs", type=int, metavar="N", help="with --json: N alternatives each")
+    run.add_argument("--ignore-eos", action="store_true", help="go on after an end token")
+    run.add_argument("--system", metavar="TEXT", help="of the chat: the role that the model plays")
+    add_config_options(run, (*ENGINE, "infer_task", *SAMPLING))
+
+
+def _add_serve(verbs: object) -> None:
+    serve = new_verb(
+        verbs,
+        "serve",
+        "HTTP server in the OpenAI form",
+        "retinue serve sample --memory 1GiB --port 8000",
+    )
+    serve.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    add_config_options(serve, (*ENGINE, "infer_task", *QUEUE, *SERVER, *SAMPLING))
+
+
+def _add_plan(verbs: object) -> None:
+    plan = new_verb(
+        verbs,
+        "plan",
+        "from the headers alone: what fits where, expected speed, smallest budget",
+        "retinue plan ./OLMoE-1B-7B --memory 4GiB",
+    )
+    plan.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    add_config_options(plan, (*ROOM, "preset", "precision", "threads"))
+
+
+def _add_doctor(verbs: object) -> None:
+    doctor = new_verb(
+        verbs,
+        "doctor",
+        "the machine, what is fast on it and what is not, and why",
+        "retinue doctor ./OLMoE-1B-7B",
+    )
+    doctor.add_argument("model", metavar="MODEL", nargs="?", help=MODEL_HELP)
+    doctor.add_argument(
+        "--verify", action="store_true", help="read all of a pack and compare its checksums"
+    )
+    unused = ("task", "profile", "period", "forecaster", "fetch_above", "read_limit")
+    add_config_options(doctor, tuple(name for name in ENGINE if name not in unused))
+
+
+def _add_bench(verbs: object) -> None:
+    bench = new_verb(
+        verbs,
+        "bench",
+        "speed and memory against the machine's own limits",
+        "retinue bench ./OLMoE-1B-7B --memory 6GiB --prompt-tokens 512 --new-tokens 32",
+    )
+    bench.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    bench.add_argument("--prompt-tokens", type=int, default=64, metavar="N", help="(default: 64)")
+    bench.add_argument("--new-tokens", type=int, default=32, metavar="N", help="(default: 32)")
+    bench.add_argument("--prompts", metavar="FILE", help="texts, one a line, instead of random ids")
+    add_config_options(bench, (*ENGINE, "seed"))
+
+
+def _add_pack(verbs: object) -> None:
+    pack = new_verb(
+        verbs,
+        "pack",
+        "a self-contained copy in int4 or int8: a quarter or half of the bytes; resumable",
+        "retinue pack ./OLMoE-1B-7B ./OLMoE-1B-7B-int4 --precision int4",
+    )
+    pack.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    pack.add_argument("out", metavar="OUT", nargs="?", help="the folder to write")
+    pack.add_argument(
+        "--check",
+        action="store_true",
+        help="compare all bytes of MODEL, a pack, with its checksums",
+    )
+    add_config_options(pack, ("memory", "precision", "threads"))
+
+
+def _add_rm(verbs: object) -> None:
+    remove = new_verb(
+        verbs, "rm", "delete a model from the hub's cache", "retinue rm allenai/OLMoE-1B-7B-0924"
+    )
+    remove.add_argument(
+        "name", metavar="NAME", help="as `retinue list` names it; `cache` is what retinue remembers"
+    )
+    remove.add_argument("--yes", action="store_true", help="do not ask")

@@ -1,0 +1,64 @@
+"""What a comparison found, as JSON: flat rows, so that a table can be made of each list."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from retinue.compare import claims, foresight, live, quality
+from retinue.compare.cells import Found, cells, defaults
+from retinue.compare.foresight import NEXT_GATE
+from retinue.compare.grid import Grid
+from retinue.compare.measures import Seen
+from retinue.lab.base import Row
+from retinue.lab.ledger import Ledger
+
+ENTRIES = (live.NAME, quality.NAME, foresight.NAME)  # of the ledger
+
+
+def found(grid: Grid, ledger: Ledger) -> Found:
+    """What the ledger has of the grid."""
+    rows = [ledger.entry(name).rows for name in ENTRIES]
+    measured, scores = ([row for row in each if grid.holds(row)] for each in rows[:2])
+    return Found(measured, scores, rows[2])
+
+
+def document(model: str, grid: Grid, setting: Mapping[str, Any], ledger: Ledger) -> dict[str, Any]:
+    """Everything; docs/compare.md says what the keys mean."""
+    seen = found(grid, ledger)
+    rows = cells(grid, seen)
+    return {
+        "model": model,
+        "presets": grid.names,
+        "memory": list(dict.fromkeys(budget.memory for budget in grid.budgets)),
+        "experts": list(dict.fromkeys(budget.experts for budget in grid.budgets)),
+        "read_limits": [disk.limit for disk in grid.disks],
+        "runs": grid.runs,
+        "new_tokens": grid.new_tokens,
+        "setting": dict(setting),
+        "cells": rows,
+        "auto": defaults(grid, seen),
+        "tasks": [row for row in seen.quality if row["task"] != "all"],
+        "foresight": list(seen.foresight),
+        "claims": claims.rows(Seen(rows, seen.foresight)),
+        "refused": refused(grid, ledger),
+    }
+
+
+def refused(grid: Grid, ledger: Ledger) -> list[Row]:
+    """Why presets of the grid could not run, once for each preset and reason."""
+    seen = dict[tuple[str, str], Row]()
+    for name in ENTRIES:
+        for key, reason in ledger.entry(name).left_out.items():
+            what = key.split(", ")[0]
+            if what in (*grid.presets, NEXT_GATE):
+                seen.setdefault((what, reason), {"preset": what, "reason": reason})
+    return list(seen.values())
+
+
+def worst(rows: Sequence[Row]) -> list[Row]:
+    """Cells in which an exact preset was slower than `on-demand`, in either phase."""
+    phases = ("decode_verdict", "prefill_verdict")
+    return [
+        row
+        for row in rows
+        if row["exact"] and any(str(row.get(key) or "").startswith("slower") for key in phases)
+    ]

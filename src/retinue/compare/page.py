@@ -1,0 +1,293 @@
+"""A comparison as a report: who is never worse than none, what each costs, what papers claim."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from retinue.compare.charts import hits, loss_added, quality, speed
+from retinue.compare.document import worst
+from retinue.compare.grid import BASE, DEFAULT, PLAIN, Budget, Disk, Grid
+from retinue.compare.verdict import FASTER, SLOWER, WITHIN
+from retinue.lab.base import Chart, Column, Row, number
+from retinue.lab.drawing import HOW_TO_GET, can_draw, draw
+from retinue.lab.page import Figure, Report, Section, Table
+from retinue.lab.tables import said, table_of
+
+SIGNS = {FASTER: "▲", WITHIN: "=", SLOWER: "▼"}
+DEMANDED_SIGN = "▽"
+
+CELL = (
+    Column("preset", "preset"),
+    Column("kind", "output"),
+    Column(
+        "decode_tokens_per_s",
+        "decode, tokens/s",
+        ".1f",
+        "decode_tokens_per_s_min",
+        "decode_tokens_per_s_max",
+    ),
+    Column(
+        "prefill_tokens_per_s",
+        "prefill, tokens/s",
+        ".0f",
+        "prefill_tokens_per_s_min",
+        "prefill_tokens_per_s_max",
+    ),
+    Column("ttft_s", "first token, s", ".3f", "ttft_s_min", "ttft_s_max"),
+    Column("stall_share", "stalled", ".0%"),
+    Column("bytes_read_per_token", "read a token", "bytes"),
+    Column("hit_rate", "hits", ".1%", "hit_rate_min", "hit_rate_max"),
+    Column("pending_rate", "pending", ".1%"),
+    Column("belady_distance", "below Belady", ".1%"),
+    Column("degraded_share", "degraded", ".1%"),
+    Column("added", "loss added", "+.3f"),
+    Column("agreement", "agreement", ".3f"),
+    Column("peak_rss_bytes", "peak", "bytes"),
+    Column("simulated_decode_tokens_per_s", "decode, replayed", ".1f"),
+    Column("simulated_hit_rate", "hits, replayed", ".1%"),
+)
+CLAIM = (
+    Column("preset", "preset"),
+    Column("paper", "paper"),
+    Column("where", "where"),
+    Column("claim", "its claim"),
+    Column("measure", "measured here"),
+    Column("found", "found"),
+    Column("why", "where they differ, why"),
+)
+AUTO = (
+    Column("experts", "experts"),
+    Column("memory", "memory"),
+    Column("read_limit", "disk"),
+    Column("phase", "phase"),
+    Column("best", "best other exact preset"),
+    Column("best_tokens_per_s", "its tokens/s", ".1f"),
+    Column("auto_tokens_per_s", "auto", ".1f"),
+    Column("against_best", "auto over it", ".2f", "against_best_min", "against_best_max"),
+    Column("verdict", "verdict"),
+)
+
+
+def report(grid: Grid, document: Mapping[str, Any]) -> Report:
+    """The page's parts; plots only where matplotlib is installed, which the page says."""
+    cells: list[Row] = document["cells"]
+    sections = [
+        _never_worse(grid, cells),
+        _default(document["auto"]),
+        _speed(grid, cells),
+        _quality(grid, cells, document["tasks"]),
+        _hits(grid, cells),
+        _all(grid, cells),
+        _claims(document["claims"]),
+        _refused(document["refused"]),
+    ]
+    notes = [] if can_draw() else [f"Plots are missing: matplotlib is not installed: {HOW_TO_GET}"]
+    return Report(
+        title=f"Presets side by side: {document['model']}",
+        lead="The same prompts and the same tokens through every preset, at equal memory, live.",
+        claim_heading="The papers",
+        found_heading="Found here",
+        setting=[(key.replace("_", " "), said(value)) for key, value in _setting(document)],
+        sections=[section for section in sections if section is not None],
+        notes=notes,
+    )
+
+
+def _setting(document: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    limits = [limit or "none" for limit in document["read_limits"]]
+    amount = f"{document['runs']} runs, the presets in rotating order"
+    shown = {"experts": [share or "as memory allows" for share in document["experts"]]}
+    return [
+        *document["setting"].items(),
+        *({"memory": document["memory"]} | shown | {"read limits": limits}).items(),
+        ("repeated", amount),
+    ]
+
+
+def _never_worse(grid: Grid, cells: Sequence[Row]) -> Section:
+    """Each exact preset against `on-demand`, in both phases."""
+    exact = [row for row in cells if row["exact"] and row["preset"] != BASE]
+    judged = [row for row in exact if row.get("decode_verdict") is not None]
+    slow = worst(cells)
+    names = list(dict.fromkeys(str(row["preset"]) for row in slow))
+    if not judged:
+        found = "No verdict: there has to be more than one run."
+    elif not slow:
+        found = f"No exact preset is slower than `{BASE}` in any of {len(judged)} cells."
+    else:
+        count = f"{len(slow)} of {len(judged)} cells"
+        found = f"In {count} an exact preset is slower than `{BASE}`: {', '.join(names)}."
+    tables = [_matrix(grid, exact, phase) for phase in ("decode", "prefill")]
+    runs = max((int(number(row, "runs") or 0) for row in cells), default=0)
+    return Section(
+        "never-worse",
+        f"Never worse than {BASE}",
+        "",
+        found,
+        tables=tables if judged else [],
+        notes=[
+            "The median of the runs' ratios, each run beside the same run of"
+            f" `{BASE}`, with the least and the most. {SIGNS[FASTER]} faster in every run,"
+            f" {SIGNS[SLOWER]} slower in every run, {SIGNS[WITHIN]} within the spread,"
+            f" {DEMANDED_SIGN} slower as its paper demands. Of two equals, {runs} runs call the one"
+            f" slower by chance {0.5**runs:.1%} of the time.",
+        ],
+    )
+
+
+def _matrix(grid: Grid, rows: Sequence[Row], phase: str) -> Table:
+    """A row for each preset, a column for each place."""
+    places = [(budget, disk) for disk in grid.disks for budget in grid.budgets]
+    key = f"{phase}_against_on_demand"
+    lines = []
+    for name in dict.fromkeys(str(row["preset"]) for row in rows):
+        mine = [row for row in rows if row["preset"] == name]
+        lines.append([name, *[_ratio(_in(mine, *place), key, phase) for place in places]])
+    header = ["preset", *[f"{budget.label}, {disk.label}" for budget, disk in places]]
+    caption = f"{phase.capitalize()} speed over that of {BASE}"
+    return Table(header, lines, [False, *[True] * len(places)], caption)
+
+
+def _ratio(row: Row | None, key: str, phase: str) -> str:
+    if row is None or number(row, key) is None:
+        return ""
+    middle, low, high = (number(row, f"{key}{end}") or 0.0 for end in ("", "_min", "_max"))
+    verdict = row.get(f"{phase}_verdict")
+    sign = SIGNS.get(str(verdict), DEMANDED_SIGN) if verdict else ""
+    return f"{middle:.2f} {sign}\n{low:.2f} to {high:.2f}"
+
+
+def _default(rows: Sequence[Row]) -> Section | None:
+    if not rows:
+        return None
+    judged = [row for row in rows if row["verdict"] is not None]
+    below = [row for row in judged if str(row["verdict"]).startswith("slower")]
+    found = (
+        f"`{DEFAULT}` is within the spread of the best exact preset, or faster, in"
+        f" {len(judged) - len(below)} of {len(judged)} cells and phases."
+        if judged
+        else "No verdict: there has to be more than one run."
+    )
+    shown = [row | {"read_limit": row["read_limit"] or "as it is"} for row in rows]
+    return Section(
+        "auto",
+        "The default against the best",
+        "",
+        found,
+        tables=[table_of(AUTO, shown)],
+        notes=["The best of many is partly lucky, which counts against the default."],
+    )
+
+
+def _speed(grid: Grid, cells: Sequence[Row]) -> Section:
+    fastest = []
+    for disk in grid.disks:
+        for budget in grid.budgets:
+            rows = _at(cells, budget, disk)
+            best = max(rows, key=lambda row: number(row, "decode_tokens_per_s") or 0, default=None)
+            if best is not None:
+                speed_ = number(best, "decode_tokens_per_s") or 0.0
+                fastest.append(f"{budget.label}, {disk.label}: {best['preset']} ({speed_:.1f})")
+    found = f"Fastest at decoding, tokens a second: {'; '.join(fastest)}." if fastest else ""
+    figures = _figures("speed", speed(grid, cells))
+    return Section("speed", "Speed against the share in memory", "", found, figures)
+
+
+def _quality(grid: Grid, cells: Sequence[Row], tasks: Sequence[Row]) -> Section | None:
+    rows = [row for row in tasks if row["preset"] != PLAIN]
+    if not rows:
+        return None
+    names = list(dict.fromkeys(str(row["task"]) for row in tasks))
+    plain = {row["task"]: number(row, "nll_plain") or 0.0 for row in tasks}
+    lines = [["plain (its loss)", "", "", *[f"{plain[name]:.3f}" for name in names]]]
+    for head in dict.fromkeys((row["preset"], row["memory"], row["experts"]) for row in rows):
+        mine = {row["task"]: row for row in rows if _head(row) == head}
+        scores = [_score(mine[name]) if name in mine else "" for name in names]
+        lines.append([*[str(part or "") for part in head], *scores])
+    header = ["preset", "memory", "experts", *names]
+    caption = "Loss added, nats a token, and below it agreement with the plain model's next token"
+    table = Table(header, lines, [False, False, False, *[True] * len(names)], caption)
+    return Section(
+        "quality",
+        "What approximate presets cost",
+        "",
+        "Exact presets give the plain model's tokens: no loss is added, and they agree with it.",
+        _figures("quality", quality(cells, grid.disks[0])),
+        [table],
+    )
+
+
+def _head(row: Row) -> tuple[object, ...]:
+    return row["preset"], row["memory"], row["experts"]
+
+
+def _score(row: Row) -> str:
+    added = loss_added(row) or 0.0
+    return f"{added:+.3f}\n{number(row, 'agreement') or 0.0:.3f}"
+
+
+def _hits(grid: Grid, cells: Sequence[Row]) -> Section:
+    gaps: dict[str, list[float]] = {}
+    for row in cells:
+        if row["exact"] and (gap := number(row, "belady_distance")) is not None:
+            gaps.setdefault(str(row["preset"]), []).append(gap)
+    words = [f"{name} {100 * sum(each) / len(each):.1f}" for name, each in gaps.items()]
+    found = (
+        f"Points of hit rate below Belady's rule, replayed, mean over cells: {', '.join(words)}."
+        if words
+        else "There was no replay to compare with."
+    )
+    figures = [figure for disk in grid.disks[:1] for figure in hits(cells, disk)]
+    return Section("hits", "Hits, and what is possible", "", found, _figures("hits", figures))
+
+
+def _all(grid: Grid, cells: Sequence[Row]) -> Section:
+    tables = []
+    for disk in grid.disks:
+        for budget in grid.budgets:
+            rows = [_shown(row) for row in _at(cells, budget, disk)]
+            if rows:
+                made = table_of(CELL, rows)
+                caption = f"{budget.label}, {disk.label}"
+                tables.append(Table(made.header, made.rows, made.numeric, caption))
+    found = "Medians over the runs, with the least and the most; counts are of decoding."
+    return Section("cells", "Every cell", "", found, tables=tables)
+
+
+def _shown(row: Row) -> Row:
+    seconds = number(row, "decode_s") or 0.0
+    return row | {
+        "kind": "exact" if row["exact"] else "approximate",
+        "stall_share": (number(row, "stall_s") or 0.0) / seconds if seconds else None,
+        "added": loss_added(row),
+        "degraded_share": None if row["exact"] else row["degraded_share"],
+    }
+
+
+def _claims(rows: Sequence[Row]) -> Section:
+    known = [row for row in rows if "found_median" in row]
+    found = f"{len(known)} of {len(rows)} claims have a counterpart in this run."
+    title = "What the papers claim"
+    return Section("claims", title, "", found, tables=[table_of(CLAIM, rows)])
+
+
+def _refused(rows: Sequence[Row]) -> Section | None:
+    if not rows:
+        return None
+    table = table_of((Column("preset", "preset"), Column("reason", "reason")), rows)
+    return Section("refused", "What could not run", "", f"{len(rows)} refusals.", tables=[table])
+
+
+def _figures(name: str, charts: Sequence[Chart]) -> list[Figure]:
+    if not can_draw():
+        return []
+    return [Figure(draw(chart, f"{name}-{at}"), chart.title) for at, chart in enumerate(charts)]
+
+
+def _at(cells: Sequence[Row], budget: Budget, disk: Disk) -> list[Row]:
+    where = {**asdict(budget), "read_limit": disk.limit}
+    return [row for row in cells if all(row[key] == value for key, value in where.items())]
+
+
+def _in(cells: Sequence[Row], budget: Budget, disk: Disk) -> Row | None:
+    return next(iter(_at(cells, budget, disk)), None)

@@ -1,0 +1,253 @@
+"""What happens between "a layer needs these experts" and "all of them were computed".
+
+One for the live engine and for the simulator: it counts, shows policies what happens, asks them,
+starts reads and waits. Whoever drives it computes, or lets a clock run. It belongs to one thread,
+and imports no torch.
+
+The order in a layer: watchers and the predictor observe, the miss handler says what is read, and
+in which precision; then the predictor is asked for the coming layers.
+"""
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+
+from retinue.errors import Cancelled
+from retinue.memory.base import Urgency
+from retinue.memory.cache import LOADING, ExpertCache
+from retinue.metrics import Metrics
+from retinue.policy.base import Ahead, Prompt, Route, View
+from retinue.policy.policies import Policies
+from retinue.types import Demand, FloatArray, IntArray, Phase, Want
+
+RECENT_STEPS = 4
+WAIT_S = 0.1  # how often a stalled layer looks whether it is still wanted
+# What a coming layer's router says of this layer's input, [tokens, experts]; None: nobody knows.
+ScoresOf = Callable[[int], FloatArray | None]
+
+
+class Attendance:
+    """Serves layer after layer out of `cache` as `policies` say.
+
+    routed: the layers with experts, in their order. `stop` is asked in waits. `last_missed`
+    [layers, experts] is the step in which each expert was missing last, -1: never. `lowers` says
+    whether the precision policy is asked now; otherwise nothing but the own one will do.
+    """
+
+    def __init__(
+        self, cache: ExpertCache, policies: Policies, routed: Sequence[int], metrics: Metrics
+    ) -> None:
+        self.cache, self.policies, self.metrics = cache, policies, metrics
+        self.stop: Callable[[], bool] = lambda: False
+        self.lowers = True
+        self.last_missed = np.full_like(cache.last_used, -1)
+        self.following = dict(pairwise(routed))
+
+    def begin(self, prompt: Prompt) -> None:
+        """A request has its first pass next."""
+        for watcher in self.policies.watchers:
+            watcher.begin(prompt)
+
+    def end(self, sequence: int) -> None:
+        """A request has ended, whatever way."""
+        for watcher in self.policies.watchers:
+            watcher.end(sequence)
+
+    def begin_pass(self, phase: Phase) -> None:
+        """A forward pass starts."""
+        self.cache.begin_step(phase)
+
+    def attend(
+        self,
+        demand: Demand,
+        tokens: int,
+        route: Route | None = None,
+        scores_of: ScoresOf | None = None,
+    ) -> "Turn":
+        """A layer of a pass over `tokens` tokens needs experts: to be used in a `with`.
+
+        `scores_of` is asked for coming layers, if the predictor needs their routers' scores and
+        they may lack an expert.
+        """
+        view = self.cache.begin_layer(demand.layer, route)
+        for watcher in self.policies.watchers:
+            watcher.observe(demand, view)
+        return Turn(self, demand, view, tokens, scores_of)
+
+    def show(self, demand: Demand, route: Route | None = None) -> None:
+        """Let those see it that watch."""
+        if self.policies.watchers:
+            view = self.cache.begin_layer(demand.layer, route)
+            for watcher in self.policies.watchers:
+                watcher.observe(demand, view)
+
+    def see(self, demand: Demand, route: Route | None = None) -> None:
+        """A layer runs whose experts are all there, and never have to leave."""
+        self.show(demand, route)
+        self.cache.mark_used(demand.layer, demand.experts)
+        self.metrics.count(demand.layer, len(demand.experts))
+
+    def count(self, layer: int, experts: IntArray, slots: IntArray) -> None:
+        """Count what a layer looked up: `slots` [n] as the cache's `lookup` gives them."""
+        self.last_missed[layer, experts[slots < 0]] = self.cache.step
+        hits, pending = int((slots >= 0).sum()), int((slots == LOADING).sum())
+        self.metrics.count(layer, hits, pending, len(slots) - hits - pending)
+
+    def wait(self, layer: int, awaited: set[int]) -> None:
+        """Wait for one of the reads. Raises Cancelled, or the error of one that is `awaited`."""
+        cache = self.cache
+        cache.raise_failure(layer, awaited)
+        if self.stop():
+            raise Cancelled("the request was cancelled")
+        self.metrics.now.stall_s += cache.wait(WAIT_S)
+        cache.raise_failure(layer, awaited)
+
+    def repeated(self, demand: Demand) -> int:
+        """How many experts of `demand` the last few passes used as well."""
+        last = self.cache.last_used[demand.layer, demand.experts]
+        return int(np.count_nonzero((last >= 0) & (last >= self.cache.step - RECENT_STEPS)))
+
+
+def demand_of(layer: int, chosen: IntArray, weights: FloatArray, experts: int) -> Demand:
+    """What tokens need that chose so: [tokens, k] each; ids of `experts` or more mean none."""
+    ids, given = chosen.ravel(), weights.ravel()
+    there = ids < experts
+    distinct, at, tokens = np.unique(ids[there], return_inverse=True, return_counts=True)
+    weight = np.bincount(at, weights=given[there], minlength=len(distinct))
+    return Demand(layer, distinct, tokens, weight.astype(np.float32))
+
+
+class Turn:
+    """One layer's turn: `ready`, compute them, `computed`, or else `wait`, until nothing is left.
+
+    Within the `with`, what is not computed yet is pinned.
+    """
+
+    def __init__(
+        self,
+        attendance: Attendance,
+        demand: Demand,
+        view: View,
+        tokens: int,
+        scores_of: ScoresOf | None,
+    ) -> None:
+        self._attendance, self._cache, self._demand = attendance, attendance.cache, demand
+        self._view, self._tokens, self._scores_of = view, tokens, scores_of
+        self._missing = demand.experts[:0]  # those that found no room yet
+        self._keep: IntArray | None = None  # those that may stay after a prefill
+        self._precision: dict[int, int] | None = None  # in which each is read
+        self.left: set[int] = set(demand.experts.tolist())  # to be computed
+        self.elsewhere = demand.experts[:0]  # computed where they lie, by who has such a place
+
+    def __enter__(self) -> Self:
+        cache, demand = self._cache, self._demand
+        self._lease = cache.lease(demand.layer, demand.experts)
+        try:
+            self._start()
+        except BaseException:
+            self._lease.__exit__()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._lease.__exit__()
+
+    def ready(self) -> list[int]:
+        """Experts to compute now; while some found no room, one alone, which then makes room."""
+        layer, slot_of = self._demand.layer, self._cache.slot_of
+        ready = [expert for expert in self.left if slot_of[layer, expert] >= 0]
+        return ready[:1] if len(self._missing) else ready
+
+    def computed(self, experts: Sequence[int]) -> None:
+        """`experts` are done and may leave."""
+        self.left.difference_update(experts)
+        self._lease.release(experts)
+        if len(self._missing):
+            self._cache.poll()
+            self._missing = self._fetch(self._missing)
+
+    def wait(self) -> None:
+        """Wait for one of the reads. Raises Cancelled, or the error of a read that failed."""
+        if len(self._missing):
+            self._missing = self._fetch(self._missing)
+        self._attendance.wait(self._demand.layer, self.left)
+
+    # --- what happens before anything is computed
+
+    def _start(self) -> None:
+        """Look up, observe, start the reads, look ahead."""
+        attendance, cache, demand = self._attendance, self._cache, self._demand
+        policies = attendance.policies
+        worst = None
+        if not policies.precision.exact:
+            worst = np.zeros(len(demand.experts), dtype=np.int64)
+            if attendance.lowers:
+                worst = policies.precision.pick(demand, self._view)
+        slots = cache.lookup(demand.layer, demand.experts, worst)
+        attendance.count(demand.layer, demand.experts, slots)
+        attendance.metrics.now.repeated += attendance.repeated(demand)
+        policies.predictor.observe(demand, self._view)
+        if policies.predictor.speculative:
+            cache.drop_wants(demand.layer, demand.experts)
+        there = slots >= 0
+        if (costs := cache.costs) is not None and costs.elsewhere_s is not None:
+            self.elsewhere = policies.miss.elsewhere(demand, there, self._view)
+            self.left.difference_update(self.elsewhere.tolist())
+            there = there | np.isin(demand.experts, self.elsewhere)
+        missing = policies.miss.fetch(demand, there, self._view)
+        assert len(missing) == np.count_nonzero(~there), "a thinning leaves experts out"
+        if worst is not None:
+            self._precision = dict(zip(demand.experts.tolist(), worst.tolist(), strict=True))
+        if len(missing):
+            if cache.phase == "prefill":
+                order = np.argsort(-demand.weight, kind="stable")
+                self._keep = demand.experts[order][: cache.quota]
+                cache.settle_in(demand.layer, self._keep)
+            self._missing = self._fetch(missing)
+        if not len(self._missing):
+            self._look_ahead()
+        cache.touch(demand, self._tokens)
+
+    def _fetch(self, experts: IntArray) -> IntArray:
+        precision = None
+        if self._precision is not None:
+            precision = np.array([self._precision[expert] for expert in experts.tolist()])
+        return self._cache.fetch(self._demand.layer, experts, self._keep, precision)
+
+    def _look_ahead(self) -> None:
+        attendance, cache = self._attendance, self._cache
+        predictor, prefill = attendance.policies.predictor, cache.phase == "prefill"
+        depth = min(predictor.depth, 1) if prefill else predictor.depth
+        ahead: list[Ahead] = []
+        following = attendance.following.get(self._demand.layer)
+        while following is not None and len(ahead) < depth:
+            ahead.append(Ahead(following, self._scores(following)))
+            following = attendance.following.get(following)
+        if not ahead:
+            return
+        limit = cache.ring if prefill else 2 * cache.top_k
+        view = cache.view(tuple(ahead), self._view.route)
+        for want in predictor.forecast(view):
+            near = want.layer == ahead[0].layer
+            urgency = Urgency.NEXT_LAYER if near else Urgency.LATER
+            cache.want(want, limit, urgency, self._ahead_in(want, view))
+
+    def _scores(self, layer: int) -> FloatArray | None:
+        """What `layer`'s router says, if the predictor needs it and it matters."""
+        wanted = "next_scores" in self._attendance.policies.predictor.needs
+        if self._scores_of is None or not wanted or self._cache.has_all(layer):
+            return None
+        return self._scores_of(layer)
+
+    def _ahead_in(self, want: Want, view: View) -> IntArray | None:
+        precision = self._attendance.policies.precision
+        lowers = self._attendance.lowers and not precision.exact
+        return precision.pick_ahead(want, view) if lowers else None
