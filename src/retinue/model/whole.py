@@ -14,9 +14,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from retinue.memory.cache import Views
 from retinue.memory.checkpoint import open_checkpoint
 from retinue.memory.files import Reader
+from retinue.memory.link import Views
 from retinue.model.experts import IMPLEMENTATION
 from retinue.model.load import build, load_dense
 from retinue.model.reference import read_expert
