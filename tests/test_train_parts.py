@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from recordings import EXPERTS, HEAD, HIDDEN, ROWS, TOP_K, WORDS, World, choosing
 from retinue.errors import Refused
 from retinue.policy.parts.kinds import KINDS, misfit
 from retinue.policy.parts.paths import Context, fresh, paths
@@ -18,6 +17,7 @@ from retinue.train.measures import MOST_TOKENS, TEXTS, Measures, some
 from retinue.train.parts import KINDS_MADE, Task, baseline, ticks, train_parts
 from retinue.train.worth import judged, top
 from retinue.types import FloatArray, IntArray
+from worlds import EXPERTS, HEAD, HIDDEN, ROWS, TOP_K, WORDS, World, choosing
 
 CHANCE = TOP_K / EXPERTS
 FORECASTS = ("promoe", "expertflow", "moe-infinity", "fmoe", "pre-gated", "read-me", "edgemoe")
