@@ -293,3 +293,17 @@ def test_reads_ahead_have_a_precision_too() -> None:
     assert rig.link.precisions == [0, 1]
     rig.run(1, 3)
     assert rig.link.precisions == [0, 1, 0], "what is on its way in a worse one is read anew"
+
+
+def test_the_plain_model_never_runs_in_a_lower_precision() -> None:
+    noting = Noting()
+    noting.exact = False
+    noting.wants = [Want(1, ids(3), np.ones(1, np.float32))]
+    rig = Rig(8, Policies(Recency(), noting, FetchAll(), precision=noting))
+    rig.run(0, 1)
+    rig.attendance.lowers = False
+    rig.attendance.begin_pass("decode")
+    rig.run(0, 1)
+    rig.run(1, 3)
+    assert rig.cache.precision[:2].sum() == 0
+    assert rig.counters.misses == 3

@@ -102,10 +102,7 @@ def assemble(reserved: Reserved) -> Assembly:
         mover = Mover(reader, bytes_per_s=config.read_bytes_per_s)
         undo.callback(mover.close)
         host = _host(network, tier, mover, policies, metrics)
-        if config.self_check:
-            experts = network.experts
-            self_check(host, experts.modules, experts.layouts, network.model.dtype)
-        host.changes.active = not policies.exact and not policies.placement.fixed
+        _start(host, network, policies, check=config.self_check)
         if facts.plain_bytes and host.cache.holds_everything and not policies.placement.fixed:
             host.cache.place(network.experts.there)  # encoded once, here, and not while it answers
         store = _store(network, limits, abilities)
@@ -143,6 +140,14 @@ def assemble(reserved: Reserved) -> Assembly:
         load_s,
         notes,
     )
+
+
+def _start(host: ExpertHost, network: Network, policies: Policies, *, check: bool) -> None:
+    """Check some experts as they are; from now on policies may change things."""
+    if check:
+        experts = network.experts
+        self_check(host, experts.modules, experts.layouts, network.model.dtype)
+    host.changes.active = not policies.exact and not policies.placement.fixed
 
 
 def _classifier(

@@ -33,7 +33,8 @@ class Attendance:
     """Serves layer after layer out of `cache` as `policies` say.
 
     routed: the layers with experts, in their order. `stop` is asked in waits. `last_missed`
-    [layers, experts] is the step in which each expert was missing last, -1: never.
+    [layers, experts] is the step in which each expert was missing last, -1: never. `lowers` says
+    whether the precision policy is asked now; otherwise nothing but the own one will do.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class Attendance:
     ) -> None:
         self.cache, self.policies, self.metrics = cache, policies, metrics
         self.stop: Callable[[], bool] = lambda: False
+        self.lowers = True
         self.last_missed = np.full_like(cache.last_used, -1)
         self.following = dict(pairwise(routed))
 
@@ -184,7 +186,11 @@ class Turn:
         """Look up, observe, start the reads, look ahead."""
         attendance, cache, demand = self._attendance, self._cache, self._demand
         policies = attendance.policies
-        worst = None if policies.precision.exact else policies.precision.pick(demand, self._view)
+        worst = None
+        if not policies.precision.exact:
+            worst = np.zeros(len(demand.experts), dtype=np.int64)
+            if attendance.lowers:
+                worst = policies.precision.pick(demand, self._view)
         slots = cache.lookup(demand.layer, demand.experts, worst)
         attendance.count(demand.layer, demand.experts, slots)
         attendance.metrics.now.repeated += attendance.repeated(demand)
@@ -243,4 +249,5 @@ class Turn:
 
     def _ahead_in(self, want: Want, view: View) -> IntArray | None:
         precision = self._attendance.policies.precision
-        return None if precision.exact else precision.pick_ahead(want, view)
+        lowers = self._attendance.lowers and not precision.exact
+        return precision.pick_ahead(want, view) if lowers else None

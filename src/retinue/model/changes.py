@@ -138,6 +138,17 @@ class Changes:
             weights = (weights.float() * torch.from_numpy(gain)[:, None]).to(weights.dtype)
         return index, torch.where(stays, weights, 0), lost
 
+    def lowered(
+        self, index: torch.Tensor, weights: FloatArray, low: set[int], lost: FloatArray | None
+    ) -> FloatArray:
+        """`lost` [tokens] and the weight of the experts `low`, not served as the model was given.
+
+        index, weights: [tokens, k].
+        """
+        served_low = np.isin(index.numpy(), list(low))
+        more = np.where(served_low, weights, 0).sum(axis=1)
+        return np.asarray(more if lost is None else lost + more, dtype=np.float32)
+
     def count(
         self, layer: int, weights: FloatArray, rerouted: Rerouted | None, lost: FloatArray | None
     ) -> None:

@@ -8,7 +8,7 @@ nor on how a layer was cut into waves.
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from retinue.model.expert_map import ExpertsModule
 from retinue.model.kernels import ExpertKernel
 from retinue.model.restriction import Rerouted
 from retinue.model.routing import Router, probabilities
+from retinue.model.shown import Shown
 from retinue.model.work import NativeWork, ViewsOf, Work
 from retinue.policy.base import BoolArray, Prompt, Route, Running
 from retinue.policy.miss.book import Served, Shares
@@ -32,7 +33,6 @@ from retinue.policy.policies import Policies
 from retinue.types import FloatArray, IntArray, Phase
 
 IMPLEMENTATION = "retinue"
-SHOWN = {"scores", "hidden", "token_ids"}  # signals token by token
 Result = TypeVar("Result")
 # Sees (layer, hidden, index, weights) of every layer that runs.
 Watch = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], None]
@@ -68,13 +68,10 @@ class ExpertHost:
         self.attendance = Attendance(cache, policies, order, metrics)
         self.changes = Changes(routers, modules, cache, policies, metrics)
         self._needs = policies.needs
-        # Whether somebody looks at tokens one by one.
-        self._shows = bool(policies.watchers or self._needs & SHOWN) or not (
-            policies.thinning.exact and policies.precision.exact and policies.miss.exact
-        )
+        self.shown = Shown(policies, self.scores)
+        self._lowers = not policies.precision.exact
         self._modules = {found.layer: found.module for found in modules}
         self._routers = dict(zip(order, routers, strict=True))
-        self._pass = _Pass(np.zeros(0, dtype=np.int64), ())
         for found in modules:
             found.module.retinue_run = _Layer(self, found)  # type: ignore[assignment]
 
@@ -158,10 +155,10 @@ class ExpertHost:
         Brings the cache back to where the books stand, should the last pass have failed. Raises
         the error of a read that failed.
         """
-        whose = range(len(rows)) if sequences is None else sequences
-        self._pass = _Pass(np.repeat(np.asarray(whose), np.asarray(rows)), token_ids)
+        self.shown.begin_pass(rows, sequences, token_ids)
         changes = self.changes
         changes.begin_pass(phase, rows)
+        self.attendance.lowers = changes.active
         self.attendance.begin_pass(phase)
         if changes.restricted and changes.books.astray:
             self.cache.place(changes.books.there())
@@ -197,41 +194,55 @@ class ExpertHost:
         if self.watch is not None:
             self.watch(layer, hidden, index, weights)
         cache, changes = self.cache, self.changes
-        settled = cache.holds_everything and cache.has_all(layer)
+        settled = cache.holds_everything and cache.has_all(layer) and not self._lowers
         kernel = self.kernels.get(layer)
-        plain = not (self._shows or changes.reroutes)
+        plain = not (self.shown.wanted or changes.reroutes)
         if settled and kernel is not None and len(hidden) == 1 and plain:
             return self._run_token(kernel, layer, hidden, index, weights)
         rerouted = changes.take(layer)
-        if rerouted is not None and changes.restricted and not self._shows:
+        if rerouted is not None and changes.restricted and not self.shown.wanted:
             return self._run_unseen(kernel, layer, hidden, index, weights, rerouted)
         if not changes.restricted:
             changes.choose(layer, index, weights, rerouted)
-        route = self._route(layer, hidden, index, weights, rerouted) if self._shows else None
+        route = self.shown.route(layer, hidden, index, weights, rerouted)
         lost = None
         if changes.thins and route is not None:
             view = cache.begin_layer(layer, route)
             index, weights, lost = changes.thin(index, weights, route, view)
-        if rerouted is not None or (changes.active and route is not None):
-            given = weights.float().numpy() if route is None else route.weights
-            changes.count(layer, given, rerouted, lost)
         work = self._work(layer, hidden, index, weights)
+        low: set[int] = set()
         if changes.restricted:
-            return self._run_restricted(layer, work, rerouted, route)
+            out = self._run_restricted(layer, work, rerouted, route)
+        elif settled:
+            self.attendance.see(work.demand(layer), route)
+            out = self._run_resident(layer, work)
+        else:
+            out, low = self._run_attended(layer, work, hidden, route)
+        if rerouted is not None or (changes.active and route is not None):
+            given = weights.float().numpy()
+            if low:
+                lost = changes.lowered(index, given, low, lost)
+            changes.count(layer, given if route is None else route.weights, rerouted, lost)
+        return out
+
+    def _run_attended(
+        self, layer: int, work: Work, hidden: torch.Tensor, route: Route | None
+    ) -> tuple[torch.Tensor, set[int]]:
+        """A layer that may lack experts; also, which were computed in a lower precision."""
+        cache, low = self.cache, set[int]()
         demand = work.demand(layer)
-        if settled:
-            self.attendance.see(demand, route)
-            return self._run_resident(layer, work)
         with self.attendance.attend(
             demand, len(hidden), route, lambda coming: self.scores(coming, hidden)
         ) as turn:
             while turn.left:
                 if ready := turn.ready():
+                    if self._lowers:
+                        low.update(e for e in ready if cache.precision[layer, e])
                     self._timed(work.compute, ready, cache.use(layer, ready))
                     turn.computed(ready)
                 else:
                     turn.wait()
-        return self._timed(work.result)
+        return self._timed(work.result), low
 
     def _run_token(
         self,
@@ -337,33 +348,6 @@ class ExpertHost:
         if kernel is None:
             return Work(module, views, hidden, index, weights)
         return NativeWork(kernel, module, views, hidden, index, weights)
-
-    def _route(
-        self,
-        layer: int,
-        hidden: torch.Tensor,
-        index: torch.Tensor,
-        weights: torch.Tensor,
-        rerouted: Rerouted | None,
-    ) -> Route:
-        """What the layer's own router chose, token by token, with the signals that are needed."""
-        if rerouted is None:
-            chosen, given = index.numpy(), weights.float().numpy()
-        else:
-            chosen, given = rerouted.chosen, rerouted.weights
-        scores = self.scores(layer, hidden) if "scores" in self._needs else None
-        shown = hidden.float().numpy() if "hidden" in self._needs else None
-        tokens = None
-        if "token_ids" in self._needs:
-            tokens = np.asarray(self._pass.token_ids, dtype=np.int64)
-        return Route(layer, chosen, given, self._pass.sequences, scores, shown, tokens)
-
-
-class _Pass(NamedTuple):
-    """The tokens of the pass that runs, and whose each one is."""
-
-    sequences: IntArray
-    token_ids: Sequence[int]
 
 
 class _Layer:

@@ -32,7 +32,7 @@ class Route:
     """What the routers chose for the tokens of a pass in one layer, before anything is changed.
 
     `sequences` says whose each token is, by the number that `Prompt` gives. The last three are
-    there for who declares that it needs them.
+    there for who declares that it needs them. Arrays are the engine's own: copy what you keep.
     """
 
     layer: int
