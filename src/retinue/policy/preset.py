@@ -52,10 +52,11 @@ class Preset:
     """One row of `retinue presets`.
 
     `fixed`: its placement says who stays; `profiled`: it cannot do without a profile. `learned` are
-    the kinds of predictor that it needs, `nested` says that it reads other precisions from the
-    nested store, `replayed` that it knows the future, so that only a replay can run it. `slower`:
-    why its paper demands what may make it slower than `on-demand`; empty where none does. `alone`:
-    what becomes of a paper's two places that compute where there is one; empty where it has one.
+    the kinds of predictor that it needs, `better_with` those that it can do without. `nested` says
+    that it reads other precisions from the nested store, `replayed` that it knows the future, so
+    that only a replay can run it. `slower`: why its paper demands what may make it slower than
+    `on-demand`; empty where none does. `alone`: what becomes of a paper's two places that compute
+    where there is one; empty where it has one.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Preset:
     fixed: bool = False
     profiled: bool = False
     learned: tuple[str, ...] = ()
+    better_with: tuple[str, ...] = ()
     nested: bool = False
     replayed: bool = False
     slower: str = ""

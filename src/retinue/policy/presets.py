@@ -3,9 +3,15 @@
 from retinue.errors import UsageError
 from retinue.policy.outside import outside
 from retinue.policy.preset import Preset
-from retinue.policy.systems import baselines, exact, fixed_sets, learning
+from retinue.policy.systems import approximate, baselines, exact, fixed_sets, learning
 
-_TABLES = (baselines.PRESETS, exact.PRESETS, learning.PRESETS, fixed_sets.PRESETS)
+_TABLES = (
+    baselines.PRESETS,
+    exact.PRESETS,
+    learning.PRESETS,
+    fixed_sets.PRESETS,
+    approximate.PRESETS,
+)
 PRESETS = {row.name: row for table in _TABLES for row in table}
 
 
