@@ -38,7 +38,7 @@ def test_resident_experts_are_not_read_again() -> None:
 
 
 def test_what_finds_no_room_is_left_over_in_order() -> None:
-    with Rig((6,), slots=3) as rig, rig.cache.lease(0, ids(0, 1, 2, 3, 4)) as lease:
+    with Rig((6,), slots=3) as rig, rig.cache.pin(0, [0, 1, 2, 3, 4]) as lease:
         assert rig.load(0, 4, 3, 0, 2, 1) == [2, 1]
         lease.release([3])
         assert rig.load(0, 2, 1) == [1]
@@ -100,8 +100,8 @@ def test_the_evictor_says_who_leaves() -> None:
 def test_pinned_experts_stay() -> None:
     with Rig((6,), slots=3) as rig:
         rig.load(0, 0, 1, 2)
-        with rig.cache.lease(0, ids(0, 1)):
-            with rig.cache.lease(0, ids(1)) as second:
+        with rig.cache.pin(0, [0, 1]):
+            with rig.cache.pin(0, [1]) as second:
                 second.release([1])
             assert rig.load(0, 3) == []  # 2 leaves, though 0 and 1 would be first
             assert rig.resident(0) == [0, 1, 3]
@@ -114,7 +114,7 @@ def test_pinned_experts_stay() -> None:
 def test_a_lease_ends_with_an_exception() -> None:
     with Rig((4,), slots=2) as rig:
         rig.load(0, 0, 1)
-        with pytest.raises(KeyError), rig.cache.lease(0, ids(0, 1)) as lease:
+        with pytest.raises(KeyError), rig.cache.pin(0, [0, 1]) as lease:
             lease.release([7])
         rig.cache.check()
 
@@ -124,7 +124,7 @@ def test_room_is_all_or_nothing() -> None:
         rig.load(0, 0, 1, 2)
         assert rig.cache.room(1)
         assert rig.resident(0) == [0, 1, 2]
-        with rig.cache.lease(0, ids(0)):
+        with rig.cache.pin(0, [0]):
             before = rig.cache.slot_of.copy()
             assert not rig.cache.room(4)
             assert (rig.cache.slot_of == before).all()
@@ -179,7 +179,7 @@ def test_reads_ahead_are_limited() -> None:
 def test_reading_ahead_takes_what_is_free_or_idle_only() -> None:
     with Rig((4, 4), slots=3) as rig:
         rig.load(0, 0, 1)
-        with rig.cache.lease(0, ids(0, 1)):
+        with rig.cache.pin(0, [0, 1]):
             rig.cache.want(want(1, 0, 1), limit=9)
             rig.settle()
             assert (rig.resident(0), rig.resident(1)) == ([0, 1], [0])
@@ -192,7 +192,7 @@ def test_a_forecast_never_evicts_what_it_expects() -> None:
     with Rig((4, 4), slots=4) as rig:
         rig.load(0, 0, 1)
         rig.load(1, 0, 1)
-        with rig.cache.lease(0, ids(0, 1)):
+        with rig.cache.pin(0, [0, 1]):
             rig.cache.want(want(1, 2, 0, 1, 3), limit=9)
             rig.settle()
         assert rig.resident(1) == [0, 1]
@@ -275,25 +275,25 @@ def test_waiting_for_nothing_is_a_mistake_of_ours() -> None:
 
 @pytest.mark.parametrize("fault", [ReadError("the disk broke"), 10, KeyError("odd")])
 def test_failed_read_gives_the_slot_back_and_is_raised_once(fault: Exception | int) -> None:
-    with Rig((4, 4), slots=2) as rig, rig.cache.lease(0, ids(2)):
+    with Rig((4, 4), slots=2) as rig, rig.cache.pin(0, [2]):
         rig.disk.faults["layer0", 2 * 16384] = fault
         rig.load(0, 2)
         assert rig.cache.lookup(0, ids(2)).tolist() == [ABSENT]
         assert rig.tier.free == 2
         expected = {int: CheckpointError, ReadError: ReadError, KeyError: RetinueError}
         with pytest.raises(expected[type(fault)]):
-            rig.cache.raise_failure(0, range(8))
-        rig.cache.raise_failure(0, range(8))
+            rig.cache.reads.raise_failure(0, range(8))
+        rig.cache.reads.raise_failure(0, range(8))
         assert rig.load(0, 2) == []  # the fault has passed
         assert rig.is_right(0, 2)
 
 
 def test_failures_of_other_layers_are_forgotten() -> None:
-    with Rig((4, 4), slots=2) as rig, rig.cache.lease(1, ids(0)):
+    with Rig((4, 4), slots=2) as rig, rig.cache.pin(1, [0]):
         rig.disk.faults["layer1", 0] = ReadError("the disk broke")
         rig.load(1, 0)
-        rig.cache.raise_failure(0, range(8))
-        rig.cache.raise_failure(1, range(8))
+        rig.cache.reads.raise_failure(0, range(8))
+        rig.cache.reads.raise_failure(1, range(8))
 
 
 def test_failed_read_ahead_of_an_expert_that_nobody_needs_fails_nothing() -> None:
@@ -302,8 +302,8 @@ def test_failed_read_ahead_of_an_expert_that_nobody_needs_fails_nothing() -> Non
         rig.cache.want(want(1, 0, 1), limit=9)
         rig.settle()
         rig.cache.begin_layer(1)
-        with rig.cache.lease(1, ids(1, 2)):
-            rig.cache.raise_failure(1, {1, 2})
+        with rig.cache.pin(1, [1, 2]):
+            rig.cache.reads.raise_failure(1, {1, 2})
 
 
 def test_failed_read_ahead_of_an_expert_that_is_needed_is_tried_again() -> None:
@@ -312,7 +312,7 @@ def test_failed_read_ahead_of_an_expert_that_is_needed_is_tried_again() -> None:
         rig.cache.want(want(1, 0), limit=9)
         rig.settle()
         rig.cache.begin_layer(1)
-        with rig.cache.lease(1, ids(0)):
+        with rig.cache.pin(1, [0]):
             rig.load(1, 0)
-            rig.cache.raise_failure(1, {0})
+            rig.cache.reads.raise_failure(1, {0})
             assert rig.is_right(1, 0)

@@ -166,18 +166,18 @@ class Run:
     def raise_failure(self) -> dict[str, Any]:
         layer = self.any_layer()
         try:
-            self.cache.raise_failure(layer, range(self.cache.experts))
+            self.cache.reads.raise_failure(layer, range(self.cache.experts))
         except RetinueError:
             assert any(key.layer == layer for key in self.disk.failed)
             self.model.changes["raised"] += 1
-        self.cache.raise_failure(layer, range(self.cache.experts))
+        self.cache.reads.raise_failure(layer, range(self.cache.experts))
         return {}
 
     def lease(self) -> dict[str, Any]:
         layer = self.any_layer()
         keys = {Expert(layer, e) for e in self.some(layer, most=3)}
         stack = ExitStack()
-        lease = stack.enter_context(self.cache.lease(layer, ids(*(key.index for key in keys))))
+        lease = stack.enter_context(self.cache.pin(layer, (key.index for key in keys)))
         self.leases.append((stack, lease, keys))
         self.model.pins.update(keys)
         while len(self.leases) > 2:
