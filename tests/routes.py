@@ -1,10 +1,13 @@
 """Facts for policies that look at tokens: routes, choices and views of a model made by hand."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from retinue.policy.base import BoolArray, Choice, Route, View
+from retinue.policy.evict.belady import future_of
+from retinue.policy.parts.kinds import KINDS
 from retinue.policy.preset import Arrays, Given
 from retinue.policy.profile import Profile, TaskCounts
 from retinue.policy.transitions import Transitions
@@ -25,7 +28,8 @@ def profile() -> Profile:
 
 def given() -> Given:
     """All that may be known of the model by hand."""
-    return replace(GIVEN, profile=profile(), learned=learned())
+    future = future_of([], LAYERS, EXPERTS)
+    return replace(GIVEN, profile=profile(), learned=learned(), future=future)
 
 
 def floats(values: object) -> FloatArray:
@@ -82,6 +86,26 @@ def best(ranking: FloatArray, count: int = TOP_K) -> list[list[int]]:
     """Whom a ranking chooses, in ascending order."""
     order = np.argsort(-ranking, axis=1, kind="stable")[:, :count]
     return np.sort(order, axis=1).tolist()
+
+
+def drawn_parts(layers: int, experts: int, hidden: int = HIDDEN) -> dict[str, Arrays]:
+    """Arrays of every kind of learned part, of the right shape for a model of this size."""
+    random = np.random.default_rng(3)
+    made = {}
+    for kind in KINDS.values():
+        lengths = {"rows": layers, "experts": experts, "hidden": hidden, "ways": 2, "vocabulary": 8}
+        made[kind.name] = {
+            name: np.abs(random.standard_normal(_sizes(shape, lengths))).astype(np.float32)
+            for name, shape in kind.shapes.items()
+        }
+    made["edgemoe"]["bits"][:] = random.choice([16, 8, 4, 2], (layers, experts))
+    made["edgemoe"]["ids"] = np.minimum(made["edgemoe"]["ids"] * 2, experts - 1).round()
+    made["promoe"]["stride"][:] = 1
+    return made
+
+
+def _sizes(shape: Sequence[str | int], lengths: dict[str, int]) -> list[int]:
+    return [said if isinstance(said, int) else lengths.get(said, 5) for said in shape]
 
 
 def learned() -> dict[str, Arrays]:

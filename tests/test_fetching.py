@@ -23,7 +23,6 @@ UNAIDED = [
     for name, row in PRESETS.items()
     if row.exact and not (row.profiled or row.learned or row.replayed)
 ]
-APPROXIMATE = [name for name, row in PRESETS.items() if not row.exact]
 EXPERTS, TOP_K = 16, 4
 PROMPT, FORCED = models.prompt_of(40), models.prompt_of(12, seed=9)
 

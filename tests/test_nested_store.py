@@ -102,7 +102,6 @@ def test_every_expert_is_there_in_every_precision(
         sizes.append((store.used_bytes(0, precision), store.read_bytes(0, precision)))
     assert sizes == sorted(sizes)
     assert all(used <= read for used, read in sizes)
-    store.close()
 
 
 def test_what_is_whole_is_not_written_again(layouts: list, reader: Reader, tmp_path: Path) -> None:
@@ -126,7 +125,7 @@ def test_a_derivation_that_ends_is_resumed(
     second = Breaking(reader, -1, error)
     derive(tmp_path, layouts, second, "tiny")
     assert second.reads == sum(reads[2:]), "what was whole is not read again"
-    NestedStore(tmp_path, layouts).close()
+    NestedStore(tmp_path, layouts)
     whole = tmp_path / "again"
     derive(whole, layouts, reader, "tiny")
     for file in whole.iterdir():
@@ -148,7 +147,7 @@ def test_a_killed_derivation_leaves_nothing_that_counts(
     derive(tmp_path, layouts, reader, "tiny")
     assert not dead.exists()
     assert living.exists()
-    NestedStore(tmp_path, layouts).close()
+    NestedStore(tmp_path, layouts)
 
 
 @pytest.mark.parametrize("precision", ["int2", "int4", "int8"])

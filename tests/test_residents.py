@@ -17,7 +17,7 @@ from retinue.policy.base import Running
 from retinue.policy.preset import Given
 from retinue.policy.profile import Profile, TaskCounts
 
-APPROXIMATE = [name for name, row in PRESETS.items() if not row.exact]
+APPROXIMATE = [name for name, row in PRESETS.items() if row.fixed]
 FETCHING_NOTHING = [name for name in APPROXIMATE if PRESETS[name].build(Given()).fetch_above >= 1]
 SHAPE = (models.LAYERS, models.EXPERTS)
 HALF = models.LAYERS * models.EXPERTS // 2

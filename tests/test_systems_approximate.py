@@ -301,8 +301,7 @@ def test_daop_replaces_the_second_missing_one(resident: list[int], served: list[
 
 
 def test_swapmoe_serves_from_what_was_important_lately() -> None:
-    rooms = np.full(LAYERS, 3)
-    periodic = PeriodicSet(ROUTED, np.ones((LAYERS, EXPERTS), bool), rooms, every=4)
+    periodic = PeriodicSet((LAYERS, EXPERTS), slots=3, top_k=3, every=4)
     old, new = [[0.4, 0.3, 0.2, 0.1, 0, 0]], [[0, 0, 0.1, 0.2, 0.3, 0.4]]
     for _ in range(4):
         assert periodic.rank(choice(old, layer=0), there()[:1]) is None

@@ -111,9 +111,7 @@ def used_uses() -> SequenceUses:
 
 
 def with_set() -> PeriodicSet:
-    found = PeriodicSet(
-        range(LAYERS), np.ones((LAYERS, EXPERTS), bool), np.full(LAYERS, 2), every=1
-    )
+    found = PeriodicSet((LAYERS, EXPERTS), slots=8, top_k=2, every=1)
     for _ in range(2):
         found.rank(choice([[0.4, 0.3, 0.2, 0.1, 0, 0]], layer=0), there()[:1])
     return found

@@ -8,9 +8,9 @@ from typing import Any
 
 from retinue.config import Config
 from retinue.engine.blocks import BlockPool
-from retinue.engine.cohort import Cohort
 from retinue.engine.engine import Engine
 from retinue.engine.ordering import order_of
+from retinue.engine.precisions import nested_of
 from retinue.engine.reserve import Reserved
 from retinue.engine.residents import Beforehand, Residents, known_beforehand, residents_of
 from retinue.engine.scheduler import Limits, Scheduler
@@ -39,6 +39,7 @@ from retinue.model.step import Steps
 from retinue.model.survey import survey_abilities
 from retinue.policy.classify.classifiers import Classifier, classifier
 from retinue.policy.order.base import Order
+from retinue.policy.order.cohort import Cohort
 from retinue.policy.policies import Policies
 from retinue.policy.preset import Given, Preset
 from retinue.types import BLOCK_TOKENS, Facts
@@ -102,7 +103,7 @@ def assemble(reserved: Reserved) -> Assembly:
         load_dense(network, reader)
         mover = Mover(reader, bytes_per_s=config.read_bytes_per_s)
         undo.callback(mover.close)
-        host = _host(network, tier, mover, policies, metrics)
+        host = _host(network, tier, mover, policies, metrics, reader)
         _start(host, network, policies, check=config.self_check)
         if facts.plain_bytes and host.cache.holds_everything and not policies.placement.fixed:
             place(host.cache, network.experts.there)  # encoded once, here, and not while it answers
@@ -221,11 +222,18 @@ def _steps(
 
 
 def _host(
-    network: Network, tier: Tier, mover: Mover, policies: Policies, metrics: Metrics
+    network: Network,
+    tier: Tier,
+    mover: Mover,
+    policies: Policies,
+    metrics: Metrics,
+    reader: Reader,
 ) -> ExpertHost:
     modules, layouts = network.experts.modules, network.experts.layouts
-    link = DiskLink(layouts, tier, mover)
-    cache = ExpertCache(sizes_of(layouts), tier, link, policies.evictor, network.top_k)
+    nested = nested_of(network, policies.precision, reader)
+    link = DiskLink(layouts, tier, mover, nested)
+    sizes = sizes_of(layouts, nested)
+    cache = ExpertCache(sizes, tier, link, policies.evictor, network.top_k)
     routers = find_routers(network.model, modules)
     kernels = find_kernels(modules, layouts, tier, network.model.dtype)
     host = ExpertHost(modules, routers, cache, link.views, policies, metrics, kernels)

@@ -2,7 +2,8 @@
 
 First the plain pass over all texts, of which only losses and first choices are kept, then the
 preset's. An exact preset's own pass is the plain one, since residency changes no bit; what it
-would read when decoding comes from a replay of the routing.
+would read when decoding comes from a replay of the routing. A set that serves every token serves
+whole texts as well; all other approximate presets decode them token by token (`forced.py`).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,11 +13,12 @@ from functools import reduce
 import numpy as np
 
 from retinue.engine.assembly import Assembly
+from retinue.engine.forced import run_forced, score_forced, scored_of
 from retinue.engine.replay import Replay
 from retinue.engine.tasks import TaskIds
 from retinue.metrics import Usage
 from retinue.model.scoring import Scored, Scorer
-from retinue.policy.base import Running
+from retinue.policy.base import Prompt, Running
 from retinue.types import IntArray
 
 
@@ -39,7 +41,8 @@ class TaskScore:
 class Evaluation:
     """Scores by task and over all tokens, and what the preset's pass cost.
 
-    `misses`, `fetched` and `bytes_read` count as if every token had been decoded by itself.
+    `misses`, `fetched` and `bytes_read` count as if every token had been decoded by itself; where
+    the preset decodes, prompts count as they are read, a chunk at a time.
     """
 
     tasks: dict[str, TaskScore]
@@ -93,7 +96,7 @@ class Cost:
 
 def passes(assembly: Assembly, *, against: bool = False) -> int:
     """How often `evaluate` runs each text; `against`: with the plain model's scores at hand."""
-    return 1 if assembly.residents is None or against else 2
+    return 2 if assembly.host.changes.active and not against else 1
 
 
 def score_plain(
@@ -116,9 +119,12 @@ def evaluate(
     Cancelled when the host's `stop` says so, NotFinite, or the error of a read.
     """
     scorer = _scorer(assembly)
-    if assembly.residents is None:
+    if not assembly.host.changes.active:
         scored, cost = _exact(assembly, scorer, texts, advance)
         plain = plain or scored
+    elif assembly.residents is None:
+        plain = plain or score_forced(assembly, texts, advance)
+        scored, cost = _decoded(assembly, texts, advance)
     else:
         if plain is None:
             with assembly.residents.away():
@@ -151,10 +157,13 @@ def _exact(
     policies = assembly.preset.build(assembly.given)  # of its own: the cache's have seen the pass
     replay = Replay(policies, assembly.cache.slots, assembly.facts.top_k, _read_bytes(assembly))
     scored = []
-    with scorer.recording(policies.predictor.needs & {"next_scores"}) as routing:
-        for text in texts:
+    with scorer.recording(policies.needs & {"scores", "next_scores", "hidden"}) as routing:
+        for number, text in enumerate(texts):
             scored.append(scorer.score(text.ids, text.scored))
-            replay.run(routing)
+            start = text.ids[: -text.scored]
+            meaning = scorer.embedding(start) if "embedding" in policies.needs else None
+            prompt = Prompt(number, text.task, np.array(start), meaning)
+            replay.run(routing, prompt, np.array(text.ids))
             advance()
     return scored, Cost(replay.misses, replay.fetched, replay.bytes_read)
 
@@ -187,6 +196,24 @@ def _restricted(
     counters = scorer.costs
     read = residents.bytes_read - before + counters.fetched_bytes
     return scored, Cost(counters.missed, counters.fetched, read, used)
+
+
+def _decoded(
+    assembly: Assembly, texts: Sequence[TaskIds], advance: Callable[[], object]
+) -> tuple[list[Scored], Cost]:
+    reads, mover = assembly.cache.reads, assembly.mover
+    fetched, read = reads.started, mover.bytes_read
+    found, used, misses = [], dict[str, Usage](), 0
+    for text in texts:
+        request = run_forced(assembly, text)
+        found.append(scored_of(request))
+        assert request.usage is not None
+        usage = request.usage
+        used[text.task] = used[text.task].plus(usage) if text.task in used else usage
+        for counters in (request.costs.prefill, request.costs.decode):
+            misses += counters.misses + counters.pending
+        advance()
+    return found, Cost(misses, reads.started - fetched, mover.bytes_read - read, used)
 
 
 def _running(text: TaskIds, *, new: bool) -> Running:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from retinue.config import Config
 from retinue.errors import UsageError
-from retinue.memory.budget import Split, split
+from retinue.memory.budget import Split, nested_bytes, split
 from retinue.memory.home import locate
 from retinue.memory.tier import Tier
 from retinue.model.predictors import find_predictor
@@ -52,6 +52,8 @@ def reserve(model: str | Path, config: Config, beside: int = 0) -> Reserved:
     folder = locate(model, notes.append)
     chosen = preset(config.preset)
     facts = survey(folder, config.precision)
+    if chosen.nested:
+        beside += nested_bytes(facts.slot_bytes)
     limits = split(facts, **config.room(), each_layer=chosen.fixed, beside=beside)
     given = given_of(folder, facts, limits.slots, chosen, config)
     policies = _policies(chosen, config, given)
@@ -67,7 +69,8 @@ def given_of(folder: Path, facts: Facts, slots: int, chosen: Preset, config: Con
     Raises Refused where there is no profile that it needs, UsageError for one, or for something
     learnt, that is damaged. What was not learnt is refused by `Given.arrays`.
     """
-    learned = find_predictor(folder, facts) if chosen.learned else None
+    kinds = (*chosen.learned, *chosen.better_with)
+    learned = find_predictor(folder, facts) if kinds else None
     parts = {} if learned is None else learned.parts
     return Given(
         facts.name,
@@ -77,7 +80,7 @@ def given_of(folder: Path, facts: Facts, slots: int, chosen: Preset, config: Con
         () if learned is None else tuple(learned.rows.tolist()),
         slots=slots,
         profile=find_profile(folder, facts, config.profile) if chosen.profiled else None,
-        learned={kind: parts[kind].arrays for kind in chosen.learned if kind in parts},
+        learned={kind: parts[kind].arrays for kind in kinds if kind in parts},
     )
 
 

@@ -155,7 +155,7 @@ class Turn:
         self._keep: IntArray | None = None  # those that may stay after a prefill
         self._precision: dict[int, int] | None = None  # in which each is read
         self.left = set(self._experts)
-        self.elsewhere: IntArray | None = None
+        self.elsewhere = demand.experts[:0]
 
     def __enter__(self) -> Self:
         self._lease = self._cache.pin(self._demand.layer, self._experts)
@@ -237,7 +237,7 @@ class Turn:
         assert len(missing) == np.count_nonzero(~there), "a thinning leaves experts out"
         if cache.phase == "prefill":
             order = np.argsort(-demand.weight, kind="stable")
-            self._keep = demand.experts[order][: cache.quota]
+            self._keep = demand.experts[order][: cache.division.quota]
             cache.settle_in(demand.layer, self._keep)
         self._fetch(missing)
 
@@ -259,7 +259,7 @@ class Turn:
         while following is not None and len(ahead) < depth:
             ahead.append(Ahead(following, self._scores(following)))
             following = attendance.following.get(following)
-        limit = cache.ring if prefill else 2 * cache.top_k
+        limit = cache.division.ring if prefill else 2 * cache.top_k
         view = cache.view(tuple(ahead), self._view.route)
         for want in predictor.forecast(view):
             urgency = Urgency.NEXT_LAYER if want.layer == near else Urgency.LATER

@@ -15,6 +15,9 @@ from retinue.errors import RetinueError
 from retinue.policy.base import BoolArray
 from retinue.types import Expert, IntArray
 
+CHUNK_BYTES = 2 << 20  # a read is cut into these, and
+READERS = 6  # so many are read at once
+
 
 class Urgency(IntEnum):
     """Smaller goes first."""

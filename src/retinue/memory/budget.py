@@ -22,6 +22,7 @@ from retinue.types import Facts
 # libraries imported and its threads started, and page tables, file handles and stacks.
 RUNTIME_BYTES = 470 << 20
 RESERVE_BYTES = 48 << 20
+DECODING_BYTES = 16 << 20  # scratch of the threads that do so
 CHUNK_TOKENS: int = Config().chunk
 _LESS = "a smaller `--context`, `--kv-tokens`, `--chunk` or `--batch`"
 
@@ -45,6 +46,11 @@ class Split:
     def experts(self) -> int:
         """Bytes of all slots."""
         return self.slots * self.slot_bytes
+
+
+def nested_bytes(slot_bytes: int) -> int:
+    """What it takes to decode experts of other precisions, two at once, or to encode one."""
+    return 2 * slot_bytes + DECODING_BYTES
 
 
 def context_tokens(facts: Facts, context: int | None) -> int:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 
 from retinue.memory.base import Link, Sizes, Slots, Ticket, Urgency
+from retinue.memory.division import Division
 from retinue.memory.history import History
 from retinue.memory.lease import Lease
 from retinue.memory.reads import Reads
@@ -54,12 +55,8 @@ class ExpertCache:
         counts = sizes.there.sum(axis=1)
         self._lacking: list[int] = counts.tolist()  # by layer, experts that are not READY
         self.total, self.resident = int(counts.sum()), 0
-        moe_layers = int(np.count_nonzero(counts))
-        everything = slots.slots >= self.total
-        self.holds_everything = everything  # so that nothing ever has to leave
-        ring = max(min(slots.slots, 2 * top_k), min(self.experts, slots.slots // 4))
-        self.ring = 0 if everything else ring
-        self.quota = self.experts if everything else (slots.slots - self.ring) // moe_layers
+        self.division = Division(slots.slots, counts, top_k)
+        self.holds_everything = slots.slots >= self.total  # so that nothing ever has to leave
         self.used_bytes_read = 0  # of experts that were read and then used
 
     @property
@@ -321,7 +318,7 @@ class ExpertCache:
     def _allowed(self, count: int) -> int:
         """How many of `count` victims may be such that do not just pass."""
         decodes = self.phase == "decode"
-        return count if decodes else max(0, self.ring - self._standing.passing)
+        return count if decodes else max(0, self.division.ring - self._standing.passing)
 
     def _victims(self, count: int, allowed: int, spare_expected: bool) -> IntArray:
         """Up to `count` experts to evict: layer * experts + expert."""
@@ -337,10 +334,10 @@ class ExpertCache:
         return self._view
 
     def _is_transient(self, keep: bool) -> bool:
-        if self.phase == "decode" or self.holds_everything:
+        if self.phase == "decode" or self.division.whole:
             return False
         held = self.slots - self._slots.free - self._standing.passing
-        return not (keep and held < self.slots - self.ring)
+        return not (keep and held < self.slots - self.division.ring)
 
     def _drop_worse(self, layer: int, experts: IntArray, precision: IntArray) -> None:
         """Let go of what is there, or on its way, in a worse precision than it is read in."""

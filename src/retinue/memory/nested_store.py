@@ -167,10 +167,6 @@ class NestedStore:
         found = self._layers[layer]
         return 0 if found is None else found.form.used_bytes(PRECISIONS[precision])
 
-    def close(self) -> None:
-        """Give the stages' memory back, when no read is running."""
-        self._tier.release()
-
     def _read(self, expert: Expert, bits: int, slot: torch.Tensor, source: Source) -> int:
         layer = self._layers[expert.layer]
         assert layer is not None

@@ -17,6 +17,7 @@ class Reads:
         self.link = link
         self.loading: dict[Expert, tuple[Ticket, int]] = {}
         self.draining: list[tuple[Ticket, int]] = []
+        self.started = 0  # so far, those that were cancelled included
         self._failed: dict[Expert, RetinueError] = {}
 
     @property
@@ -26,6 +27,7 @@ class Reads:
 
     def start(self, key: Expert, slot: int, urgency: Urgency, precision: int) -> None:
         """Read `key` into `slot`."""
+        self.started += 1
         self._failed.pop(key, None)
         self.loading[key] = (self.link.submit(key, slot, urgency, precision), slot)
 

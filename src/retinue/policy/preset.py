@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from retinue.errors import Refused
+from retinue.policy.evict.belady import Future
 from retinue.policy.policies import Policies
 from retinue.policy.profile import Profile
 from retinue.types import FloatArray
@@ -16,7 +17,8 @@ Arrays = Mapping[str, FloatArray]
 class Given:
     """What is known of a model when a preset is built for it. `slots`: experts that fit.
 
-    `learned` holds, by kind, the arrays that `retinue train-predictor --kind KIND` made.
+    `learned` holds, by kind, the arrays that `retinue train-predictor --kind KIND` made. `future`
+    is what will be needed, where a trace is replayed.
     """
 
     model: str = ""
@@ -27,6 +29,16 @@ class Given:
     slots: int = 0
     profile: Profile | None = None
     learned: Mapping[str, Arrays] = field(default_factory=dict)
+    future: Future | None = None
+
+    def foreseen(self) -> Future:
+        """The future. Raises Refused where nobody knows it."""
+        if self.future is None:
+            raise Refused(
+                "this preset knows what will be needed, so that only a replay can run it",
+                hint="`retinue trace MODEL --out FILE`, then `retinue simulate FILE`",
+            )
+        return self.future
 
     def arrays(self, kind: str) -> Arrays:
         """What was learnt of `kind`. Raises Refused where nothing was."""
@@ -52,10 +64,11 @@ class Preset:
     """One row of `retinue presets`.
 
     `fixed`: its placement says who stays; `profiled`: it cannot do without a profile. `learned` are
-    the kinds of predictor that it needs, `nested` says that it reads other precisions from the
-    nested store, `replayed` that it knows the future, so that only a replay can run it. `slower`:
-    why its paper demands what may make it slower than `on-demand`; empty where none does. `alone`:
-    what becomes of a paper's two places that compute where there is one; empty where it has one.
+    the kinds of predictor that it needs, `better_with` those that it can do without. `nested` says
+    that it reads other precisions from the nested store, `replayed` that it knows the future, so
+    that only a replay can run it. `slower`: why its paper demands what may make it slower than
+    `on-demand`; empty where none does. `alone`: what becomes of a paper's two places that compute
+    where there is one; empty where it has one.
     """
 
     name: str
@@ -67,6 +80,7 @@ class Preset:
     fixed: bool = False
     profiled: bool = False
     learned: tuple[str, ...] = ()
+    better_with: tuple[str, ...] = ()
     nested: bool = False
     replayed: bool = False
     slower: str = ""

@@ -3,9 +3,17 @@
 from retinue.errors import UsageError
 from retinue.policy.outside import outside
 from retinue.policy.preset import Preset
-from retinue.policy.systems import baselines, exact, fixed_sets
+from retinue.policy.systems import approximate, baselines, exact, fixed_sets, learning, oracle
 
-PRESETS = {row.name: row for row in (*baselines.PRESETS, *exact.PRESETS, *fixed_sets.PRESETS)}
+_TABLES = (
+    baselines.PRESETS,
+    exact.PRESETS,
+    learning.PRESETS,
+    oracle.PRESETS,
+    fixed_sets.PRESETS,
+    approximate.PRESETS,
+)
+PRESETS = {row.name: row for table in _TABLES for row in table}
 
 
 def preset(name: str) -> Preset:

@@ -43,6 +43,9 @@ class Quota:
     def priorities(self, layers: IntArray, experts: IntArray, view: View) -> FloatArray:
         """The rank by `inner`, after that of all entries whose layers are over their quota."""
         inner = self._inner.priorities(layers, experts, view)
-        _, rank = np.unique(inner, return_inverse=True)
-        kept = ~over_quota(self._quotas(view), view)[layers]
-        return np.asarray(rank + kept * len(layers), dtype=np.float32)
+        order = np.argsort(inner, kind="stable")
+        ranked = inner[order]
+        rank = np.zeros(len(inner), dtype=np.float32)
+        rank[order[1:]] = np.cumsum(ranked[1:] != ranked[:-1])  # of equals the same
+        rank += ~over_quota(self._quotas(view), view)[layers] * np.float32(len(layers))
+        return rank

@@ -5,6 +5,11 @@ import numpy as np
 from retinue.types import FloatArray, Want
 
 
+def chances(scores: FloatArray) -> FloatArray:
+    """The sigmoid of scores, however large they are."""
+    return np.asarray(0.5 * (1 + np.tanh(0.5 * scores)), dtype=np.float32)
+
+
 def likely(layer: int, scores: FloatArray, count: int) -> Want:
     """The `count` best of each token, those with most in sum first.
 

@@ -33,15 +33,19 @@ class MapSearch:
             return []
         meant = self._maps.meant()
         followed = self._maps.followed(view.layer)
-        scores = np.zeros((len(view.ahead), view.experts), np.float32)
+        requests = len(meant[0])
+        if not requests:
+            return []
+        rows, cosines = [], []
         for place, ahead in enumerate(view.ahead):
-            trusted = self._maps.foresees(place + 1)
-            entries, cosines = followed if trusted else meant
-            if len(entries):
-                rows = self._maps.rows(ahead.layer, entries)
-                scores[place] = smallest_sets(rows, 1 - cosines, view.top_k).sum(axis=0)
-                scores[place] /= ahead.layer - view.layer
-        return by_score([ahead.layer for ahead in view.ahead], scores, view.experts)
+            entries, found = followed if self._maps.foresees(place + 1) else meant
+            rows.append(self._maps.rows(ahead.layer, entries))
+            cosines.append(found)
+        sets = smallest_sets(np.concatenate(rows), 1 - np.concatenate(cosines), view.top_k)
+        layers = [ahead.layer for ahead in view.ahead]
+        away = np.array(layers, dtype=np.float32) - view.layer
+        scores = sets.reshape(len(layers), requests, -1).sum(axis=1) / away[:, None]
+        return by_score(layers, scores, view.experts)
 
 
 def smallest_sets(rows: FloatArray, delta: FloatArray, least: int) -> FloatArray:

@@ -10,11 +10,9 @@ layers, which no stride reaches, are not foreseen.
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from retinue.policy.base import Signal, View
 from retinue.policy.parts.perceptron import ahead as said_ahead
-from retinue.policy.predict.likely import likely
+from retinue.policy.predict.likely import chances, likely
 from retinue.policy.preset import Arrays
 from retinue.types import Demand, Want
 
@@ -44,8 +42,7 @@ class Promoe:
         route = view.route
         if view.layer in self._target and route is not None and route.hidden is not None:
             row, target = self._target[view.layer]
-            scores = said_ahead(self._arrays, row, route.hidden)
-            chances = np.asarray(1 / (1 + np.exp(-scores)), dtype=np.float32)
-            self._said[target] = view.step, likely(target, chances, view.top_k)
+            found = chances(said_ahead(self._arrays, row, route.hidden))
+            self._said[target] = view.step, likely(target, found, view.top_k)
         said = (self._said.get(ahead.layer) for ahead in view.ahead)
         return [found[1] for found in said if found is not None and found[0] == view.step]

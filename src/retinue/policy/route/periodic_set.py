@@ -8,38 +8,35 @@ experts give; the set is changed every `every` tokens, where the paper adapts th
 reading speed; before the first change routers choose as ever.
 """
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from retinue.policy.base import BoolArray, Choice, Signal, View
 from retinue.policy.evict.recency import Recency
-from retinue.policy.place.even import most
+from retinue.policy.place.even import even_rooms, most
 from retinue.types import Demand, FloatArray, IntArray, Want
 
-EVERY = 64  # tokens
+EVERY = 32  # tokens
 KEEP = 0.5  # of the importance, from one set to the next
 
 
 class PeriodicSet:
-    """The set, and the routing that keeps to it: `rooms` [layers] of those `there`."""
+    """The set, and the routing that keeps to it: `slots` split evenly, at least k a layer."""
 
     exact = False
     restricts = False
     needs: frozenset[Signal] = frozenset()
 
-    def __init__(
-        self, routed: Sequence[int], there: BoolArray, rooms: IntArray, every: int = EVERY
-    ) -> None:
-        self._there, self._rooms = there, rooms
-        self._first, self._every, self._tokens = min(routed, default=0), every, 0
-        self.importance = np.zeros(there.shape)
+    def __init__(self, shape: tuple[int, int], slots: int, top_k: int, every: int = EVERY) -> None:
+        self._slots, self._top_k = slots, top_k
+        self._layer, self._every, self._tokens = -1, every, 0
+        self.importance = np.zeros(shape)
         self.chosen: BoolArray | None = None  # [layers, experts]
 
     def rank(self, choice: Choice, resident: BoolArray) -> FloatArray | None:
         """The router's scores with minus infinity for what is not in the set."""
-        if choice.layer == self._first:
+        if choice.layer <= self._layer or self._layer < 0:  # a pass begins
             self._renew(len(choice.scores))
+        self._layer = choice.layer
         width = choice.scores.shape[1]
         ids, weights = choice.experts.ravel(), choice.weights.ravel()
         np.add.at(self.importance[choice.layer], ids[ids < width], weights[ids < width])
@@ -54,7 +51,10 @@ class PeriodicSet:
     def _renew(self, tokens: int) -> None:
         """Change the set where enough tokens have come since the last time."""
         if self._tokens >= self._every:
-            self.chosen = most(self.importance, self._rooms, self._there, self.chosen)
+            there = np.zeros(self.importance.shape, dtype=bool)
+            there[self.importance.any(axis=1)] = True
+            rooms = np.maximum(even_rooms(self._slots, there), self._top_k)
+            self.chosen = most(self.importance, rooms, there, self.chosen)
             self.importance *= KEEP
             self._tokens = 0
         self._tokens += tokens

@@ -2,7 +2,6 @@
 
 import numpy as np
 
-from retinue.policy.base import BoolArray
 from retinue.policy.evict.frequency_distance import FrequencyDistance
 from retinue.policy.evict.known_paths import KnownPaths
 from retinue.policy.evict.multidimensional import WEIGHTS, Multidimensional
@@ -12,7 +11,6 @@ from retinue.policy.evict.used_here import UsedHere
 from retinue.policy.miss.fetch import FetchAll
 from retinue.policy.miss.hottest import FetchHottest
 from retinue.policy.place.dynamic_split import expected_rooms
-from retinue.policy.place.even import even_rooms
 from retinue.policy.policies import NoPredictor, Policies
 from retinue.policy.precision.by_expert import ByExpert
 from retinue.policy.precision.by_share import HIGH_UP_TO, ByShare
@@ -32,7 +30,6 @@ from retinue.policy.thin.calibrated import CalibratedTail
 from retinue.policy.thin.missing_tail import SKIP_ABOVE, MissingTail
 from retinue.policy.thin.sensitivity import AdaptiveGate
 from retinue.policy.uses import SequenceUses
-from retinue.types import IntArray
 
 LOOK_AHEAD = 3  # layers, in HOBBIT; the paper takes one to three
 _DECODED = (
@@ -114,21 +111,8 @@ def mc_moe_odp(given: Given, quantile: float = 0.5) -> Policies:
 
 def swapmoe(given: Given, every: int = EVERY) -> Policies:
     """Tokens between two sets."""
-    there = _there(given)
-    periodic = PeriodicSet(given.routed, there, _even(given, there), every)
+    periodic = PeriodicSet((given.layers, given.experts), given.slots, given.top_k, every)
     return Policies(OutsideFirst(periodic), SetAhead(periodic), FetchAll(), periodic)
-
-
-def _there(given: Given) -> BoolArray:
-    """Which experts there may be: [layers, experts]."""
-    there = np.zeros((given.layers, given.experts), dtype=bool)
-    there[list(given.routed)] = True
-    return there
-
-
-def _even(given: Given, there: BoolArray) -> IntArray:
-    """As many in each layer, and as many as a token needs: [layers]."""
-    return np.where(there.any(axis=1), np.maximum(even_rooms(given.slots, there), given.top_k), 0)
 
 
 PRESETS = (
@@ -145,6 +129,7 @@ PRESETS = (
         ),
         f"{_DECODED}; one set of slots for both precisions",
         hobbit,
+        better_with=("hobbit",),
         nested=True,
     ),
     Preset(

@@ -8,8 +8,6 @@ of; a new matrix takes the place of the one most like it, as in the paper, where
 one used least.
 """
 
-from collections.abc import Iterable
-
 import numpy as np
 
 from retinue.policy.base import Prompt, Signal, View
@@ -38,7 +36,9 @@ class Activations:
         for entry, matrix in enumerate(matrices):
             self._put(entry, matrix)
         self._counts = np.zeros((0, layers, experts), np.float32)  # [seats, ...]
+        # [seats, layers, entries]: cosines, and [seats, entries]: their sums over layers.
         self._likeness = np.zeros((0, layers, self.capacity), np.float32)
+        self._similarity = np.zeros((0, self.capacity), np.float32)
         self._running = np.zeros(0, dtype=np.int64)  # seats of the pass that runs
 
     def begin(self, prompt: Prompt) -> None:
@@ -46,7 +46,8 @@ class Activations:
         seat = self._seats.take(prompt.sequence)
         self._counts = grown(self._counts, seat + 1)
         self._likeness = grown(self._likeness, seat + 1)
-        self._counts[seat], self._likeness[seat] = 0, 0
+        self._similarity = grown(self._similarity, seat + 1)
+        self._counts[seat], self._likeness[seat], self._similarity[seat] = 0, 0, 0
 
     def observe(self, demand: Demand, view: View) -> None:
         """Count what each request uses, and compare its row of this layer with the collection."""
@@ -68,6 +69,9 @@ class Activations:
         if self.size and len(seats):
             counts = _unit(self._counts[seats, layer])  # [seats, experts]
             found = counts @ self._rows[layer, : self.size].T
+            self._similarity[seats, : self.size] += (
+                found - self._likeness[seats, layer, : self.size]
+            )
             self._likeness[seats, layer, : self.size] = found
 
     def end(self, sequence: int) -> None:
@@ -78,10 +82,11 @@ class Activations:
         matrix = self._counts[seat]
         if matrix.any():
             full = self.size == self.capacity
-            entry = int(self._similarity([seat])[0].argmax()) if full else self.size
+            entry = int(self._similarity[seat].argmax()) if full else self.size
             self.size += not full
             self._put(entry, matrix)
-            self._likeness[:, :, entry] = 0  # of requests that run: compared anew from now on
+            # Of requests that run: compared anew from now on.
+            self._likeness[:, :, entry], self._similarity[:, entry] = 0, 0
         self._running = self._running[self._running != seat]
 
     @property
@@ -101,14 +106,10 @@ class Activations:
         """
         if not self.size or not len(self._running):
             return None
-        nearest = self._similarity(self._running)[:, : self.size].argmax(axis=1)
+        nearest = self._similarity[self._running, : self.size].argmax(axis=1)
         if len(nearest) == 1:
             return np.asarray(self._shares[nearest[0]])
         return np.asarray(self._shares[nearest].sum(axis=0))
-
-    def _similarity(self, seats: Iterable[int]) -> FloatArray:
-        """Mean cosine over layers, but for a factor that is the same for all: [seats, entries]."""
-        return np.asarray(self._likeness[np.asarray(seats, dtype=np.int64)].sum(axis=1))
 
     def _put(self, entry: int, matrix: FloatArray) -> None:
         self._rows[:, entry] = _unit(matrix)

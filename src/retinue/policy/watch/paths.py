@@ -11,6 +11,7 @@ import numpy as np
 
 from retinue.policy.base import BoolArray, Prompt, Signal, View
 from retinue.policy.parts.paths import Context, fresh, paths, together
+from retinue.policy.predict.likely import chances
 from retinue.policy.preset import Arrays
 from retinue.types import Demand, FloatArray, IntArray
 
@@ -52,8 +53,7 @@ class Paths:
         owners = route.sequences.tolist()
         if not self._contexts.keys() >= set(owners):
             return
-        scores = self._read(route.token_ids, owners)
-        self.chances = np.asarray(1 / (1 + np.exp(-scores)), dtype=np.float32)
+        self.chances = chances(self._read(route.token_ids, owners))
         unused = np.prod(1 - self.chances, axis=0)
         self.needed = np.zeros((self._layers, unused.shape[1]), np.float32)
         self.needed[self._routed] = 1 - unused
