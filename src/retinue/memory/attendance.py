@@ -16,7 +16,7 @@ from typing import Self
 import numpy as np
 
 from retinue.errors import Cancelled
-from retinue.memory.base import Urgency
+from retinue.memory.base import WAIT_S, Urgency
 from retinue.memory.cache import LOADING, ExpertCache
 from retinue.metrics import Metrics
 from retinue.policy.base import Ahead, BoolArray, Prompt, Route, View
@@ -24,7 +24,6 @@ from retinue.policy.policies import Policies
 from retinue.types import Demand, FloatArray, IntArray, Phase, Want
 
 RECENT_STEPS = 4
-WAIT_S = 0.1  # how often a stalled layer looks whether it is still wanted
 # What a coming layer's router says of this layer's input, [tokens, experts]; None: nobody knows.
 ScoresOf = Callable[[int], FloatArray | None]
 

@@ -36,6 +36,7 @@ class ExpertCache:
         self, sizes: Sizes, slots: Slots, link: Link, evictor: Evictor, top_k: int
     ) -> None:
         self.sizes, self.top_k = sizes, top_k
+        self._read_bytes: list[list[list[int]]] = sizes.read_bytes.tolist()
         self.costs: Costs | None = None
         self._slots = slots
         shape = sizes.there.shape
@@ -48,7 +49,7 @@ class ExpertCache:
         self.history = History(layers, self.experts)
         self._standing = Standing(self.ready, evictor)
         self._fresh: set[tuple[int, int]] = set()  # read and not used yet
-        self.reads = Reads(link)
+        self.reads = Reads(link, layers)
         self.step, self.layer = 0, 0
         self.phase: Phase = "decode"
         self._view: View | None = None  # of the layer that runs
@@ -122,7 +123,7 @@ class ExpertCache:
     def begin_step(self, phase: Phase) -> None:
         """A forward pass starts."""
         self.step += 1
-        self.phase, self._view = phase, None
+        self.phase, self.reads.reason, self._view = phase, phase, None
         self._standing.expected[:] = False
 
     def begin_layer(self, layer: int, route: Route | None = None) -> View:
@@ -359,6 +360,7 @@ class ExpertCache:
     def _settle(self, key: Expert, slot: int, done: bool) -> None:
         if done:
             self._set(key, slot)
+            self.reads.count(key, self._read_bytes[int(self.precision[key])][key[0]][key[1]])
             self.ready[key] = True
             self._fresh.add(key)
             self._lacking[key.layer] -= 1
