@@ -52,7 +52,7 @@ class Problem(Exception):
 
 
 def _sendable(text: str) -> str:
-    r"""`text` without halves of surrogate pairs, which JSON can bring (`"\ud800"`) and UTF-8 not."""
+    r"""`text` without half surrogate pairs, which JSON can bring (`"\ud800"`) and UTF-8 not."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
