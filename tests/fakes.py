@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from retinue.engine.blocks import BlockPool
-from retinue.engine.cohort import Cohort
 from retinue.engine.engine import Engine
 from retinue.engine.request import Request, new_request
 from retinue.engine.scheduler import Limits, Scheduler
@@ -23,6 +22,7 @@ from retinue.model.kv import Segment
 from retinue.model.kv import Sequence as Memory
 from retinue.policy.base import Running
 from retinue.policy.order.base import Order
+from retinue.policy.order.cohort import Cohort
 from retinue.types import BLOCK_TOKENS, SamplingParams
 
 VOCABULARY, CONTEXT, CHUNK, BATCH, END = 100, 32, 4, 3, 50

@@ -10,10 +10,11 @@ import struct
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -34,6 +35,8 @@ from retinue import LLM
 from retinue.engine.request import Request, new_request
 from retinue.metrics import PhaseCounters
 from retinue.model.kv import Segment
+from retinue.policy.parts.kinds import KINDS
+from retinue.policy.preset import Given
 from retinue.types import Phase, SamplingParams
 
 # transformers' own bars and load reports would hide ours.
@@ -292,3 +295,20 @@ def threads_and_files() -> tuple[int, int]:
     """
     readers = [thread for thread in threading.enumerate() if thread.name.startswith("retinue")]
     return len(readers), len(list(Path("/proc/self/fd").iterdir()))
+
+
+def learnt(given: Given, hidden: int, vocabulary: int) -> Given:
+    """`given` with random arrays of every kind that its preset asked for."""
+    random = np.random.default_rng(5)
+    rows = tuple(range(given.layers))
+    sizes: dict[str, int] = {"rows": len(rows), "experts": given.experts, "hidden": hidden}
+    sizes |= {"vocabulary": vocabulary}
+    made = {}
+    for kind in ("expertflow", "fmoe", "moe-infinity", "promoe"):
+        arrays = {}
+        for name, shape in KINDS[kind].shapes.items():
+            length = tuple(one if isinstance(one, int) else sizes.get(one, 8) for one in shape)
+            arrays[name] = random.random(length, dtype=np.float32)
+        made[kind] = arrays
+    made["promoe"]["stride"] = np.full(1, 2.0, dtype=np.float32)
+    return replace(given, routed=rows, learned=made)

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 
 from retinue.policy.base import BoolArray, Choice, Route, View
+from retinue.policy.evict.belady import future_of
 from retinue.policy.parts.kinds import KINDS
 from retinue.policy.preset import Arrays, Given
 from retinue.policy.profile import Profile, TaskCounts
@@ -27,7 +28,8 @@ def profile() -> Profile:
 
 def given() -> Given:
     """All that may be known of the model by hand."""
-    return replace(GIVEN, profile=profile(), learned=learned())
+    future = future_of([], LAYERS, EXPERTS)
+    return replace(GIVEN, profile=profile(), learned=learned(), future=future)
 
 
 def floats(values: object) -> FloatArray:

@@ -18,10 +18,10 @@ from retinue.engine.arrivals import (
     summary,
 )
 from retinue.engine.blocks import BlockPool
-from retinue.engine.cohort import Cohort
 from retinue.engine.request import Request, State
 from retinue.engine.scheduler import Limits, Scheduler
 from retinue.errors import Overloaded
+from retinue.policy.order.cohort import Cohort
 from retinue.policy.order.estimate import PATIENCE_S, Estimate
 from retinue.policy.order.named import order_named
 from retinue.types import Deadline

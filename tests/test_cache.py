@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from disk import PATIENCE_S, Rig, ids
-from retinue.errors import CheckpointError, ReadError, RetinueError
+from disk import PATIENCE_S, Rig, eventually, ids
+from retinue.errors import Cancelled, CheckpointError, ReadError, RetinueError
 from retinue.memory.cache import ABSENT, LOADING
 from retinue.types import Want
 
@@ -282,8 +282,8 @@ def test_failed_read_gives_the_slot_back_and_is_raised_once(fault: Exception | i
         assert rig.tier.free == 2
         expected = {int: CheckpointError, ReadError: ReadError, KeyError: RetinueError}
         with pytest.raises(expected[type(fault)]):
-            rig.cache.raise_failure(0, range(8))
-        rig.cache.raise_failure(0, range(8))
+            rig.cache.reads.raise_failure(0, range(8))
+        rig.cache.reads.raise_failure(0, range(8))
         assert rig.load(0, 2) == []  # the fault has passed
         assert rig.is_right(0, 2)
 
@@ -292,8 +292,8 @@ def test_failures_of_other_layers_are_forgotten() -> None:
     with Rig((4, 4), slots=2) as rig, rig.cache.lease(1, ids(0)):
         rig.disk.faults["layer1", 0] = ReadError("the disk broke")
         rig.load(1, 0)
-        rig.cache.raise_failure(0, range(8))
-        rig.cache.raise_failure(1, range(8))
+        rig.cache.reads.raise_failure(0, range(8))
+        rig.cache.reads.raise_failure(1, range(8))
 
 
 def test_failed_read_ahead_of_an_expert_that_nobody_needs_fails_nothing() -> None:
@@ -303,7 +303,7 @@ def test_failed_read_ahead_of_an_expert_that_nobody_needs_fails_nothing() -> Non
         rig.settle()
         rig.cache.begin_layer(1)
         with rig.cache.lease(1, ids(1, 2)):
-            rig.cache.raise_failure(1, {1, 2})
+            rig.cache.reads.raise_failure(1, {1, 2})
 
 
 def test_failed_read_ahead_of_an_expert_that_is_needed_is_tried_again() -> None:
@@ -314,5 +314,77 @@ def test_failed_read_ahead_of_an_expert_that_is_needed_is_tried_again() -> None:
         rig.cache.begin_layer(1)
         with rig.cache.lease(1, ids(0)):
             rig.load(1, 0)
-            rig.cache.raise_failure(1, {0})
+            rig.cache.reads.raise_failure(1, {0})
             assert rig.is_right(1, 0)
+
+
+# --- a set that is made resident
+
+
+def rows(*wanted: int) -> np.ndarray:
+    """Layer 0 without anybody, and `wanted` of layer 1, of eight each."""
+    found = np.zeros((2, 8), dtype=bool)
+    found[1, list(wanted)] = True
+    return found
+
+
+def test_a_set_is_placed_and_nothing_else() -> None:
+    with Rig((8, 8), slots=4) as rig:
+        rig.load(0, 0, 1)
+        rig.load(1, 3)
+        sizes = rig.cache.sizes.read_bytes[0]
+        assert rig.cache.place(rows(2, 3, 5)) == sizes[1, [2, 5]].sum()
+        assert (rig.resident(0), rig.resident(1)) == ([], [2, 3, 5])
+        assert rig.cache.use(1, [2, 5]).min() >= 0
+        assert rig.cache.used_bytes_read == 0  # no step had asked for them
+        assert rig.cache.place(rows(2, 3, 5)) == 0
+        rig.cache.check()
+
+
+def test_reads_are_counted_by_layer_and_by_what_they_are_for() -> None:
+    with Rig((8, 8), slots=6) as rig:
+        size = int(rig.cache.sizes.read_bytes[0, 1, 0])
+        rig.cache.begin_step("prefill")
+        rig.load(0, 0, 1)
+        rig.cache.begin_step("decode")
+        rig.load(1, 7)
+        rig.cache.place(rows(2, 3, 7))
+        rig.load(1, 4)  # of the step again
+        found = {reason: counts.tolist() for reason, counts in rig.cache.reads.counts.items()}
+        assert found == {
+            "prefill": [[2, 2 * size], [0, 0]],
+            "decode": [[0, 0], [2, 2 * size]],
+            "refresh": [[0, 0], [2, 2 * size]],
+        }
+
+
+def test_placing_ends_halfway_when_nobody_wants_it_any_more() -> None:
+    with Rig((8, 8), slots=4, held=True) as rig:
+        rig.disk.allow(2)  # of each expert's two reads: about one expert, and then nothing
+
+        def stop() -> bool:
+            return len(rig.disk.calls) >= 4
+
+        with pytest.raises(Cancelled):
+            rig.cache.place(rows(0, 1, 2, 3), stop)
+        assert rig.cache.resident <= 1
+        assert len(rig.disk.calls) == 4, "nothing more is read"
+        rig.disk.allow()
+        eventually(lambda: rig.cache.poll() or not rig.cache.reads.draining)
+        rig.cache.check()
+        rig.cache.place(rows(4, 5, 6, 7), lambda: False)
+        assert rig.resident(1) == [4, 5, 6, 7]
+        assert all(rig.is_right(1, expert) for expert in (4, 5, 6, 7))
+        rig.cache.check()
+
+
+def test_placing_that_is_cancelled_waits_for_no_read_of_before() -> None:
+    with Rig((8, 8), slots=4, held=True) as rig:
+        rig.cache.fetch(0, ids(0, 1))
+        rig.disk.await_calls(2)
+        with pytest.raises(Cancelled):
+            rig.cache.place(rows(0, 1), lambda: True)
+        rig.disk.allow()
+        rig.cache.place(rows(0, 1))
+        assert (rig.resident(0), rig.resident(1)) == ([], [0, 1])
+        rig.cache.check()

@@ -166,11 +166,11 @@ class Run:
     def raise_failure(self) -> dict[str, Any]:
         layer = self.any_layer()
         try:
-            self.cache.raise_failure(layer, range(self.cache.experts))
+            self.cache.reads.raise_failure(layer, range(self.cache.experts))
         except RetinueError:
             assert any(key.layer == layer for key in self.disk.failed)
             self.model.changes["raised"] += 1
-        self.cache.raise_failure(layer, range(self.cache.experts))
+        self.cache.reads.raise_failure(layer, range(self.cache.experts))
         return {}
 
     def lease(self) -> dict[str, Any]:

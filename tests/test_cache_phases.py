@@ -20,7 +20,7 @@ def through_prefill(rig: Rig, layer: int, experts: range, keep: IntArray | None 
 
 def test_prefill_does_not_flush_what_decode_uses() -> None:
     with Rig((8, 8), slots=8, top_k=2) as rig:
-        assert rig.cache.ring == 4
+        assert rig.cache.division.ring == 4
         rig.begin("decode")
         for layer in (0, 1):
             rig.load(layer, 0, 1, 2, 3)
@@ -35,7 +35,7 @@ def test_prefill_does_not_flush_what_decode_uses() -> None:
 
 def test_prefill_keeps_each_layers_quota() -> None:
     with Rig((8, 8), slots=8, top_k=2) as rig:
-        assert rig.cache.quota == 2
+        assert rig.cache.division.quota == 2
         rig.begin("prefill")
         through_prefill(rig, 0, range(8), keep=ids(0, 1))
         through_prefill(rig, 1, range(8), keep=ids(6, 7))
@@ -75,7 +75,7 @@ def test_a_use_in_decode_makes_a_passing_expert_stay() -> None:
 def test_when_everything_fits_nothing_passes() -> None:
     with Rig((4, 4), slots=8, top_k=2) as rig:
         assert rig.cache.holds_everything
-        assert (rig.cache.ring, rig.cache.quota) == (0, 4)
+        assert (rig.cache.division.ring, rig.cache.division.quota) == (0, 4)
         rig.begin("prefill")
         for layer in (0, 1):
             through_prefill(rig, layer, range(4), keep=ids())

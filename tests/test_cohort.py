@@ -2,8 +2,8 @@
 
 import pytest
 
-from retinue.engine.cohort import LOOK_STEPS, STAY_STEPS, Cohort
 from retinue.metrics import PhaseCounters
+from retinue.policy.order.cohort import LOOK_STEPS, STAY_STEPS, Cohort
 
 # Four layers of eight experts, two a token: one token uses 2 of a layer, two 3.5, three 4.6.
 LAYERS, EXPERTS, TOP_K = 4, 8, 2

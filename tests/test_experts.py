@@ -228,7 +228,7 @@ def test_cancelled_reads_that_end_at_an_awkward_moment(
         Gated.gate.clear()
         cache.begin_step("decode")
         cache.want(Want(3, np.arange(2), np.ones(2, np.float32)), limit=2)
-        plain, calls = cache.raise_failure, []
+        plain, calls = cache.reads.raise_failure, []
 
         def settle(*args: Any) -> None:
             plain(*args)
@@ -240,7 +240,7 @@ def test_cancelled_reads_that_end_at_an_awkward_moment(
             while mover._running and time.perf_counter() < deadline:
                 time.sleep(0.001)
 
-        monkeypatch.setattr(cache, "raise_failure", settle)
+        monkeypatch.setattr(cache.reads, "raise_failure", settle)
         case = work(llm, 1, 2, seed=0)
         fast, slow = both(llm, 0, case)
         assert_close(fast, slow)

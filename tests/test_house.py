@@ -33,6 +33,7 @@ LAYERS: dict[str, set[str]] = {
     "": set(),
     "policy": {""},
     "memory": {"", "policy"},
+    "sim": {"", "policy", "memory"},
     "model": {"", "policy", "memory"},
     "engine": {"", "policy", "memory", "model"},
     "train": {"", "policy", "memory", "model"},
@@ -42,7 +43,7 @@ LAYERS: dict[str, set[str]] = {
     "compare": {"", "policy", "memory", "model", "engine", "lab"},
     "cli": {
         *("", "policy", "memory", "model", "engine", "server", "train"),
-        *("lab", "reproduce", "compare"),
+        *("lab", "reproduce", "compare", "sim"),
     },
 }
 # Among the modules beside the folders, each may import those to its left.
@@ -177,7 +178,7 @@ def test_modules_do_not_import_each_other_in_a_circle() -> None:
     assert not graph, f"in or above a circle: {', '.join(sorted(graph))}"
 
 
-@pytest.mark.parametrize("folder", ["", "policy"])
+@pytest.mark.parametrize("folder", ["", "policy", "sim"])
 def test_deciders_use_the_standard_library_and_numpy(folder: str) -> None:
     allowed = {*sys.stdlib_module_names, "numpy", "retinue"} | ({"yaml"} if folder == "" else set())
     wrong = [
@@ -268,8 +269,12 @@ def test_unknown_public_name() -> None:
 
 @pytest.mark.parametrize(
     "module",
-    # The last two take a model's memory first, which becomes resident while torch is imported.
-    ["retinue", "retinue.cli.main", "retinue.cli.run", "retinue.engine.llm"],
+    # Two of them take a model's memory first, which becomes resident while torch is imported; a
+    # replay needs no torch at all.
+    [
+        *("retinue", "retinue.cli.main", "retinue.cli.run", "retinue.engine.llm"),
+        *("retinue.sim.cells", "retinue.sim.recommend"),
+    ],
 )
 def test_importing_the_front_is_quick(module: str) -> None:
     heavy = ("torch", "transformers", "tokenizers", "safetensors", "tqdm", "yaml")

@@ -10,13 +10,13 @@ import pytest
 
 from retinue.config import Config
 from retinue.engine.residents import Beforehand, Residents, residents_of
-from retinue.engine.tables import Tables
 from retinue.errors import ReadError
 from retinue.metrics import Metrics
 from retinue.policy.base import Forecaster, Placement, Running
 from retinue.policy.place.emoe import Emoe
 from retinue.policy.place.popular import Popular, PopularByTask
 from retinue.policy.place.rhythm import Drift, Rhythm
+from retinue.policy.place.tables import Tables
 from retinue.policy.predict.own_prefill import OwnPrefill
 from retinue.policy.preset import Given
 from retinue.policy.presets import preset

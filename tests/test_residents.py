@@ -1,6 +1,7 @@
 """Presets that fetch nothing, in the real engine: what stays, what is read, what it costs."""
 
 import logging
+import time
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 import models
+from disk import eventually
 from retinue import LLM, PRESETS, DoesNotFit, Unsupported, UsageError
 from retinue.engine.request import new_request
 from retinue.errors import ReadError, Refused
@@ -213,6 +215,38 @@ def test_a_failed_switch_ends_the_request_and_the_next_one_works(
         llm.assembly.cache.check()
         assert answer(llm).token_ids == before
         assert resident(llm) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("preset", ["popular-by-task", "emoe"])
+def test_a_refresh_ends_halfway_with_the_request_that_it_is_for(
+    preset: str, olmoe: Path, profile: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The client leaves during the fifth of many slow reads: the rest is not read."""
+    plain, reads = Reader.read, list[int]()
+    with open_llm(olmoe, profile, preset, experts="50%", task="low") as llm:
+        before = answer(llm).token_ids
+        assert resident(llm) == [0, 1, 2, 3]
+
+        def slow(self: Reader, *args: Any, **keywords: Any) -> int:
+            reads.append(1)
+            if len(reads) == 5:
+                llm.cancel()
+            time.sleep(0.05)
+            return plain(self, *args, **keywords)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Reader, "read", slow)
+            output = answer(llm, task="high")
+            assert (output.finish_reason, output.token_ids) == ("cancelled", [])
+            read = len(reads)
+        assert read < HALF, "it went on to read the whole set"
+        llm.assembly.engine.idle()
+        eventually(lambda: llm.assembly.cache.poll() or not llm.assembly.cache.reads.draining)
+        assert llm.assembly.cache.resident < HALF
+        assert answer(llm).token_ids == before
+        assert resident(llm) == [0, 1, 2, 3]
+        assert answer(llm, task="high").finish_reason == "length"
+        llm.assembly.engine.idle()
 
 
 def test_prefill_and_decode_agree_under_restriction(olmoe: Path, profile: Path) -> None:

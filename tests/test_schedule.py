@@ -8,11 +8,11 @@ import pytest
 
 import fakes
 from fakes import END, VOCABULARY, Letters, Network, mixing
-from retinue.engine.cohort import Cohort
 from retinue.engine.engine import Engine
 from retinue.engine.request import Request, State, new_request
 from retinue.engine.scheduler import Work
 from retinue.errors import ReadError
+from retinue.policy.order.cohort import Cohort
 from retinue.types import BLOCK_TOKENS, SamplingParams
 
 CONTEXT, CHUNK, BATCH, POOL = 400, 48, 6, 90

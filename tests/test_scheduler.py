@@ -3,11 +3,11 @@
 import pytest
 
 from fakes import BATCH, CHUNK, ask, finish, make
-from retinue.engine.cohort import Cohort
 from retinue.engine.engine import Engine
 from retinue.engine.request import Request, State
 from retinue.errors import Overloaded, ReadError, UsageError
 from retinue.policy.base import Running
+from retinue.policy.order.cohort import Cohort
 from retinue.policy.order.emoe import Emoe
 from retinue.policy.order.estimate import Estimate
 from retinue.types import BLOCK_TOKENS, Deadline

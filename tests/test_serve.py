@@ -116,6 +116,15 @@ def test_tasks_are_inferred_and_their_degradation_counted(
     shares = {row["task"]: row["layers"] for row in experts["degraded_by_task"]}
     assert max(shares["dialogue"]) > 0
     assert sum(layer["decode"]["misses"] for layer in experts["layers"]) > 0
+    said = dict(line.rsplit(" ", 1) for line in metrics(sample).splitlines() if line[0] != "#")
+    for layer in experts["layers"]:
+        for reason, found in layer["reads"].items():
+            labels = f'{{layer="{layer["layer"]}",phase="{reason}",tier="host"}}'
+            assert float(said[f"retinue_expert_reads_total{labels}"]) == found["experts"]
+            assert float(said[f"retinue_expert_read_bytes_total{labels}"]) == found["bytes"]
+    read = sum(layer["reads"]["refresh"]["bytes"] for layer in experts["layers"])
+    assert read > experts["refreshes"]["bytes_read"] > 0  # the first set was read at load
+    assert experts["layers"][0]["decode"]["missed"] >= experts["layers"][0]["decode"]["misses"] > 0
     assert experts["period"] is None  # this preset forecasts nothing
     assert experts["refreshes"]["refreshes"] > 0
     assert f"retinue_refreshes_total {experts['refreshes']['refreshes']}.0" in metrics(sample)

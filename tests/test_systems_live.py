@@ -3,17 +3,13 @@
 What the learnt ones go by is random here: a wrong forecast costs time, and never a token.
 """
 
-from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
 
 import models
 from retinue import LLM, SamplingParams
 from retinue.engine import reserve
-from retinue.policy.parts.kinds import KINDS
-from retinue.policy.preset import Given
 from retinue.policy.presets import PRESETS
 
 EXACT = [name for name, row in PRESETS.items() if row.exact and not row.replayed]
@@ -27,34 +23,25 @@ PROMPTS = [
 ANSWER = SamplingParams(max_new_tokens=12, ignore_eos=True)
 
 
-def learnt(given: Given, hidden: int, vocabulary: int) -> Given:
-    """`given` with random arrays of every kind that its preset asked for."""
-    random = np.random.default_rng(5)
-    rows = tuple(range(given.layers))
-    sizes: dict[str, int] = {"rows": len(rows), "experts": given.experts, "hidden": hidden}
-    sizes |= {"vocabulary": vocabulary}
-    made = {}
-    for kind in ("expertflow", "fmoe", "moe-infinity", "promoe"):
-        arrays = {}
-        for name, shape in KINDS[kind].shapes.items():
-            length = tuple(one if isinstance(one, int) else sizes.get(one, 8) for one in shape)
-            arrays[name] = random.random(length, dtype=np.float32)
-        made[kind] = arrays
-    made["promoe"]["stride"] = np.full(1, 2.0, dtype=np.float32)
-    return replace(given, routed=rows, learned=made)
-
-
 @pytest.fixture(autouse=True)
 def made_up(monkeypatch: pytest.MonkeyPatch) -> None:
     known = reserve.given_of
-    monkeypatch.setattr(reserve, "given_of", lambda *a: learnt(known(*a), 256, 4096))
+    monkeypatch.setattr(reserve, "given_of", lambda *a: models.learnt(known(*a), 256, 4096))
 
 
 def answers(llm: LLM) -> list[list[int]]:
     """Those of all prompts, one after the other, then together."""
-    found = [llm.generate(prompt, ANSWER, reuse=False)[0] for prompt in PROMPTS]
-    found += llm.generate(PROMPTS, ANSWER, reuse=False)
+    found = [llm.generate(prompt, ANSWER, reuse=False, progress=False)[0] for prompt in PROMPTS]
+    found += llm.generate(PROMPTS, ANSWER, reuse=False, progress=False)
     return [output.token_ids for output in found]
+
+
+def wants_of(llm: LLM) -> list[int]:
+    """How many wants each forecast has, from now on."""
+    predictor: Any = llm.assembly.host.attendance.policies.predictor
+    forecast, counts = predictor.forecast, []
+    predictor.forecast = lambda view: (wants := forecast(view), counts.append(len(wants)))[0]
+    return counts
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +58,10 @@ def open_llm(preset: str, experts: str | int) -> Any:
 @pytest.mark.parametrize("preset", EXACT)
 def test_the_plain_tokens(plain: list[list[int]], preset: str, experts: str) -> None:
     with open_llm(preset, experts) as llm:
+        wanted = wants_of(llm)
         assert answers(llm) == plain
+        looks = bool(llm.assembly.host.attendance.policies.predictor.depth)
+        assert any(wanted) == looks or experts != "25%"  # where there is room
         llm.assembly.engine.idle()
         llm.assembly.cache.check()
         assert llm.assembly.metrics.total.decode.degraded_weight == 0

@@ -91,11 +91,15 @@ def signals_of(request: Routed, head: TraceHead) -> dict[str, np.ndarray]:
     random = np.random.default_rng(request.prompt_tokens)
     tokens = request.prompt_tokens + request.answer_tokens
     shapes = {name: head.shape(name, tokens) for name in head.signals}
-    return {name: random.random(shape, dtype=np.float32) for name, shape in shapes.items()}
+    found: dict[str, Any]
+    found = {name: random.random(shape, dtype=np.float32) for name, shape in shapes.items()}
+    if "token_ids" in found:
+        found["token_ids"] = random.integers(0, 1 << 20, tokens)
+    return found
 
 
 def test_signals_come_back_when_they_are_asked_for(tmp_path: Path) -> None:
-    head = replace(HEAD, signals=SIGNALS, width=16, precision="int8")
+    head = replace(HEAD, signals=SIGNALS, width=16, precision="int8", read_bytes=99)
     plain = [request_of(seed, head) for seed in range(3)]
     wanted = [replace(request, signals=signals_of(request, head)) for request in plain]
     with TraceWriter(tmp_path / "a.trace", head) as writer:
@@ -105,8 +109,10 @@ def test_signals_come_back_when_they_are_asked_for(tmp_path: Path) -> None:
     for request, original in zip(trace.requests(SIGNALS), wanted, strict=True):
         assert same(request, original)
         for name, values in original.signals.items():
-            assert request.signals[name].dtype == np.float32
-            assert np.array_equal(request.signals[name], values.astype(np.float16))
+            ids = name == "token_ids"
+            assert request.signals[name].dtype == (np.int64 if ids else np.float32)
+            rounded = values if ids else values.astype(np.float16)
+            assert np.array_equal(request.signals[name], rounded)
     assert request.signals["next_scores"].shape[1] == len(HEAD.routed) - 1
     assert all(not request.signals for request in trace)
     assert [set(request.signals) for request in trace.requests(["hidden"])] == [{"hidden"}] * 3
@@ -125,7 +131,7 @@ def test_version_1_is_read(tmp_path: Path) -> None:
     file = written(tmp_path / "a.trace")
     with zipfile.ZipFile(file) as archive:
         content = json.loads(archive.read("head.json"))
-    new = dict.fromkeys(("signals", "width", "precision", "facts"))
+    new = dict.fromkeys(("signals", "width", "precision", "facts", "read_bytes"))
     assert new.keys() <= content.keys()
     old = Trace(changed(file, without=new.keys(), version=1))
     assert old.head == HEAD
@@ -299,17 +305,19 @@ def test_trace_and_append(call: Call, olmoe: Path, texts: Path, tmp_path: Path) 
 def test_trace_with_signals(call: Call, olmoe: Path, texts: Path, tmp_path: Path) -> None:
     file = tmp_path / "a.trace"
     words = ("trace", olmoe, "--data", texts, "--out", file, *TINY, "--json")
-    done = call(*words, "--signals", "embedding, hidden,next_scores,scores")
+    done = call(*words, "--signals", "embedding, hidden,token_ids,next_scores,scores")
     assert done.code == 0, done.err
     assert done.document["signals"] == list(SIGNALS)
     head = Trace(file).head
     assert head.facts is not None
-    assert (head.facts.expert_bytes, head.precision) == (head.facts.read_bytes, "as-is")
+    assert head.read_bytes >= head.facts.read_bytes == head.facts.expert_bytes
+    assert head.precision == "as-is"
     for request in Trace(file).requests(SIGNALS):
         assert request.experts is not None
         scores, ahead = request.signals["scores"], request.signals["next_scores"]
         assert request.signals["hidden"].shape == (18, models.LAYERS, head.width)
         assert request.signals["embedding"].shape == (head.width,)
+        assert request.signals["token_ids"].shape == (18,)
         assert np.allclose(scores.sum(axis=2), 1, atol=0.01)
         # A router's own choice is the top of its own scores; of the next one's, by and large.
         own = np.sort(np.argsort(-scores, axis=2)[:, :, : models.TOP_K], axis=2)

@@ -131,6 +131,8 @@ class LayerCounters:
     hits: int = 0
     pending: int = 0
     misses: int = 0
+    missed: int = 0
+    fetched: int = 0
     routed_weight: float = 0.0
     degraded_weight: float = 0.0
 
@@ -167,6 +169,12 @@ class Metrics:
             counters.hits += hits
             counters.pending += pending
             counters.misses += misses
+
+    def count_choices(self, layer: int, missed: int, fetched: int) -> None:
+        """Count tokens' choices that were not there, and those of them that were read."""
+        for counters in (self.now, self._layer(layer)):
+            counters.missed += missed
+            counters.fetched += fetched
 
     def count_weight(self, layer: int, routed: float, degraded: float) -> None:
         """Count what a layer's routers gave, and what of it other experts served."""

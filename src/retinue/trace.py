@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 import numpy as np
+import numpy.typing as npt
 
 from retinue.errors import UsageError, WriteError
 from retinue.types import Facts, FloatArray, IntArray
@@ -24,7 +25,8 @@ from retinue.types import Facts, FloatArray, IntArray
 FORMAT, VERSION = "retinue-trace", 2
 READS = (1, 2)  # version 1 has neither signals nor facts
 Detail = Literal["tokens", "histogram"]
-SIGNALS = ("scores", "next_scores", "hidden", "embedding")
+SIGNALS = ("scores", "next_scores", "hidden", "embedding", "token_ids")
+Signals = Mapping[str, npt.NDArray[Any]]
 _HEAD = "head.json"
 _DAMAGE = (OSError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError)
 
@@ -35,8 +37,9 @@ class TraceHead:
 
     `detail` says what is kept: every token's choice, in its order, or only sums by expert; and
     `signals` what else, of every token or request (see `Routed`). `width` is that of the model's
-    hidden state, 0 where it is not known. `facts` are what a cost model needs to know of the model
-    in the `precision` that it ran in; None in traces of version 1.
+    hidden state, `read_bytes` what reading one expert moves here, 0 where they are not known.
+    `facts` are what a cost model needs to know of the model in the `precision` that it ran in; None
+    in traces of version 1.
     """
 
     model: str
@@ -49,6 +52,7 @@ class TraceHead:
     width: int = 0
     precision: str = "as-is"
     facts: Facts | None = None
+    read_bytes: int = 0
 
     def shape(self, signal: str, tokens: int) -> tuple[int, ...]:
         """What `signal` of a request of `tokens` is: see `Routed`."""
@@ -58,6 +62,7 @@ class TraceHead:
             "next_scores": (tokens, routed - 1, self.experts),
             "hidden": (tokens, routed, self.width),
             "embedding": (self.width,),
+            "token_ids": (tokens,),
         }[signal]
 
     @property
@@ -83,6 +88,7 @@ class Routed:
     each layer's own router says of its input, `next_scores` what the next layer's says of it:
     probabilities [tokens, routed, experts], for the latter without the last layer. `hidden` are
     these inputs [tokens, routed, width], `embedding` the mean of the prompt's tokens' [width].
+    `token_ids` [tokens] are whole numbers.
     """
 
     task: str | None
@@ -91,7 +97,7 @@ class Routed:
     sums: FloatArray
     experts: IntArray | None = None
     weights: FloatArray | None = None
-    signals: Mapping[str, FloatArray] = field(default_factory=dict)
+    signals: Signals = field(default_factory=dict)
 
     def used(self, head: TraceHead, *, answer: bool = False) -> FloatArray:
         """Summed routing weight of each expert in the prompt, or in the answer: [layers, experts].
@@ -136,7 +142,7 @@ class TraceWriter:
         """Append one request. Raises WriteError."""
         members = {str(self.requests): _encode(self.head, request)}
         for signal in self.head.signals:
-            members[f"{self.requests}.{signal}"] = _encode_signal(request.signals[signal])
+            members[f"{self.requests}.{signal}"] = _encode_signal(signal, request.signals[signal])
         try:
             for name, content in members.items():
                 self._archive.writestr(name, content)
@@ -237,11 +243,11 @@ class Trace:
         except (*_DAMAGE, KeyError) as error:
             raise self._damaged(error) from error
 
-    def _signal(self, archive: zipfile.ZipFile, number: int, name: str) -> FloatArray:
+    def _signal(self, archive: zipfile.ZipFile, number: int, name: str) -> npt.NDArray[Any]:
         _, prompt, answer = self._entries[number]
         shape = self.head.shape(name, prompt + answer)
-        content = self._member(archive, f"{number}.{name}", 2 * int(np.prod(shape)))
-        return _decode_signal(content, shape)
+        size = _kind(name).itemsize * int(np.prod(shape))
+        return _decode_signal(name, self._member(archive, f"{number}.{name}", size), shape)
 
     def _member(self, archive: zipfile.ZipFile, name: str, size: int) -> bytes:
         if archive.getinfo(name).file_size != size:
@@ -305,24 +311,32 @@ def _encode(head: TraceHead, request: Routed) -> bytes:
     return ids + request.weights.astype("<f2").tobytes()
 
 
-def _encode_signal(values: FloatArray) -> bytes:
-    """The high bytes of all fp16 numbers, then the low ones: that way they compress."""
-    most = np.finfo(np.float16).max  # hidden states may be larger than fp16 knows
-    rounded = np.clip(values, -most, most).astype("<f2")
-    return rounded.reshape(-1).view(np.uint8).reshape(-1, 2)[:, ::-1].T.tobytes()
+def _kind(signal: str) -> np.dtype[Any]:
+    return np.dtype("<i4" if signal == "token_ids" else "<f2")
 
 
-def _decode_signal(content: bytes, shape: tuple[int, ...]) -> FloatArray:
-    planes = np.frombuffer(content, np.uint8).reshape(2, -1)
-    pairs = np.ascontiguousarray(planes[::-1].T)
-    return pairs.view("<f2").reshape(shape).astype(np.float32)
+def _encode_signal(signal: str, values: npt.NDArray[Any]) -> bytes:
+    """First the lowest byte of all numbers, then the next one: that way they compress."""
+    kind = _kind(signal)
+    if kind.kind == "f":
+        most = np.finfo(np.float16).max  # hidden states may be larger than fp16 knows
+        values = np.clip(values, -most, most)
+    planes = values.astype(kind).reshape(-1).view(np.uint8).reshape(-1, kind.itemsize).T
+    return planes.tobytes()
+
+
+def _decode_signal(signal: str, content: bytes, shape: tuple[int, ...]) -> npt.NDArray[Any]:
+    kind = _kind(signal)
+    planes = np.frombuffer(content, np.uint8).reshape(kind.itemsize, -1)
+    numbers = np.ascontiguousarray(planes.T).view(kind).reshape(shape)
+    return numbers.astype(np.float32 if kind.kind == "f" else np.int64)
 
 
 def _decode(
     head: TraceHead,
     entry: tuple[str | None, int, int],
     content: bytes,
-    signals: Mapping[str, FloatArray],
+    signals: Signals,
 ) -> Routed:
     task, prompt, answer = entry
     if head.detail == "histogram":
@@ -357,7 +371,8 @@ def _head_from(content: dict[str, Any]) -> TraceHead:
     facts = Facts(**content["facts"]) if content.get("facts") else None
     precision = str(content.get("precision", "as-is"))
     shape = (layers, experts, top_k, routed)
-    return TraceHead(str(content["model"]), *shape, detail, signals, width, precision, facts)
+    head = TraceHead(str(content["model"]), *shape, detail, signals, width, precision, facts)
+    return replace(head, read_bytes=int(content.get("read_bytes", 0)))
 
 
 def _entry_from(row: Any) -> tuple[str | None, int, int]:

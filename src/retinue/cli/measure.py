@@ -11,6 +11,7 @@ from threading import Event
 from typing import Any
 
 from retinue.cli.interrupts import cancel_on
+from retinue.cli.terminal import bar as bar
 from retinue.cli.terminal import note
 from retinue.config import Config
 from retinue.engine.assembly import Assembly, assemble
@@ -56,15 +57,6 @@ def measured(options: Namespace, config: Config) -> Iterator[tuple[Assembly, lis
                 raise Cancelled(f"stopped by {Signals(came[0]).name}, nothing is kept") from error
     finally:
         assembly.close()
-
-
-@contextmanager
-def bar(total: int, unit: str = "text") -> Iterator[Callable[[], Any]]:
-    """A progress bar on stderr; yields what advances it by one."""
-    from tqdm import tqdm
-
-    with tqdm(total=total, unit=unit, dynamic_ncols=True, file=sys.stderr) as shown:
-        yield lambda: shown.update()
 
 
 @contextmanager

@@ -3,7 +3,8 @@
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TextIO
 
 from retinue.config import format_size
@@ -55,6 +56,15 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
         ]
         lines.append("  ".join(parts).rstrip())
     return "\n".join(lines)
+
+
+@contextmanager
+def bar(total: int, unit: str = "text") -> Iterator[Callable[[], Any]]:
+    """A progress bar on stderr; yields what advances it by one."""
+    from tqdm import tqdm
+
+    with tqdm(total=total, unit=unit, dynamic_ncols=True, file=sys.stderr) as shown:
+        yield lambda: shown.update()
 
 
 def summary(output: Output) -> str:

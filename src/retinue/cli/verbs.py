@@ -15,6 +15,21 @@ from retinue.cli.options import (
 )
 from retinue.cli.text_verbs import add_text_verbs
 
+SIMULATION = (
+    ("--presets", str, "NAMES", "with commas between (default: all that the trace can replay)"),
+    ("--model", str, "MODEL", "for what was learnt of it (default: as the trace names it)"),
+    ("--experts", str, "SHARES", "room, such as 12.5%%,25%%,1GiB (default: what --memory leaves)"),
+    ("--disk", str, "SPEEDS", "bytes a second, such as 300MB,1GB (default: as measured here)"),
+    ("--bus", str, "SPEED", "bytes a second from memory to where is computed, if apart"),
+    ("--latency", float, "SECONDS", "until the disk answers (default: --bench's, or 0.0001)"),
+    ("--expert-time", float, "SECONDS", "one token in one expert"),
+    ("--layer-time", float, "SECONDS", "one token in one layer besides its experts"),
+    ("--pass-time", float, "SECONDS", "one pass besides its layers"),
+    ("--elsewhere-time", float, "SECONDS", "one token in one expert at a second place, if any"),
+    ("--expert-size", str, "SIZE", "of one expert, where the trace does not say it"),
+    ("--rate", float, "R", "requests arrive by chance, R a second (default: all at once)"),
+)
+
 
 def build_parser() -> ArgumentParser:
     """All verbs with their options. Imports no model code: `--help` answers at once."""
@@ -31,6 +46,7 @@ def build_parser() -> ArgumentParser:
     _add_bench(verbs)
     _add_pack(verbs)
     add_text_verbs(verbs)
+    _add_simulate(verbs)
     new_verb(verbs, "presets", "every preset with its source and parts", "retinue presets --json")
     new_verb(verbs, "list", "the models in the hub's cache", "retinue list --json")
     _add_rm(verbs)
@@ -121,6 +137,35 @@ def _add_pack(verbs: object) -> None:
         help="compare all bytes of MODEL, a pack, with its checksums",
     )
     add_config_options(pack, ("memory", "precision", "threads"))
+
+
+def _add_simulate(verbs: object) -> None:
+    simulation = new_verb(
+        verbs,
+        "simulate",
+        "replay a trace through presets, without the model: hits, reads, speed, and the best one",
+        "retinue simulate routing.trace --experts 12.5%,25%,50% --disk 300MB,1GB --recommend",
+    )
+    simulation.add_argument("trace", metavar="TRACE", help="of `retinue trace`")
+    for name, kind, metavar, text in SIMULATION:
+        simulation.add_argument(name, type=kind, metavar=metavar, help=text)
+    simulation.add_argument(
+        "--bench",
+        action="append",
+        metavar="FILE",
+        help="of `retinue bench --preset on-demand --json`: times of this machine; further ones are"
+        " of the preset that they name",
+    )
+    simulation.add_argument(
+        "--recommend",
+        action="store_true",
+        help="try presets and divisions of the slots, and keep the best for `--preset auto`",
+    )
+    simulation.add_argument(
+        "--allow-approximate", action="store_true", help="with --recommend: try these as well"
+    )
+    names = ("memory", "context", "chunk", "batch", "profile", "threads", "seed")
+    add_config_options(simulation, names)
 
 
 def _add_rm(verbs: object) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 
 from retinue.config import Config
 from retinue.engine.blocks import BlockPool
-from retinue.engine.cohort import Cohort
 from retinue.engine.engine import Engine
 from retinue.engine.ordering import order_of
 from retinue.engine.precisions import nested_of
@@ -39,6 +38,7 @@ from retinue.model.step import Steps
 from retinue.model.survey import survey_abilities
 from retinue.policy.classify.classifiers import Classifier, classifier
 from retinue.policy.order.base import Order
+from retinue.policy.order.cohort import Cohort
 from retinue.policy.policies import Policies
 from retinue.policy.preset import Given, Preset
 from retinue.types import BLOCK_TOKENS, Facts

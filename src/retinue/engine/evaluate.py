@@ -18,7 +18,7 @@ from retinue.engine.replay import Replay
 from retinue.engine.tasks import TaskIds
 from retinue.metrics import Usage
 from retinue.model.scoring import Scored, Scorer
-from retinue.policy.base import Running
+from retinue.policy.base import Prompt, Running
 from retinue.types import IntArray
 
 
@@ -157,10 +157,13 @@ def _exact(
     policies = assembly.preset.build(assembly.given)  # of its own: the cache's have seen the pass
     replay = Replay(policies, assembly.cache.slots, assembly.facts.top_k, _read_bytes(assembly))
     scored = []
-    with scorer.recording(policies.predictor.needs & {"next_scores"}) as routing:
-        for text in texts:
+    with scorer.recording(policies.needs & {"scores", "next_scores", "hidden"}) as routing:
+        for number, text in enumerate(texts):
             scored.append(scorer.score(text.ids, text.scored))
-            replay.run(routing)
+            start = text.ids[: -text.scored]
+            meaning = scorer.embedding(start) if "embedding" in policies.needs else None
+            prompt = Prompt(number, text.task, np.array(start), meaning)
+            replay.run(routing, prompt, np.array(text.ids))
             advance()
     return scored, Cost(replay.misses, replay.fetched, replay.bytes_read)
 

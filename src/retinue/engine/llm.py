@@ -57,6 +57,9 @@ class LLM:
         kv_tokens: int | None = None,
         batch: int | None = None,
         chunk: int | None = None,
+        order: str | None = None,
+        first_token_deadline: float | None = None,
+        token_deadline: float | None = None,
         self_check: bool | None = None,
         eager: bool | None = None,
     ) -> None:
@@ -77,6 +80,9 @@ class LLM:
             "kv_tokens": kv_tokens,
             "batch": batch,
             "chunk": chunk,
+            "order": order,
+            "first_token_deadline": first_token_deadline,
+            "token_deadline": token_deadline,
             "self_check": self_check,
             "eager": eager,
         }

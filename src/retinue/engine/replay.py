@@ -15,6 +15,7 @@ from retinue.memory.cache import ExpertCache
 from retinue.memory.instant import InstantLink, NumberedSlots
 from retinue.metrics import Metrics
 from retinue.model.scoring import LayerRouting
+from retinue.policy.base import Prompt, Route
 from retinue.policy.policies import Policies
 from retinue.types import FloatArray, IntArray
 
@@ -44,30 +45,47 @@ class Replay:
         """Bytes of those."""
         return self._link.bytes_read
 
-    def run(self, routing: Sequence[LayerRouting]) -> None:
-        """Decode one text token by token; `routing` holds every layer with experts, in order."""
+    def run(self, routing: Sequence[LayerRouting], prompt: Prompt, ids: IntArray) -> None:
+        """Decode one text token by token; `routing` holds every layer with experts, in order.
+
+        prompt: the request that it is shown as, which no other is; ids: [tokens], the whole text's.
+        Only the next layer's router is asked, however far the preset looks ahead.
+        """
         counters = self._metrics.begin("decode")
-        for token in range(len(routing[0].experts)):
+        self._attendance.begin(prompt)
+        for token in range(len(ids)):
             self._attendance.begin_pass("decode")
             for at, now in enumerate(routing):
-                self._run_layer(now, routing[at + 1 :], token)
+                route = _route(now, prompt.sequence, ids, token)
+                self._run_layer(now, routing[at + 1 :], token, route)
+        self._attendance.end(prompt.sequence)
         self.misses += counters.misses + counters.pending
 
-    def _run_layer(self, now: LayerRouting, coming: Sequence[LayerRouting], token: int) -> None:
+    def _run_layer(
+        self, now: LayerRouting, coming: Sequence[LayerRouting], token: int, route: Route
+    ) -> None:
         cache = self._attendance.cache
         rows = slice(token, token + 1)
-        demand = demand_of(now.layer, now.experts[rows], now.weights[rows], cache.experts)
+        demand = demand_of(now.layer, route.experts, route.weights, cache.experts)
         if cache.holds_everything and cache.has_all(now.layer):
-            self._attendance.see(demand)
+            self._attendance.see(demand, route)
             return
 
         def scores_of(layer: int) -> FloatArray | None:
             near = bool(coming) and layer == coming[0].layer
             return now.next_scores[rows] if near and now.next_scores is not None else None
 
-        with self._attendance.attend(demand, 1, None, scores_of) as turn:
+        with self._attendance.attend(demand, 1, route, scores_of) as turn:
             while turn.left:
                 if ready := turn.ready():
                     turn.computed(ready)
                 else:
                     turn.wait()
+
+
+def _route(now: LayerRouting, sequence: int, ids: IntArray, token: int) -> Route:
+    rows = slice(token, token + 1)
+    scores = None if now.scores is None else now.scores[rows]
+    hidden = None if now.hidden is None else now.hidden[rows]
+    owner = np.array([sequence])
+    return Route(now.layer, now.experts[rows], now.weights[rows], owner, scores, hidden, ids[rows])

@@ -19,13 +19,13 @@ import numpy as np
 
 from retinue.config import Config
 from retinue.engine.learning import Learner
-from retinue.engine.tables import Shares, Tables
 from retinue.errors import UsageError
 from retinue.model.experts import ExpertHost
 from retinue.model.predictors import find_predictor
 from retinue.model.profiles import find_profile, learnt_profile
 from retinue.policy.base import BoolArray, Forecaster, Placement, Running, Stock
 from retinue.policy.place.rhythm import Drift, Rhythm
+from retinue.policy.place.tables import Shares, Tables
 from retinue.policy.policies import Policies
 from retinue.policy.predict.forecasters import LEARNED, forecaster
 from retinue.policy.predict.own_prefill import OwnPrefill

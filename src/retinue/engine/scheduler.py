@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from retinue.engine.blocks import BlockPool, Table
-from retinue.engine.cohort import Cohort
 from retinue.errors import Overloaded
 from retinue.metrics import PhaseCounters
 from retinue.policy.order.base import Order, Queues
+from retinue.policy.order.cohort import Cohort
 from retinue.policy.order.fcfs import Fcfs
 from retinue.types import Phase
 

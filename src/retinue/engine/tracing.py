@@ -2,8 +2,10 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from retinue.engine.assembly import Assembly
 from retinue.engine.tasks import TaskIds
@@ -11,6 +13,8 @@ from retinue.errors import Unsupported
 from retinue.model.scoring import LayerRouting, Scorer
 from retinue.trace import Detail, Routed, TraceHead, routed_of
 from retinue.types import FloatArray
+
+BY_LAYER = ("scores", "next_scores", "hidden")
 
 
 def trace_head(
@@ -32,7 +36,9 @@ def trace_head(
     routed = np.flatnonzero(assembly.network.experts.there.any(axis=1)).tolist()
     shape = (facts.layers, facts.experts_per_layer, facts.top_k)
     width = int(assembly.network.model.config.get_text_config().hidden_size)
-    return TraceHead(facts.name, *shape, tuple(routed), detail, signals, width, precision, facts)
+    read_bytes = int(assembly.cache.sizes.read_bytes[0].max())
+    head = TraceHead(facts.name, *shape, tuple(routed), detail, signals, width, precision, facts)
+    return replace(head, read_bytes=read_bytes)
 
 
 def record(
@@ -51,8 +57,11 @@ def record(
             weights = np.stack([layer.weights for layer in routing], axis=1)
             prompt = len(text.ids) - text.scored
             request = routed_of(head, text.task, prompt, experts, weights)
-            by_layer = [name for name in head.signals if name != "embedding"]
+            by_layer = [name for name in head.signals if name in BY_LAYER]
+            signals: dict[str, npt.NDArray[Any]]
             signals = {name: _stacked(routing, name) for name in by_layer}
+            if "token_ids" in head.signals:
+                signals["token_ids"] = np.array(text.ids)
             if "embedding" in head.signals:
                 signals["embedding"] = scorer.embedding(text.ids[:prompt])
             yield replace(request, signals=signals)

@@ -16,7 +16,7 @@ from typing import Self
 import numpy as np
 
 from retinue.errors import Cancelled
-from retinue.memory.base import Urgency
+from retinue.memory.base import WAIT_S, Urgency
 from retinue.memory.cache import LOADING, ExpertCache
 from retinue.metrics import Metrics
 from retinue.policy.base import Ahead, Prompt, Route, View
@@ -24,7 +24,6 @@ from retinue.policy.policies import Policies
 from retinue.types import Demand, FloatArray, IntArray, Phase, Want
 
 RECENT_STEPS = 4
-WAIT_S = 0.1  # how often a stalled layer looks whether it is still wanted
 # What a coming layer's router says of this layer's input, [tokens, experts]; None: nobody knows.
 ScoresOf = Callable[[int], FloatArray | None]
 
@@ -99,11 +98,11 @@ class Attendance:
     def wait(self, layer: int, awaited: set[int]) -> None:
         """Wait for one of the reads. Raises Cancelled, or the error of one that is `awaited`."""
         cache = self.cache
-        cache.raise_failure(layer, awaited)
+        cache.reads.raise_failure(layer, awaited)
         if self.stop():
             raise Cancelled("the request was cancelled")
         self.metrics.now.stall_s += cache.wait(WAIT_S)
-        cache.raise_failure(layer, awaited)
+        cache.reads.raise_failure(layer, awaited)
 
     def repeated(self, demand: Demand) -> int:
         """How many experts of `demand` the last few passes used as well."""
@@ -209,7 +208,7 @@ class Turn:
         if len(missing):
             if cache.phase == "prefill":
                 order = np.argsort(-demand.weight, kind="stable")
-                self._keep = demand.experts[order][: cache.quota]
+                self._keep = demand.experts[order][: cache.division.quota]
                 cache.settle_in(demand.layer, self._keep)
             self._missing = self._fetch(missing)
         if not len(self._missing):
@@ -233,7 +232,7 @@ class Turn:
             following = attendance.following.get(following)
         if not ahead:
             return
-        limit = cache.ring if prefill else 2 * cache.top_k
+        limit = cache.division.ring if prefill else 2 * cache.top_k
         view = cache.view(tuple(ahead), self._view.route)
         for want in predictor.forecast(view):
             near = want.layer == ahead[0].layer

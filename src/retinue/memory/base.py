@@ -15,6 +15,10 @@ from retinue.errors import RetinueError
 from retinue.policy.base import BoolArray
 from retinue.types import Expert, IntArray
 
+WAIT_S = 0.1  # how often who waits for reads looks whether they are still wanted
+CHUNK_BYTES = 2 << 20  # a read is cut into these, and
+READERS = 6  # so many are read at once
+
 
 class Urgency(IntEnum):
     """Smaller goes first."""

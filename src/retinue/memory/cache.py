@@ -10,11 +10,13 @@ what it reads is *transient* but for each layer's quota of the most used experts
 experts make room for each other first. The ring that they may take from the others is bounded.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from retinue.memory.base import Link, Sizes, Slots, Ticket, Urgency
+from retinue.errors import Cancelled
+from retinue.memory.base import WAIT_S, Link, Sizes, Slots, Ticket, Urgency
+from retinue.memory.division import Division
 from retinue.memory.history import History
 from retinue.memory.lease import Lease
 from retinue.memory.reads import Reads
@@ -45,18 +47,14 @@ class ExpertCache:
         self.history = History(layers, self.experts)
         self._standing = Standing(self.ready, evictor)
         self._fresh = np.zeros(shape, dtype=bool)  # read and not used yet
-        self.reads = Reads(link)
+        self.reads = Reads(link, layers)
         self.step, self.layer = 0, 0
         self.phase: Phase = "decode"
         self._view: View | None = None  # of the layer that runs
         counts = sizes.there.sum(axis=1)
         self._lacking: list[int] = counts.tolist()  # by layer, experts that are not READY
         self.total, self.resident = int(counts.sum()), 0
-        moe_layers = int(np.count_nonzero(counts))
-        everything = slots.slots >= self.total
-        ring = max(min(slots.slots, 2 * top_k), min(self.experts, slots.slots // 4))
-        self.ring = 0 if everything else ring
-        self.quota = self.experts if everything else (slots.slots - self.ring) // moe_layers
+        self.division = Division(slots.slots, counts, top_k)
         self.used_bytes_read = 0  # of experts that were read and then used
 
     @property
@@ -126,7 +124,7 @@ class ExpertCache:
     def begin_step(self, phase: Phase) -> None:
         """A forward pass starts."""
         self.step += 1
-        self.phase, self._view = phase, None
+        self.phase, self.reads.reason, self._view = phase, phase, None
         self._standing.expected[:] = False
 
     def begin_layer(self, layer: int, route: Route | None = None) -> View:
@@ -266,10 +264,6 @@ class ExpertCache:
         self.poll()
         return passed_s
 
-    def raise_failure(self, layer: int, needed: Collection[int]) -> None:
-        """Raise the error of a read that failed for `needed` of `layer`; others are forgotten."""
-        self.reads.raise_failure(layer, needed)
-
     def room(self, count: int, *, spare_expected: bool = False) -> bool:
         """Make `count` slots free, of expected experts last if at all; or change nothing: False."""
         lacking = count - self._slots.free
@@ -279,23 +273,23 @@ class ExpertCache:
         self._make_room(count, spare_expected=spare_expected)
         return True
 
-    def place(self, wanted: BoolArray) -> int:
-        """Make exactly `wanted` [layers, experts] resident, between steps; returns bytes read."""
+    def place(self, wanted: BoolArray, stop: Callable[[], bool] = lambda: False) -> int:
+        """Make exactly `wanted` [layers, experts] resident, between steps; returns bytes read.
+
+        Raises the error of a read, and Cancelled soon after `stop` says so, with a part there.
+        """
         self.cancel_all()
-        while self.reads.draining:
-            self.wait(1.0)
-        for layer, row in enumerate(wanted):
-            self.let_go(layer, np.flatnonzero(~row))
-        read_bytes = 0
-        for layer, row in enumerate(wanted & ~self.ready):
-            left = self.read(layer, np.flatnonzero(row))
-            assert not len(left), "more experts are wanted than there are slots"
-            read_bytes += self.read_bytes(layer, np.flatnonzero(row))
-        while self.reads.loading:
-            self.wait(1.0)
+        self._finish(stop)
+        self._evict_all(np.flatnonzero(self.ready & ~wanted))
+        lacking = wanted & ~self.ready
+        assert np.count_nonzero(lacking) <= self.spare, "more experts are wanted than slots"
+        with self.reads.placing():
+            for layer, expert in np.argwhere(lacking).tolist():
+                self._load(Expert(layer, expert), Urgency.DEMAND, transient=False)
+            self._finish(stop)
         self._fresh[wanted] = False  # no step has asked for them
         self.reads.raise_any()
-        return read_bytes
+        return int(self.sizes.read_bytes[0][lacking].sum())
 
     def cancel_all(self) -> None:
         """Cancel every read; after a failed or cancelled step."""
@@ -317,6 +311,13 @@ class ExpertCache:
 
     # --- changes of state
 
+    def _finish(self, stop: Callable[[], bool]) -> None:
+        while self.reads.loading or self.reads.draining:
+            if stop():
+                self.cancel_all()
+                raise Cancelled("the request was cancelled")
+            self.wait(WAIT_S)
+
     def _make_room(self, count: int, *, spare_expected: bool = False) -> None:
         """Free slots until `count` are free, or nobody else may leave."""
         if count <= 0:
@@ -331,7 +332,7 @@ class ExpertCache:
     def _allowed(self, count: int) -> int:
         """How many of `count` victims may be such that do not just pass."""
         decodes = self.phase == "decode"
-        return count if decodes else max(0, self.ring - self._standing.passing)
+        return count if decodes else max(0, self.division.ring - self._standing.passing)
 
     def _victims(self, count: int, allowed: int, spare_expected: bool) -> IntArray:
         """Up to `count` experts to evict: layer * experts + expert."""
@@ -347,10 +348,10 @@ class ExpertCache:
         return self._view
 
     def _is_transient(self, keep: bool) -> bool:
-        if self.phase == "decode" or self.holds_everything:
+        if self.phase == "decode" or self.division.whole:
             return False
         held = self.slots - self._slots.free - self._standing.passing
-        return not (keep and held < self.slots - self.ring)
+        return not (keep and held < self.slots - self.division.ring)
 
     def _drop_worse(self, layer: int, experts: IntArray, precision: IntArray) -> None:
         """Let go of what is there, or on its way, in a worse precision than it is read in."""
@@ -371,6 +372,7 @@ class ExpertCache:
     def _settle(self, key: Expert, slot: int, done: bool) -> None:
         if done:
             self.slot_of[key] = slot
+            self.reads.count(key, int(self.sizes.read_bytes[self.precision[key], *key]))
             self.ready[key] = self._fresh[key] = True
             self._lacking[key.layer] -= 1
             self.resident += 1

@@ -15,11 +15,8 @@ from pathlib import Path
 from typing import Protocol
 
 from retinue.errors import CheckpointError, RetinueError
-from retinue.memory.base import TicketState, Urgency
+from retinue.memory.base import CHUNK_BYTES, READERS, TicketState, Urgency
 from retinue.memory.layout import Extent
-
-CHUNK_BYTES = 2 << 20
-READERS = 6
 
 
 class Source(Protocol):

@@ -3,18 +3,30 @@
 What a cancelled read has begun is still written, so its slot drains before anybody gets it.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import numpy as np
 
 from retinue.errors import RetinueError
 from retinue.memory.base import Link, Ticket, TicketState, Urgency
-from retinue.types import Expert
+from retinue.types import Expert, IntArray
+
+Reason = Literal["prefill", "decode", "refresh"]  # what experts are read for
+REASONS: tuple[Reason, ...] = ("prefill", "decode", "refresh")
 
 
 class Reads:
     """Reads through `link`. Slots come from the cache and go back to it."""
 
-    def __init__(self, link: Link) -> None:
+    def __init__(self, link: Link, layers: int) -> None:
         self.link = link
+        self.reason: Reason = "prefill"  # of those that end now
+        # By reason [layers, 2]: experts that were read to the end, and their bytes.
+        self.counts: dict[Reason, IntArray] = {
+            reason: np.zeros((layers, 2), dtype=np.int64) for reason in REASONS
+        }
         self.loading: dict[Expert, tuple[Ticket, int]] = {}
         self.draining: list[tuple[Ticket, int]] = []
         self.started = 0  # so far, those that were cancelled included
@@ -30,6 +42,19 @@ class Reads:
         self.started += 1
         self._failed.pop(key, None)
         self.loading[key] = (self.link.submit(key, slot, urgency, precision), slot)
+
+    @contextmanager
+    def placing(self) -> Iterator[None]:
+        """Within, what is read counts as read for a new set."""
+        before, self.reason = self.reason, "refresh"
+        try:
+            yield
+        finally:
+            self.reason = before
+
+    def count(self, key: Expert, read_bytes: int) -> None:
+        """`key` was read to the end."""
+        self.counts[self.reason][key.layer] += (1, read_bytes)
 
     def hurry(self, key: Expert, urgency: Urgency) -> None:
         """Move the read of `key`, which is under way, to the front."""

@@ -168,10 +168,8 @@ class Changes:
 
     def count_restricted(self, layer: int, rerouted: Rerouted, served: Served) -> None:
         """Count what became of a restricted layer's misses, and what its router chose."""
-        counters, read_bytes = self._metrics.now, self._cache.read_bytes(layer, served.fetched)
-        counters.missed += int(served.missed.sum())
-        counters.fetched += len(served.fetched)
-        counters.fetched_bytes += read_bytes
+        self._metrics.count_choices(layer, int(served.missed.sum()), len(served.fetched))
+        self._metrics.now.fetched_bytes += self._cache.read_bytes(layer, served.fetched)
         self.accounts.choose(layer, rerouted.chosen, rerouted.weights)
         self.accounts.miss(served.missed, served.reads)
 

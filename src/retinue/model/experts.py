@@ -124,10 +124,11 @@ class ExpertHost:
         """Make exactly `wanted` [layers, experts] resident, between passes; returns bytes read.
 
         popularity: what is known of each one's share of routing weight; broadcasts to `wanted`.
-        Raises the error of a read that failed.
+        Raises the error of a read that failed, and Cancelled when `stop` says so: both leave the
+        books as they are, and the next pass brings the cache back to them.
         """
         self.changes.books.astray = True
-        read = self.cache.place(wanted)
+        read = self.cache.place(wanted, self.stop)
         self.changes.books.place(wanted, popularity)
         return read
 
@@ -161,7 +162,7 @@ class ExpertHost:
         self.attendance.lowers = changes.active
         self.attendance.begin_pass(phase)
         if changes.restricted and changes.books.astray:
-            self.cache.place(changes.books.there())
+            self.cache.place(changes.books.there(), self.stop)
             changes.books.astray = False
 
     def end_pass(self, *, succeeded: bool) -> None:

@@ -58,8 +58,9 @@ class Tally:
             for layer, absent in zip(layers, missed[:, 0].tolist(), strict=True):
                 self._metrics.count(layer, k - absent, 0, absent)
         counters.rerouted += int(np.count_nonzero(replaced))
-        counters.missed += int(missed.sum())
-        counters.fetched += int(reads.sum())
+        lacking, read = missed.sum(axis=1).tolist(), reads.sum(axis=1).tolist()
+        for layer, absent, fetched in zip(layers, lacking, read, strict=True):
+            self._metrics.count_choices(layer, absent, fetched)
         for layer, each, served in zip(layers, entry.rerouted, entry.served, strict=True):
             if len(served.fetched):
                 counters.fetched_bytes += int(self._read_bytes[layer, served.fetched].sum())

@@ -101,7 +101,9 @@ class Policies:
     """One answer per question: what a preset is made of.
 
     `fetch_above` is for a routing that replaces missing experts: one whose share of its token's
-    routing weight is above it is fetched instead. 1: none, 0: all, which is exact.
+    routing weight is above it is fetched instead. 1: none, 0: all, which is exact. `ring` is the
+    share of the slots that experts may take which only pass in a prefill (see `memory/cache.py`).
+    1: all, so that the evictor alone decides; None: as many as one layer has experts, or a quarter.
     """
 
     evictor: Evictor
@@ -116,6 +118,7 @@ class Policies:
     precision: Precision = field(default_factory=AsIs)
     watchers: tuple[Watcher, ...] = ()
     order: str | None = None  # by name, who goes first unless the user says; None: the default
+    ring: float | None = None
     paths: Paths | None = None  # what the order `alike` groups by
 
     @property

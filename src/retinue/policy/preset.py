@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from retinue.errors import Refused
+from retinue.policy.evict.belady import Future
 from retinue.policy.policies import Policies
 from retinue.policy.profile import Profile
 from retinue.types import FloatArray
@@ -16,7 +17,8 @@ Arrays = Mapping[str, FloatArray]
 class Given:
     """What is known of a model when a preset is built for it. `slots`: experts that fit.
 
-    `learned` holds, by kind, the arrays that `retinue train-predictor --kind KIND` made.
+    `learned` holds, by kind, the arrays that `retinue train-predictor --kind KIND` made. `future`
+    is what will be needed, where a trace is replayed.
     """
 
     model: str = ""
@@ -27,6 +29,16 @@ class Given:
     slots: int = 0
     profile: Profile | None = None
     learned: Mapping[str, Arrays] = field(default_factory=dict)
+    future: Future | None = None
+
+    def foreseen(self) -> Future:
+        """The future. Raises Refused where nobody knows it."""
+        if self.future is None:
+            raise Refused(
+                "this preset knows what will be needed, so that only a replay can run it",
+                hint="`retinue trace MODEL --out FILE`, then `retinue simulate FILE`",
+            )
+        return self.future
 
     def arrays(self, kind: str) -> Arrays:
         """What was learnt of `kind`. Raises Refused where nothing was."""

@@ -3,12 +3,13 @@
 from retinue.errors import UsageError
 from retinue.policy.outside import outside
 from retinue.policy.preset import Preset
-from retinue.policy.systems import approximate, baselines, exact, fixed_sets, learning
+from retinue.policy.systems import approximate, baselines, exact, fixed_sets, learning, oracle
 
 _TABLES = (
     baselines.PRESETS,
     exact.PRESETS,
     learning.PRESETS,
+    oracle.PRESETS,
     fixed_sets.PRESETS,
     approximate.PRESETS,
 )

@@ -29,6 +29,12 @@ from retinue.policy.measured import (
     sensitivity_dict,
     sensitivity_from,
 )
+from retinue.policy.recommended import (
+    Recommendations,
+    joined,
+    recommendations_from,
+    recommendations_list,
+)
 from retinue.policy.transitions import Transitions, transitions_dict, transitions_from
 from retinue.types import FloatArray, IntArray
 
@@ -84,6 +90,7 @@ class Profile:
     tasks: Mapping[str, TaskCounts]
     periods: Periods | None = None
     costs: MachineCosts | None = None
+    recommended: Recommendations = ()
 
     @property
     def period(self) -> int | None:
@@ -132,7 +139,7 @@ class Profile:
         return np.asarray(weight / np.where(whole > 0, whole, 1))
 
     def plus(self, other: "Profile") -> "Profile":
-        """The counts of both; costs are `other`'s, if it has any.
+        """The counts of both; costs and recommendations are `other`'s, if it has any.
 
         Raises UsageError for profiles of different models.
         """
@@ -145,7 +152,8 @@ class Profile:
         for name, counts in other.tasks.items():
             tasks[name] = tasks[name].plus(counts) if name in tasks else counts
         periods = _either(self.periods, other.periods)
-        return Profile(self.model, *self._shape, tasks, periods, other.costs or self.costs)
+        costs, best = other.costs or self.costs, joined(self.recommended, other.recommended)
+        return Profile(self.model, *self._shape, tasks, periods, costs, best)
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-shaped, with its format and version."""
@@ -155,6 +163,8 @@ class Profile:
             head["period"] = periods_dict(self.periods)
         if self.costs is not None:
             head["costs"] = asdict(self.costs)
+        if self.recommended:
+            head["recommended"] = recommendations_list(self.recommended)
         return head | {"tasks": {name: _task_dict(task) for name, task in self.tasks.items()}}
 
     @property
@@ -179,8 +189,9 @@ def profile_from(content: Any) -> Profile:
         }
         periods = periods_from(content["period"]) if "period" in content else None
         costs = costs_from(content["costs"]) if "costs" in content else None
+        best = recommendations_from(content.get("recommended", ()))
         shape = (layers, experts, top_k)
-        return Profile(str(content["model"]), *shape, tasks, periods, costs)
+        return Profile(str(content["model"]), *shape, tasks, periods, costs, best)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UsageError(f"damaged profile: {error!r}", hint="make it again") from error
 

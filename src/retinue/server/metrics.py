@@ -24,9 +24,15 @@ LAYER_COUNTERS = {
     "hits": "experts asked for that were in memory",
     "pending": "experts asked for that were on their way",
     "misses": "experts asked for that were neither",
+    "missed": "tokens' chosen experts that were not there, where others may serve",
+    "fetched": "of those, read for their token, not replaced",
     "routed_weight": "weight that routers gave, where a policy may choose otherwise",
     "degraded_weight": "of it, served by other experts than the routers'",
 }
+READ_COUNTERS = (
+    ("reads", "experts read to the end, ahead or when they were missing, or for a new set"),
+    ("read_bytes", "bytes of those reads"),
+)
 TASK_COUNTERS = {
     "answered": "answers that came to their end",
     "refused": "requests refused since too much waits",
@@ -199,6 +205,12 @@ class _Engine:
             for layer, phases in enumerate(picture.layers):
                 for phase, counters in phases.items():
                     family.add_metric([*tier, str(layer), phase], getattr(counters, field))
+            yield family
+        for column, (name, text) in enumerate(READ_COUNTERS):
+            family = CounterMetricFamily(f"retinue_expert_{name}", text, labels=labels)
+            for reason, counts in picture.reads.items():
+                for layer, count in enumerate(counts[:, column].tolist()):
+                    family.add_metric([*tier, str(layer), reason], count)
             yield family
         for field, (name, text) in PHASE_COUNTERS.items():
             family = CounterMetricFamily(f"retinue_{name}", text, labels=["phase"])

@@ -15,10 +15,11 @@ from retinue.engine.learning import Learner, finished, open_learner
 from retinue.engine.llm import LLM, Prompt
 from retinue.engine.request import Request, State
 from retinue.memory.machine import resident_bytes
+from retinue.memory.reads import Reason
 from retinue.metrics import LayerCounters, Metrics, PhaseCounters
 from retinue.policy.base import BoolArray
 from retinue.server.activity import Activity
-from retinue.types import Phase
+from retinue.types import IntArray, Phase
 
 if TYPE_CHECKING:
     from retinue.engine.assembly import Assembly
@@ -35,6 +36,7 @@ class Picture:
     resident: BoolArray  # [layers, experts]
     activity: list[str]  # a layer each, a character an expert
     layers: list[dict[Phase, LayerCounters]]
+    reads: dict[Reason, IntArray]  # [layers, 2]: experts that were read, and their bytes
     running: dict[str | None, int]  # requests, by task
     waiting: dict[str | None, int]
     period: int | None  # prompts between two forecasts, where the preset forecasts
@@ -100,6 +102,7 @@ def draw(assembly: "Assembly", activity: Activity) -> Picture:
         resident=there,
         activity=activity.rows(there, cache.last_used, assembly.host.last_missed, cache.step),
         layers=[_layer(assembly.metrics, layer) for layer in range(len(there))],
+        reads={reason: counts.copy() for reason, counts in cache.reads.counts.items()},
         running=dict(Counter(request.task for request in scheduler.running)),
         waiting=dict(Counter(request.task for request in scheduler.waiting)),
         period=assembly.residents.period if assembly.residents is not None else None,

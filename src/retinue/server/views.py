@@ -32,6 +32,10 @@ def experts_view(served: Served) -> Json:
                 "resident": np.flatnonzero(there).tolist(),
                 "prefill": _phase(asdict(picture.layers[layer]["prefill"])),
                 "decode": _phase(asdict(picture.layers[layer]["decode"])),
+                "reads": {
+                    reason: dict(zip(("experts", "bytes"), counts[layer].tolist(), strict=True))
+                    for reason, counts in picture.reads.items()
+                },
             }
             for layer, there in enumerate(picture.resident)
         ],

@@ -1,0 +1,152 @@
+"""`retinue simulate`: a trace replayed through presets, without the model."""
+
+import random
+from argparse import Namespace
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from retinue.cli.options import config_from
+from retinue.cli.simulated import Known, Machine, advice_text, cell_text, left_out_text
+from retinue.cli.terminal import audience, bar, emit_json, note
+from retinue.config import Config, parse_size
+from retinue.errors import UsageError
+from retinue.memory.budget import split
+from retinue.policy.presets import PRESETS
+from retinue.policy.recommended import Recommendation, joined
+from retinue.sim.candidates import Candidate, candidates, chosen
+from retinue.sim.cells import ORACLE, Cell, Filled, Table
+from retinue.sim.passes import Load
+from retinue.sim.recommend import advise
+from retinue.sim.recorded import Recording
+from retinue.sim.stage import Setting
+from retinue.trace import Trace, TraceHead
+from retinue.types import Facts
+
+
+def execute(options: Namespace) -> int:
+    """Replay the trace through presets in every cell; returns the exit code."""
+    config = config_from(options)
+    trace = Trace(Path(options.trace))
+    known = Known(trace.head, options.model, config)
+    machine = Machine(trace, known, options, config)
+    load = _load(trace, options, config)
+    cells = [
+        Cell(label, Setting(slots, machine.roads(disk), machine.times, load, machine.own))
+        for label, slots in _rooms(trace.head, machine.facts, options, config)
+        for disk in machine.disks
+    ]
+    wanted = chosen(options.presets)
+    if ORACLE not in [preset.name for preset in wanted]:
+        wanted.append(PRESETS[ORACLE])
+    able, left_out = candidates(wanted, trace.head, known.of, timed=bool(load.arrivals))
+    if not trace.tokens:
+        raise UsageError(f"the trace `{trace.file}` has no tokens", hint="record some texts")
+    recording = Recording(trace, sorted(frozenset().union(*(each.needs for each in able))))
+    note(f"times are from {machine.times.source}; {len(trace)} requests, {trace.tokens} tokens")
+    table = Table(recording, able, machine.read_bytes)
+    with bar(len(cells) * len(able), "replay") as advance:
+        filled = [table.fill(cell, advance) for cell in cells]
+    texts = [cell_text(each) for each in filled]
+    if left_out:
+        texts.append(left_out_text(left_out))
+    print("\n\n".join(texts), file=audience(options.json))
+    document = _document(trace, machine, filled, left_out)
+    if options.recommend:
+        document["recommended"] = _recommend(options, known, table, able, filled)
+    if options.json:
+        emit_json(document)
+    return 0
+
+
+def _load(trace: Trace, options: Namespace, config: Config) -> Load:
+    """How requests come: all at once, or by chance at a rate."""
+    arrivals: tuple[float, ...] = ()
+    if options.rate is not None:
+        if not options.rate > 0:
+            raise UsageError(f"rate is out of range: `{options.rate}`", hint="above 0")
+        draw, now, times = random.Random(config.seed or 0), 0.0, []
+        for _ in range(len(trace)):
+            now += draw.expovariate(options.rate)
+            times.append(now)
+        arrivals = tuple(times)
+    return Load(config.batch or 1, config.chunk, arrivals)
+
+
+def _rooms(
+    head: TraceHead, facts: Facts, options: Namespace, config: Config
+) -> list[tuple[str, int]]:
+    """How many experts fit, for every room that is asked for, each with what it is called."""
+    if options.memory is not None or options.experts is None:
+        shares = options.experts.split(",") if options.experts else [None]
+        room = config.room()
+        found = [split(facts, **room | {"experts": share and share.strip()}) for share in shares]
+        labels = [share.strip() if share else str(config.memory) for share in shares]
+        return [(label, each.slots) for label, each in zip(labels, found, strict=True)]
+    rooms = []
+    for share in options.experts.split(","):
+        size = parse_size(share.strip(), whole=facts.total_experts * facts.slot_bytes)
+        slots = min(size // facts.slot_bytes, facts.total_experts)
+        if slots < head.top_k:
+            raise UsageError(
+                f"`--experts {share.strip()}` leaves room for {slots} experts; one token needs"
+                f" {head.top_k} at once",
+                hint=f"use `--experts {head.top_k * facts.slot_bytes}` or more",
+            )
+        rooms.append((share.strip(), slots))
+    return rooms
+
+
+def _document(
+    trace: Trace, machine: Machine, filled: list[Filled], left_out: dict[str, str]
+) -> dict[str, Any]:
+    head, first = trace.head, filled[0].as_dict()
+    document = {
+        "trace": str(trace.file),
+        "model": head.model,
+        "precision": head.precision,
+        "requests": len(trace),
+        "tokens": trace.tokens,
+        "read_bytes": machine.read_bytes,
+        "latency_s": machine.latency_s,
+        "times": asdict(machine.times),
+        "left_out": left_out,
+        **first,
+    }
+    return document | ({"cells": [each.as_dict() for each in filled]} if len(filled) > 1 else {})
+
+
+def _recommend(
+    options: Namespace,
+    known: Known,
+    table: Table,
+    able: list[Candidate],
+    filled: list[Filled],
+) -> list[dict[str, Any]]:
+    """Find the best preset for each cell, and write exact ones into the profile."""
+    allowed = [each for each in able if each.preset.exact or options.allow_approximate]
+    if not allowed:
+        raise UsageError("no exact preset to choose from", hint="use `--allow-approximate`")
+    entries: tuple[Recommendation, ...] = ()
+    for each in filled:
+        advice = advise(table, allowed, each.cell)
+        print(f"\n{advice_text(each, advice)}", file=audience(options.json))
+        entries += (known.entry(each.cell, advice),)
+    _remember(known, entries)
+    labels = [each.cell.label for each in filled]
+    return [asdict(one) | {"experts": label} for one, label in zip(entries, labels, strict=True)]
+
+
+def _remember(known: Known, entries: tuple[Recommendation, ...]) -> None:
+    """Keep what may serve `--preset auto`, if there is a profile to keep it in."""
+    exact = tuple(
+        entry for entry in entries if entry.preset in PRESETS and PRESETS[entry.preset].exact
+    )
+    profile, file = known.profile(), known.profile_file()
+    if profile is None or file is None:
+        note("there is no profile to keep this in; hint: `retinue profile MODEL --data FILE`")
+        return
+    from retinue.model.profiles import write_profile
+
+    write_profile(replace(profile, recommended=joined(profile.recommended, exact)), file)
+    note(f"written to {file}: `--preset auto` goes by it")

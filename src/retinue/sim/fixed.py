@@ -1,0 +1,183 @@
+"""Layers whose residents serve every token: a placement chooses them, books say who is fetched.
+
+As `engine/residents.py` and `memory/exchange.py` do it, without slots: a set changes before a pass,
+which waits for what the new one lacks; what a book fetches in a pass is read while the others are
+computed. Approximate: see `sim/changed.py`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from retinue.memory.attendance import demand_of
+from retinue.memory.base import Ticket, Urgency
+from retinue.policy.base import Forecaster, Running, Stock
+from retinue.policy.miss.book import Books, Shares
+from retinue.policy.place.rhythm import Drift, Rhythm
+from retinue.policy.place.tables import Tables
+from retinue.policy.policies import Policies
+from retinue.policy.profile import Profile
+from retinue.sim.changed import Rows, choice_of, reroute
+from retinue.sim.recorded import Part
+from retinue.sim.stage import Stage
+from retinue.types import Demand, Expert, FloatArray, IntArray, Phase
+
+PERIOD = 40  # prompts between two forecasts where the profile says nothing, as in eMoE
+KEEP_BELOW = 0.5  # of `fetch_above`: beyond it a set changes with what runs
+WAIT_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Beforehand:
+    """What a placement goes by: what was learnt of the model, and who forecasts."""
+
+    profile: Profile | None = None
+    forecaster: Forecaster | None = None
+
+
+class Fixed:
+    """All layers under one preset with a placement."""
+
+    def __init__(self, stage: Stage, policies: Policies, known: Beforehand) -> None:
+        self._stage, self._policies = stage, policies
+        self._placement, self._there = policies.placement, stage.sizes.there
+        shape = (self._there.shape[0], self._there.shape[1])
+        self._tables = Tables(shape, known.profile, known.forecaster)
+        period = (known.profile.period if known.profile else None) or PERIOD
+        self._rhythm, self._drift = Rhythm(period, impatient=policies.impatient), Drift()
+        self._keeps = policies.impatient and policies.fetch_above < KEEP_BELOW
+        self._books = Books(policies.fetch_above, shape)
+        self._running: dict[int, Running] = {}
+        self._used: dict[int, FloatArray] = {}  # by the prompts that are being read
+        self._placed: list[Running] | None = None
+        self._phase: Phase = "prefill"
+
+    def begin(self, request: int) -> None:
+        """A request has its first pass next."""
+        found = self._stage.recording.requests[request]
+        self._running[request] = Running(
+            found.task, found.prompt_tokens, found.answer_tokens, new=True
+        )
+        self._used[request] = np.zeros(self._there.shape, dtype=np.float32)
+
+    def end(self, request: int) -> None:
+        """A request has ended."""
+        del self._running[request]
+        self._used.pop(request, None)
+
+    def begin_pass(self, phase: Phase) -> None:
+        """A pass starts: the set for those that run is placed, if it is another one."""
+        self._phase = phase
+        running = list(self._running.values())
+        fresh = sum(request.new for request in running)
+        unheard = not all(self._tables.knows(request.task) for request in running)
+        due = fresh > 0 and self._placement.periodic and (self._tables.own or self._rhythm.due)
+        key = self._key(running)
+        if key != self._placed or due:
+            if due:
+                self._tables.renew()
+                self._drift.reset()
+                self._rhythm.forecast()
+            if due or self._placed is None or not self._keeps:
+                self._change(running)
+            else:
+                self._books.expect(self._popularity(running))
+            self._placed = key
+        if unheard:
+            self._rhythm.change()
+        self._rhythm.count(fresh)
+        self._running = {number: replace(each, new=False) for number, each in self._running.items()}
+
+    def end_pass(self) -> None:
+        """A pass has ended: what the prompts that are done used is learnt."""
+        self._books.commit()
+
+    def finish(self) -> None:
+        """The replay is over."""
+        self._books.commit()
+
+    def layer(self, place: int, demand: Demand, parts: Sequence[Part], tokens: int) -> None:
+        """Run one layer of the pass; `demand` is what its router alone would ask for."""
+        stage, recording = self._stage, self._stage.recording
+        layer = demand.layer
+        rows = Rows(*recording.rows(parts, place))
+        scores = recording.signal("scores", parts, place)
+        assert scores is not None
+        choice = choice_of(layer, rows, scores, self._phase)
+        hits = int(np.count_nonzero(self._books.there()[layer, demand.experts]))
+        stage.metrics.count(layer, hits, misses=len(demand.experts) - hits)
+        book = self._books.serve(choice)
+        served = reroute(self._policies.routing, choice, book.may)
+        given = rows.weights.sum()
+        stage.metrics.count_weight(layer, float(given), float(served.degraded.sum()))
+        counters = stage.metrics.now
+        counters.rerouted += served.rerouted
+        counters.missed += int(book.missed.sum())
+        counters.fetched += len(book.fetched)
+        self._learn(layer, rows, parts)
+        self._compute(demand_of(layer, *served.rows, recording.head.experts), book.fetched, tokens)
+
+    def _compute(self, demand: Demand, fetched: IntArray, tokens: int) -> None:
+        """Compute what is there, then what is read, as it comes."""
+        stage, layer = self._stage, demand.layer
+        coming = {expert: self._read(layer, expert) for expert in np.unique(fetched).tolist()}
+        there = [expert for expert in demand.experts.tolist() if expert not in coming]
+        stage.compute(demand, there, tokens)
+        needed = set(demand.experts.tolist())
+        while coming:
+            done = [expert for expert, ticket in coming.items() if ticket.settled]
+            for expert in done:
+                del coming[expert]
+            stage.compute(demand, [expert for expert in done if expert in needed], tokens)
+            if coming and not done:
+                stage.metrics.now.stall_s += stage.link.wait(list(coming.values()), WAIT_S)
+
+    def _read(self, layer: int, expert: int) -> Ticket:
+        return self._stage.link.submit(Expert(layer, expert), 0, Urgency.DEMAND, 0)
+
+    def _learn(self, layer: int, rows: Rows, parts: Sequence[Part]) -> None:
+        """Sum up what prompts use, and tell the forecaster of those whose last layer this is."""
+        if self._phase != "prefill":
+            return
+        recording, start = self._stage.recording, 0
+        for part in parts:
+            stop = start + part.stop - part.start
+            used = self._used[part.request]
+            ids, given = rows.experts[start:stop].ravel(), rows.weights[start:stop].ravel()
+            valid = ids < used.shape[1]
+            np.add.at(used[layer], ids[valid], given[valid])
+            start = stop
+            request = recording.requests[part.request]
+            if part.stop == request.prompt_tokens and layer == recording.head.routed[-1]:
+                self._observe(request.task, used)
+
+    def _observe(self, task: str | None, used: FloatArray) -> None:
+        """A prompt of `task` was read."""
+        self._drift.observe(self._tables.shares(task), used, self._books.there())
+        self._tables.observe(task, used)
+        if self._drift.due:
+            self._drift.reset()
+            self._rhythm.change()
+        if self._tables.own:
+            self._placed = None
+
+    def _key(self, running: Sequence[Running]) -> list[Running]:
+        if not self._placement.by_task:
+            return []
+        each = [replace(request, new=False) for request in running]
+        return sorted(each, key=lambda one: (str(one.task), one.prompt_tokens, one.answer_tokens))
+
+    def _change(self, running: Sequence[Running]) -> None:
+        """Place another set, and wait for it."""
+        head, before = self._stage.recording.head, self._books.there()
+        stock = Stock(self._stage.setting.slots, head.top_k, self._there, before)
+        wanted = self._placement.place(stock, running, self._tables)
+        tickets = [self._read(*key) for key in np.argwhere(wanted & ~before).tolist()]
+        while waiting := [ticket for ticket in tickets if not ticket.settled]:
+            self._stage.link.wait(waiting, WAIT_S)
+        self._books.place(wanted, self._popularity(running))
+
+    def _popularity(self, running: Sequence[Running]) -> Shares:
+        known = [self._tables.shares(request.task) for request in running or (Running(None),)]
+        return np.asarray(np.mean(known, axis=0))

@@ -1,0 +1,152 @@
+"""A disk and a bus in numbers: reads that take their time on a simulated clock.
+
+The queue is that of `memory/mover.py`: the most urgent read goes first, a chunk at a time, as many
+chunks at once as there are reader threads, so that a demand waits for chunks that have begun and
+for nothing else. A chunk waits for the disk to answer, then passes the disk, one after the other,
+and then the bus, where there is one.
+"""
+
+import heapq
+from collections.abc import Collection
+from dataclasses import dataclass
+from itertools import count
+
+from retinue.errors import RetinueError
+from retinue.memory.base import CHUNK_BYTES, READERS, Sizes, Ticket, TicketState, Urgency
+from retinue.types import Expert
+
+
+@dataclass(frozen=True, slots=True)
+class Roads:
+    """How fast bytes come: from the disk, and over the bus to where they are computed with.
+
+    `latency_s` is what the disk takes to answer a read. `bus_bytes_per_s` None: what is read is
+    there.
+    """
+
+    disk_bytes_per_s: float
+    latency_s: float = 0.0
+    bus_bytes_per_s: float | None = None
+
+    def read_s(self, size: float) -> float:
+        """What one read of `size` bytes takes, alone."""
+        bus_s = 0.0 if self.bus_bytes_per_s is None else size / self.bus_bytes_per_s
+        return self.latency_s + size / self.disk_bytes_per_s + bus_s
+
+
+class Read:
+    """A ticket: one expert's read."""
+
+    __slots__ = ("chunks", "error", "left", "running", "sequence", "settled", "state", "urgency")
+
+    def __init__(self, chunks: int, left: int, urgency: Urgency, sequence: int) -> None:
+        self.chunks, self.left = chunks, left  # to begin with: chunks, and bytes of them
+        self.running = 0
+        self.urgency, self.sequence = urgency, sequence
+        self.state = TicketState.QUEUED
+        self.settled = False
+        self.error: RetinueError | None = None
+
+
+class SimulatedLink:
+    """Reads experts in no time of ours. `now` is its clock, which `advance` and `wait` move."""
+
+    def __init__(self, roads: Roads, sizes: Sizes) -> None:
+        self._roads = roads
+        self._sizes: list[list[list[int]]] = sizes.read_bytes.tolist()
+        self.now = 0.0
+        self.bytes_read = self.reads = 0
+        self._queue: list[tuple[int, int, Read]] = []
+        self._idle = READERS
+        self._ends: list[tuple[float, int, Read, int]] = []  # of chunks that have begun
+        self._number = count()
+        self._disk_at = self._bus_at = 0.0  # when they are through with what has begun
+
+    def submit(self, expert: Expert, slot: int, urgency: Urgency, precision: int) -> Ticket:
+        """Queue a read."""
+        size = self._sizes[precision][expert.layer][expert.index]
+        read = Read(-(-size // CHUNK_BYTES), size, urgency, next(self._number))
+        heapq.heappush(self._queue, (urgency, read.sequence, read))
+        self.reads += 1
+        if self._idle:
+            self._begin(self.now)
+        return read
+
+    def raise_urgency(self, ticket: Ticket, urgency: Urgency) -> None:
+        """Move a queued read forward; its old place in the queue is skipped."""
+        assert isinstance(ticket, Read)
+        if urgency < ticket.urgency and ticket.state is TicketState.QUEUED:
+            ticket.urgency = urgency
+            if ticket.chunks:
+                heapq.heappush(self._queue, (urgency, ticket.sequence, ticket))
+
+    def cancel(self, ticket: Ticket) -> None:
+        """Begin no further chunk."""
+        assert isinstance(ticket, Read)
+        if ticket.state is TicketState.QUEUED:
+            ticket.state = TicketState.CANCELLED
+            ticket.settled = not ticket.running
+
+    def wait(self, tickets: Collection[Ticket], timeout_s: float) -> float:
+        """Let time pass until one of `tickets` settles, or the timeout."""
+        started, limit = self.now, self.now + timeout_s
+        if any(ticket.settled for ticket in tickets):
+            return 0.0
+        awaited = set(map(id, tickets))
+        while self._ends and self._ends[0][0] <= limit:
+            self.now, _, read, size = heapq.heappop(self._ends)
+            self._end(read, size)
+            if read.settled and id(read) in awaited:
+                return self.now - started
+        self.now = limit
+        return timeout_s
+
+    def clock(self) -> float:
+        """Simulated seconds since the start."""
+        return self.now
+
+    def advance(self, seconds: float) -> None:
+        """Let time pass, in which something else is done."""
+        self.advance_to(self.now + seconds)
+
+    def advance_to(self, until: float) -> None:
+        """The same, until `until`; nothing if that has passed."""
+        if until <= self.now:
+            return
+        while self._ends and self._ends[0][0] <= until:
+            self.now, _, read, size = heapq.heappop(self._ends)
+            self._end(read, size)
+        self.now = until
+
+    def _begin(self, at: float) -> None:
+        """Let idle readers take the most urgent chunks."""
+        queue = self._queue
+        while self._idle and queue:
+            urgency, _, read = queue[0]
+            if not read.chunks or read.urgency != urgency or read.state is not TicketState.QUEUED:
+                heapq.heappop(queue)
+                continue
+            size = min(read.left, CHUNK_BYTES)
+            read.left -= size
+            read.chunks -= 1
+            read.running += 1
+            self._idle -= 1
+            heapq.heappush(self._ends, (self._passed(at, size), next(self._number), read, size))
+
+    def _passed(self, at: float, size: int) -> float:
+        """When a chunk that is asked for now will be where it is needed."""
+        roads = self._roads
+        self._disk_at = max(self._disk_at, at + roads.latency_s) + size / roads.disk_bytes_per_s
+        if roads.bus_bytes_per_s is None:
+            return self._disk_at
+        self._bus_at = max(self._bus_at, self._disk_at) + size / roads.bus_bytes_per_s
+        return self._bus_at
+
+    def _end(self, read: Read, size: int) -> None:
+        self.bytes_read += size
+        self._idle += 1
+        read.running -= 1
+        if read.state is TicketState.QUEUED and not (read.chunks or read.running):
+            read.state = TicketState.DONE
+        read.settled = read.state is not TicketState.QUEUED and not read.running
+        self._begin(self.now)

@@ -1,0 +1,234 @@
+"""`retinue simulate`: the table, the document, what it refuses, and what it advises."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from command import Call, caller, refused
+from recordings import chance, trace_of
+from retinue.model.profiles import read_profile
+from retinue.policy.presets import PRESETS
+
+TIMES = ("--expert-time", "1e-4", "--layer-time", "2e-4", "--disk", "1MB")
+KEYS = (
+    *("hit_rate", "pending_rate", "miss_rate", "stall_s", "bytes_read_per_token"),
+    *("degraded_share", "hit_rate_below_belady", "reads_over_belady", "decode_tokens_per_s"),
+)
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str]) -> Call:
+    return caller(capsys)
+
+
+@pytest.fixture
+def traced(tmp_path: Path) -> Path:
+    requests = [chance(seed, 30, prompt=6) for seed in range(3)]
+    return trace_of(tmp_path / "a.trace", requests, ("scores", "next_scores")).file
+
+
+def test_every_preset_that_the_trace_can_replay(call: Call, traced: Path) -> None:
+    done = call("simulate", traced, "--experts", "40%", *TIMES, "--json")
+    assert done.code == 0, done.err
+    document = done.document
+    rows, left_out = document["presets"], document["left_out"]
+    assert rows.keys() | left_out.keys() == PRESETS.keys()
+    assert not rows.keys() & left_out.keys()
+    assert "profile" in left_out["popular"]
+    for row in rows.values():
+        assert set(KEYS) <= row.keys()
+    assert document["belady"] == rows["belady"]
+    assert rows["belady"]["reads_over_belady"] == 1
+    assert (document["slots"], document["experts"]) == (9, "40%")
+    assert not rows["random"]["exact"]
+    assert rows["random"]["degraded_share"] > 0
+    assert "recorded scores" in rows["random"]["notes"][0]
+    for name, row in rows.items():
+        if row["exact"]:
+            assert row["degraded_share"] == 0
+            assert rows["belady"]["misses"] <= row["misses"] + row["pending"], name
+    assert "over belady" in done.err
+
+
+def test_a_trace_without_signals(call: Call, tmp_path: Path) -> None:
+    trace = trace_of(tmp_path / "a.trace", [chance(0, 30, prompt=6)])
+    done = call("simulate", trace.file, "--experts", "40%", *TIMES, "--json")
+    assert done.code == 0, done.err
+    assert set(done.document["presets"]) >= {"on-demand", "layer-stream", "belady"}
+    assert done.document["left_out"]["auto"] == "needs a trace with `next_scores`"
+    assert "needs a trace with `next_scores`" in done.err
+
+
+def test_rooms_and_disks_are_cells(call: Call, traced: Path) -> None:
+    words = ("--presets", "on-demand, auto", "--experts", "25%,50%", *TIMES[:-1], "500KB,5MB")
+    done = call("simulate", traced, *words, "--json")
+    assert done.code == 0, done.err
+    cells = done.document["cells"]
+    places = [(cell["experts"], cell["slots"], cell["disk_bytes_per_s"]) for cell in cells]
+    assert places == [("25%", 6, 5e5), ("25%", 6, 5e6), ("50%", 12, 5e5), ("50%", 12, 5e6)]
+    assert done.document["presets"] == cells[0]["presets"]
+    assert set(cells[0]["presets"]) == {"on-demand", "auto", "belady"}
+    speeds = [cell["presets"]["on-demand"]["decode_tokens_per_s"] for cell in cells]
+    assert speeds[0] < speeds[1]
+    assert speeds[0] < speeds[2] < speeds[3]
+
+
+def test_requests_together_and_by_chance(call: Call, traced: Path) -> None:
+    words = ("simulate", traced, "--presets", "on-demand", "--experts", "50%", *TIMES, "--json")
+    alone = call(*words).document["presets"]["on-demand"]
+    together = call(*words, "--batch", 3).document["presets"]["on-demand"]
+    assert together["seconds"] < alone["seconds"]
+    done = call(*words, "--rate", 0.01, "--seed", 3)
+    assert done.code == 0, done.err
+    assert done.document["presets"]["on-demand"]["first_token_s"] < alone["first_token_s"]
+    assert "depends on the speed" in done.document["left_out"]["belady"]
+    assert done.document["belady"] == {}
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (("--presets", "nobody"), 2, "unknown preset: `nobody`"),
+        (("--experts", "1%"), 2, "one token needs 2 at once"),
+        (("--experts", "many"), 2, "not a size: `many`"),
+        (("--experts", "50%", "--disk", "0"), 2, "disk is out of range"),
+        (("--rate", "0"), 2, "rate is out of range"),
+        (("--layer-time", "-1"), 2, "a time is out of range: `-1.0`"),
+        (("--model", "no/such/model/here"), 2, "no such model here"),
+        (("--bench", "none.json"), 2, "cannot read `none.json`"),
+        (("--memory", "1KiB"), 3, "does not fit"),
+    ],
+)
+def test_wrong_options(
+    call: Call, traced: Path, words: tuple[str, ...], code: int, message: str
+) -> None:
+    known = dict(zip(TIMES[::2], TIMES[1::2], strict=True)) | {"--experts": "40%"}
+    if "--memory" in words:
+        del known["--experts"]
+    known |= dict(zip(words[::2], words[1::2], strict=True))
+    flat = [word for pair in known.items() for word in pair]
+    refused(call("simulate", traced, *flat), code, message)
+
+
+def test_damaged_traces(call: Call, traced: Path, tmp_path: Path) -> None:
+    cut = tmp_path / "cut.trace"
+    whole = traced.read_bytes()
+    for length in (0, 100, len(whole) // 2, len(whole) - 1):
+        cut.write_bytes(whole[:length])
+        words = ("simulate", cut, "--experts", "40%", *TIMES)
+        refused(call(*words), 2, "cannot read the trace")
+    refused(call("simulate", tmp_path / "none", *TIMES), 2, "cannot read the trace")
+    empty = trace_of(tmp_path / "empty.trace", [])
+    refused(call("simulate", empty.file, "--experts", "40%", *TIMES), 2, "has no tokens")
+    sums = trace_of(tmp_path / "sums.trace", [chance(0, 9)], detail="histogram")
+    refused(call("simulate", sums.file, "--experts", "40%", *TIMES), 2, "only sums")
+
+
+def test_an_old_trace_needs_the_size_of_experts(call: Call, tmp_path: Path) -> None:
+    trace = trace_of(tmp_path / "a.trace", [chance(0, 30, prompt=6)], facts=None, read_bytes=0)
+    words = ("simulate", trace.file, "--experts", "50%", *TIMES, "--json")
+    refused(call(*words), 2, "does not say how large experts are")
+    done = call(*words, "--expert-size", "1KB")
+    assert done.code == 0, done.err
+    assert done.document["read_bytes"] == 1000
+
+
+def test_times_from_runs_of_bench(call: Call, traced: Path, tmp_path: Path) -> None:
+    def bench(preset: str, overhead_s: float) -> Path:
+        stats = {
+            "preset": preset,
+            "decode_tokens_per_s": 10.0,
+            "decode_s": 10.0,
+            "hits": 400,
+            "pending": 0,
+            "misses": 200,
+            "expert_s": 0.6,
+            "dense_s": 0.3,
+            "overhead_s": overhead_s,
+            "stall_s": 0.5,
+            "disk_bytes_per_s": 1e6,
+            "prompt_tokens": 11,
+            "prefill_expert_s": 0.1,
+            "prefill_dense_s": 0.2,
+            "prefill_overhead_s": 0.1,
+        }
+        file = tmp_path / f"{preset}.json"
+        file.write_text("something else\n" + json.dumps(stats))
+        return file
+
+    words = ("simulate", traced, "--experts", "50%", "--disk", "1MB", "--json")
+    words += ("--presets", "on-demand,auto", "--bench", str(bench("on-demand", 0.3)))
+    done = call(*words)
+    assert done.code == 0, done.err
+    times = done.document["times"]
+    assert times["expert_s"] == pytest.approx(0.6 / 600)
+    assert times["layer_s"] == pytest.approx(0.6 / 100 / 3)
+    # A third of the lookups missed; of two, 5/9 of the layers waited, 0.2 s for bytes alone.
+    waited, beside_s = 300 * 5 / 9, 0.6 * 2 / 3 * 5 / 9
+    assert done.document["latency_s"] == pytest.approx((0.5 + beside_s - 0.2) / waited)
+    again = call(*words, "--bench", str(bench("auto", 3.3)))
+    plain, slow = done.document["presets"], again.document["presets"]
+    assert plain["on-demand"] == slow["on-demand"]
+    # Thirty milliseconds more a token, less what is then read meanwhile.
+    tokens = plain["auto"]["decode_tokens"]
+    more_s = slow["auto"]["decode_s"] - plain["auto"]["decode_s"]
+    assert 0.015 * tokens < more_s <= 0.0301 * tokens
+    (tmp_path / "none.json").write_text("{}")
+    refused(call(*words[:-2], "--bench", str(tmp_path / "none.json")), 2, "not a document")
+
+
+def test_the_machine_is_asked_where_nothing_is_given(
+    call: Call, traced: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    done = call("simulate", traced, "--experts", "50%", "--disk", "1MB")
+    refused(done, 3, "nobody measured how fast this machine computes")
+    refused(call("simulate", traced, "--experts", "50%", *TIMES[:4]), 3, "nobody measured how fast")
+
+
+def test_it_needs_no_torch(traced: Path) -> None:
+    words = ["simulate", str(traced), "--experts", "40%", *TIMES, "--json"]
+    code = (
+        "import sys; from retinue.cli.main import main;"
+        f"code = main({words!r}); assert code == 0;"
+        "assert not {'torch', 'transformers'} & set(sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["presets"]
+
+
+def test_what_is_best_is_remembered(
+    call: Call, traced: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    words = ("simulate", traced, "--experts", "40%", *TIMES, "--recommend", "--json")
+    done = call(*words)
+    assert done.code == 0, done.err
+    assert "no profile to keep this in" in done.err
+    (advice,) = done.document["recommended"]
+    assert PRESETS[advice["preset"]].exact
+    assert advice["margin"] >= 0
+    assert advice["share"] == pytest.approx(9 / 24)
+    profile = tmp_path / "profile.json"
+    zeros = [[0] * 8] * 3
+    counts = {"texts": 1, "tokens": 1, "popularity": {"choices": zeros, "weight": zeros}}
+    head = {"format": "retinue-profile", "version": 1, "model": "by-chance"}
+    shape = {"layers": 3, "experts": 8, "top_k": 2, "tasks": {"a": counts}}
+    profile.write_text(json.dumps(head | shape))
+    done = call(*words, "--profile", profile)
+    assert done.code == 0, done.err
+    assert f"written to {profile}" in done.err
+    (kept,) = read_profile(profile).recommended
+    assert kept.preset == done.document["recommended"][0]["preset"]
+    call(*words, "--profile", profile)
+    assert len(read_profile(profile).recommended) == 1, "one place, one entry"
+    wider = call(*words, "--profile", profile, "--allow-approximate")
+    (advice,) = wider.document["recommended"]
+    assert not PRESETS[advice["preset"]].exact
+    (kept,) = read_profile(profile).recommended
+    assert PRESETS[kept.preset].exact, "approximate presets are named, never taken by themselves"

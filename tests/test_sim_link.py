@@ -1,0 +1,86 @@
+"""The simulated link: times by hand, the mover's order, cancelled and hurried reads."""
+
+import numpy as np
+import pytest
+
+from retinue.memory.base import CHUNK_BYTES, READERS, Sizes, Ticket, TicketState, Urgency
+from retinue.sim.link import Roads, SimulatedLink
+from retinue.types import Expert
+
+MIB = 1 << 20
+
+
+def link_of(size: int, roads: Roads, experts: int = 16) -> SimulatedLink:
+    sizes = np.full((1, 1, experts), size, dtype=np.int64)
+    return SimulatedLink(roads, Sizes(sizes, sizes))
+
+
+def read(link: SimulatedLink, index: int, urgency: Urgency = Urgency.DEMAND) -> Ticket:
+    return link.submit(Expert(0, index), index, urgency, 0)
+
+
+def test_one_read_takes_latency_and_bytes() -> None:
+    roads = Roads(MIB, latency_s=0.5, bus_bytes_per_s=2 * MIB)
+    link = link_of(MIB, roads)
+    ticket = read(link, 0)
+    assert link.wait([ticket], 1.9) == 1.9
+    assert not ticket.settled
+    assert link.wait([ticket], 9.0) == pytest.approx(0.1)  # 0.5 + 1 + 0.5
+    assert (ticket.settled, ticket.state, link.bytes_read) == (True, TicketState.DONE, MIB)
+    assert link.clock() == pytest.approx(roads.read_s(MIB)) == 2.0
+    assert link.wait([ticket], 1.0) == 0.0
+
+
+def test_reads_share_the_disk_and_wait_for_its_answer_together() -> None:
+    link = link_of(MIB, Roads(MIB, latency_s=0.5))
+    tickets = [read(link, index) for index in range(3)]
+    link.advance(2.5)
+    assert [ticket.settled for ticket in tickets] == [True, True, False]
+    link.advance(1.0)
+    assert tickets[2].settled
+    assert link.now == 3.5
+
+
+def test_a_demand_waits_for_what_has_begun_and_for_nothing_else() -> None:
+    link = link_of(MIB, Roads(MIB))
+    ahead = [read(link, index, Urgency.LATER) for index in range(READERS + 3)]
+    demand = read(link, 15)
+    link.wait([demand], 100.0)
+    assert link.now == READERS + 1
+    assert sum(ticket.settled for ticket in ahead) == READERS
+    hurried = ahead[-1]
+    link.raise_urgency(hurried, Urgency.DEMAND)
+    link.wait([hurried], 100.0)
+    # Those that readers had taken meanwhile come first.
+    assert link.now <= 2 * READERS + 1
+
+
+def test_large_reads_go_chunk_by_chunk() -> None:
+    link = link_of(8 * READERS * CHUNK_BYTES, Roads(CHUNK_BYTES))
+    ahead = read(link, 0, Urgency.NEXT_LAYER)
+    link.advance(0.5)
+    demand = link_of(1, Roads(1))  # another link knows nothing of it
+    assert demand.now == 0
+    urgent = read(link, 1)
+    link.advance(READERS - 0.4)
+    assert not ahead.settled
+    link.cancel(ahead)
+    assert ahead.state is TicketState.CANCELLED
+    link.wait([urgent], 1e6)
+    assert ahead.settled
+    assert link.now == pytest.approx(8 * READERS + READERS, abs=2)
+
+
+def test_what_is_cancelled_in_the_queue_is_never_read() -> None:
+    link = link_of(MIB, Roads(MIB))
+    tickets = [read(link, index) for index in range(READERS + 2)]
+    link.cancel(tickets[-1])
+    assert tickets[-1].settled
+    link.cancel(tickets[0])
+    assert not tickets[0].settled, "it has begun"
+    link.advance(100.0)
+    assert tickets[0].settled
+    assert tickets[0].state is TicketState.CANCELLED
+    assert link.bytes_read == (READERS + 1) * MIB
+    link.advance_to(1.0)
+    assert link.now == 100.0, "time never goes back"
