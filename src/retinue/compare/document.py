@@ -54,11 +54,10 @@ def refused(grid: Grid, ledger: Ledger) -> list[Row]:
     return list(seen.values())
 
 
-def worst(rows: Sequence[Row]) -> list[Row]:
-    """Cells in which an exact preset was slower than `on-demand`, in either phase."""
-    phases = ("decode_verdict", "prefill_verdict")
-    return [
-        row
-        for row in rows
-        if row["exact"] and any(str(row.get(key) or "").startswith("slower") for key in phases)
-    ]
+def slower(cells: Sequence[Row], verdict: str) -> dict[str, int]:
+    """In how many cells each exact preset has that verdict, in either phase."""
+    counts: dict[str, int] = {}
+    for row in cells:
+        if row["exact"] and verdict in (row.get("decode_verdict"), row.get("prefill_verdict")):
+            counts[str(row["preset"])] = counts.get(str(row["preset"]), 0) + 1
+    return counts

@@ -96,7 +96,8 @@ def _counted(llm: LLM, requests: list[Request]) -> Row:
         for phase in ("prefill", "decode"):
             whole.of(phase).add(request.costs.of(phase))
     prefill, decode = whole.prefill, whole.decode
-    tier, assembly = llm.assembly.tier, llm.assembly
+    assembly = llm.assembly
+    tier, mover = assembly.tier, assembly.mover
     return {
         "prefill_tokens_per_s": _rate(prefill.tokens, prefill.seconds),
         "decode_tokens_per_s": _rate(decode.tokens, decode.seconds),
@@ -108,6 +109,13 @@ def _counted(llm: LLM, requests: list[Request]) -> Row:
         "prefill_stall_s": prefill.stall_s,
         "stall_s": decode.stall_s,
         "expert_s": decode.expert_s,
+        "dense_s": decode.dense_s,
+        "overhead_s": decode.overhead_s,
+        "prefill_expert_s": prefill.expert_s,
+        "prefill_dense_s": prefill.dense_s,
+        "prefill_overhead_s": prefill.overhead_s,
+        "read_while_busy_bytes_per_s": _rate(mover.bytes_read, mover.busy_s),
+        "texts": len(requests),
         "prefill_bytes_read": prefill.bytes_read,
         "bytes_read": decode.bytes_read,
         "bytes_read_per_token": _rate(decode.bytes_read, decode.tokens),

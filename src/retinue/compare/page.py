@@ -1,13 +1,13 @@
 """A comparison as a report: who is never worse than none, what each costs, what papers claim."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from retinue.compare.charts import hits, loss_added, quality, speed
-from retinue.compare.document import worst
+from retinue.compare.document import slower
 from retinue.compare.grid import BASE, DEFAULT, PLAIN, Budget, Disk, Grid
-from retinue.compare.verdict import FASTER, SLOWER, WITHIN
+from retinue.compare.verdict import DEMANDED, FASTER, SLOWER, WITHIN
 from retinue.lab.base import Chart, Column, Row, number
 from retinue.lab.drawing import HOW_TO_GET, can_draw, draw
 from retinue.lab.page import Figure, Report, Section, Table
@@ -18,7 +18,6 @@ DEMANDED_SIGN = "▽"
 
 CELL = (
     Column("preset", "preset"),
-    Column("kind", "output"),
     Column(
         "decode_tokens_per_s",
         "decode, tokens/s",
@@ -40,19 +39,14 @@ CELL = (
     Column("pending_rate", "pending", ".1%"),
     Column("belady_distance", "below Belady", ".1%"),
     Column("degraded_share", "degraded", ".1%"),
-    Column("added", "loss added", "+.3f"),
-    Column("agreement", "agreement", ".3f"),
+    Column("quality", "loss added"),
     Column("peak_rss_bytes", "peak", "bytes"),
-    Column("simulated_decode_tokens_per_s", "decode, replayed", ".1f"),
-    Column("simulated_hit_rate", "hits, replayed", ".1%"),
+    Column("replayed", "decode, replayed"),
 )
 CLAIM = (
-    Column("preset", "preset"),
-    Column("paper", "paper"),
-    Column("where", "where"),
-    Column("claim", "its claim"),
-    Column("measure", "measured here"),
-    Column("found", "found"),
+    Column("who", "preset"),
+    Column("claim", "its paper's claim"),
+    Column("found", "found here"),
     Column("why", "where they differ, why"),
 )
 AUTO = (
@@ -108,15 +102,12 @@ def _never_worse(grid: Grid, cells: Sequence[Row]) -> Section:
     """Each exact preset against `on-demand`, in both phases."""
     exact = [row for row in cells if row["exact"] and row["preset"] != BASE]
     judged = [row for row in exact if row.get("decode_verdict") is not None]
-    slow = worst(cells)
-    names = list(dict.fromkeys(str(row["preset"]) for row in slow))
-    if not judged:
-        found = "No verdict: there has to be more than one run."
-    elif not slow:
-        found = f"No exact preset is slower than `{BASE}` in any of {len(judged)} cells."
-    else:
-        count = f"{len(slow)} of {len(judged)} cells"
-        found = f"In {count} an exact preset is slower than `{BASE}`: {', '.join(names)}."
+    places = len(grid.budgets) * len(grid.disks)
+    found = (
+        f"{_slower(cells, SLOWER, places)} {_slower(cells, DEMANDED, places)}".strip()
+        if judged
+        else "No verdict: there has to be more than one run."
+    )
     tables = [_matrix(grid, exact, phase) for phase in ("decode", "prefill")]
     runs = max((int(number(row, "runs") or 0) for row in cells), default=0)
     return Section(
@@ -133,6 +124,17 @@ def _never_worse(grid: Grid, cells: Sequence[Row]) -> Section:
             f" slower by chance {0.5**runs:.1%} of the time.",
         ],
     )
+
+
+def _slower(cells: Sequence[Row], verdict: str, places: int) -> str:
+    """Who has that verdict, and in how many places; of what papers demand nothing, if nobody."""
+    counts = slower(cells, verdict)
+    names = ", ".join(f"`{name}` in {count}" for name, count in counts.items())
+    if verdict == DEMANDED:
+        return f"As its paper demands: {names}." if names else ""
+    if not names:
+        return f"No exact preset is slower than `{BASE}` at any of {places} places."
+    return f"Slower than `{BASE}` in decoding or prefill, of {places} places: {names}."
 
 
 def _matrix(grid: Grid, rows: Sequence[Row], phase: str) -> Table:
@@ -169,12 +171,13 @@ def _default(rows: Sequence[Row]) -> Section | None:
         else "No verdict: there has to be more than one run."
     )
     shown = [row | {"read_limit": row["read_limit"] or "as it is"} for row in rows]
+    same = {key for key in ("memory", "experts") if len({row[key] for row in rows}) == 1}
     return Section(
         "auto",
         "The default against the best",
         "",
         found,
-        tables=[table_of(AUTO, shown)],
+        tables=[table_of([each for each in AUTO if each.key not in same], shown)],
         notes=["The best of many is partly lucky, which counts against the default."],
     )
 
@@ -221,9 +224,9 @@ def _head(row: Row) -> tuple[object, ...]:
     return row["preset"], row["memory"], row["experts"]
 
 
-def _score(row: Row) -> str:
+def _score(row: Row, word: str = "") -> str:
     added = loss_added(row) or 0.0
-    return f"{added:+.3f}\n{number(row, 'agreement') or 0.0:.3f}"
+    return f"{added:+.3f}\n{word}{number(row, 'agreement') or 0.0:.3f}"
 
 
 def _hits(grid: Grid, cells: Sequence[Row]) -> Section:
@@ -247,28 +250,47 @@ def _all(grid: Grid, cells: Sequence[Row]) -> Section:
         for budget in grid.budgets:
             rows = [_shown(row) for row in _at(cells, budget, disk)]
             if rows:
-                made = table_of(CELL, rows)
                 caption = f"{budget.label}, {disk.label}"
-                tables.append(Table(made.header, made.rows, made.numeric, caption))
+                tables.append(replace(table_of(CELL, rows), caption=caption))
     found = "Medians over the runs, with the least and the most; counts are of decoding."
     return Section("cells", "Every cell", "", found, tables=tables)
 
 
 def _shown(row: Row) -> Row:
     seconds = number(row, "decode_s") or 0.0
-    return row | {
-        "kind": "exact" if row["exact"] else "approximate",
-        "stall_share": (number(row, "stall_s") or 0.0) / seconds if seconds else None,
-        "added": loss_added(row),
-        "degraded_share": None if row["exact"] else row["degraded_share"],
-    }
+    shown = row | {"stall_share": (number(row, "stall_s") or 0.0) / seconds if seconds else None}
+    if not row["exact"]:
+        shown["preset"] = f"{row['preset']}\napproximate"
+        if loss_added(row) is not None:
+            shown["quality"] = _score(row, "agrees ")
+    else:
+        shown["degraded_share"] = None
+    speed_, rate = (number(row, f"simulated_{key}") for key in ("decode_tokens_per_s", "hit_rate"))
+    if speed_ is not None and rate is not None:
+        shown["replayed"] = f"{speed_:.1f}\nhits {rate:.1%}"
+    return shown
 
 
 def _claims(rows: Sequence[Row]) -> Section:
-    known = [row for row in rows if "found_median" in row]
+    shown = [
+        {
+            "who": f"{row['preset']}\n{row['paper']}",
+            "claim": f"{row['claim']}\n{row['where']}",
+            "found": f"{row['found']}\n{row['measure']}",
+            "why": row["why"],
+        }
+        for row in rows
+    ]
+    known = [each for each, row in zip(shown, rows, strict=True) if "found_median" in row]
+    others = [each for each in shown if each not in known]
+    captions = ("Beside what was found, over all places", "Without a counterpart in this run")
+    tables = [
+        replace(table_of(CLAIM, each), caption=caption)
+        for each, caption in zip((known, others), captions, strict=True)
+        if each
+    ]
     found = f"{len(known)} of {len(rows)} claims have a counterpart in this run."
-    title = "What the papers claim"
-    return Section("claims", title, "", found, tables=[table_of(CLAIM, rows)])
+    return Section("claims", "What the papers claim", "", found, tables=tables)
 
 
 def _refused(rows: Sequence[Row]) -> Section | None:

@@ -27,6 +27,7 @@ IN_A_PAGE = {
 }
 # Okabe and Ito's colours, which people with any kind of colour vision can tell apart.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", INK)
+FEW = 4  # intervals that can lie over each other as bands; more are whiskers
 MARKERS = "osD^vPX*"
 DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
 HATCHES = ("", "//", "..", "xx", "\\\\", "++")
@@ -101,9 +102,11 @@ def _lines(axes: Any, chart: Chart) -> None:
         }
         y = _numbers(series.y)
         axes.plot(series.x, y, label=series.label, markersize=4.5, linewidth=1.4, **look)
-        if series.low and series.high:
+        if series.low and series.high and len(chart.series) <= FEW:
             low, high = _numbers(series.low), _numbers(series.high)
             axes.fill_between(series.x, low, high, color=look["color"], alpha=0.12, linewidth=0)
+        else:
+            _whiskers(axes, series, series.x, y, look["color"])
     if chart.reference is not None:
         axes.axhline(
             chart.reference, color=INK, linewidth=0.8, linestyle=":", label=chart.reference_label
@@ -119,7 +122,7 @@ def _ticks(axes: Any, chart: Chart) -> None:
 
     places = sorted({x for series in chart.series for x in series.x if not isinstance(x, str)})
     if 1 < len(places) <= 9:
-        axes.set_xticks(places, [f"{place:g}" for place in places])
+        axes.set_xticks(places, [f"{place:.3g}" for place in places])
         axes.xaxis.set_minor_locator(NullLocator())
 
 
@@ -141,10 +144,10 @@ def _bars(axes: Any, chart: Chart) -> None:
     axes.set_xticks(place, names, fontsize=8)
 
 
-def _whiskers(axes: Any, series: Series, left: Any, y: Any) -> None:
+def _whiskers(axes: Any, series: Series, left: Any, y: Any, colour: str = INK) -> None:
     if series.low and series.high:
         spread = np.abs([y - _numbers(series.low), _numbers(series.high) - y])
-        axes.errorbar(left, y, spread, fmt="none", ecolor=INK, elinewidth=0.8, capsize=2)
+        axes.errorbar(left, y, spread, fmt="none", ecolor=colour, elinewidth=0.8, capsize=2)
 
 
 def _label(x: float | str) -> str:

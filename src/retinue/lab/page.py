@@ -4,9 +4,12 @@ It asks nothing of the network, reads on a phone, prints, and says in words what
 knows no experiment: who has findings fills these records.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+
+WORDS = 28  # characters of a cell that is broken into lines
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,11 +65,16 @@ def page(report: Report) -> str:
         f"<header><h1>{escape(report.title)}</h1>",
         f'<p class="lead">{escape(report.lead)}</p></header>',
         _setting(report.setting),
-        *[f'<p class="note">{escape(note)}</p>' for note in report.notes],
+        *[f'<p class="note">{_prose(note)}</p>' for note in report.notes],
         _contents(report),
         *[_section(number, section, report) for number, section in enumerate(report.sections, 1)],
     ]
     return _PAGE.format(title=escape(report.title), style=_STYLE, body="\n".join(body))
+
+
+def _prose(text: str) -> str:
+    """Escaped, with what stands between backticks as code."""
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text))
 
 
 def _setting(pairs: Sequence[tuple[str, str]]) -> str:
@@ -78,7 +86,7 @@ def _contents(report: Report) -> str:
     """All questions and answers at once."""
     rows = "".join(
         f'<li><a href="#{escape(section.name)}">{escape(section.title)}</a>'
-        f"<p>{escape(section.found)}</p></li>"
+        f"<p>{_prose(section.found)}</p></li>"
         for section in report.sections
     )
     return f'<nav aria-label="{escape(report.found_heading)}"><ol>{rows}</ol></nav>'
@@ -89,7 +97,7 @@ def _section(number: int, section: Section, report: Report) -> str:
         f"<figure>{figure.svg}<figcaption>{escape(figure.caption)}</figcaption></figure>"
         for figure in section.figures
     )
-    notes = "".join(f'<p class="note">{escape(note)}</p>' for note in section.notes)
+    notes = "".join(f'<p class="note">{_prose(note)}</p>' for note in section.notes)
     return (
         f'<section id="{escape(section.name)}">'
         f"<h2><span>{number}</span> {escape(section.title)}</h2>"
@@ -101,13 +109,13 @@ def _section(number: int, section: Section, report: Report) -> str:
 
 def _both(section: Section, report: Report) -> str:
     if not section.claim:
-        return f'<p class="found">{escape(section.found)}</p>'
+        return f'<p class="found">{_prose(section.found)}</p>'
     claim = _said(report.claim_heading, section.claim)
     return f'<div class="both">{claim}{_said(report.found_heading, section.found)}</div>'
 
 
 def _said(heading: str, text: str) -> str:
-    return f"<div><h3>{escape(heading)}</h3><p>{escape(text)}</p></div>"
+    return f"<div><h3>{escape(heading)}</h3><p>{_prose(text)}</p></div>"
 
 
 def _table(table: Table) -> str:
@@ -118,7 +126,7 @@ def _table(table: Table) -> str:
     lines = []
     for row in table.rows:
         cells = "".join(
-            f"<td{_side(right)}>{_two_lines(cell)}</td>"
+            f"<td{_side(right) or _long(cell)}>{_two_lines(cell)}</td>"
             for cell, right in zip(row, table.numeric, strict=True)
         )
         lines.append(f"<tr>{cells}</tr>")
@@ -131,11 +139,15 @@ def _table(table: Table) -> str:
 def _two_lines(cell: str) -> str:
     """What follows a line's end, such as an interval, in small."""
     first, _, rest = cell.partition("\n")
-    return escape(first) + (f"<small>{escape(rest)}</small>" if rest else "")
+    return _prose(first) + (f"<small>{_prose(rest)}</small>" if rest else "")
 
 
 def _side(right: bool) -> str:
     return ' class="number"' if right else ""
+
+
+def _long(cell: str) -> str:
+    return ' class="words"' if len(cell) > WORDS else ""
 
 
 _PAGE = """<!DOCTYPE html>
@@ -163,7 +175,7 @@ _STYLE = """
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink);
   font: 16px/1.55 system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif; }
-main { max-width: 60rem; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
+main { max-width: 66rem; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
 h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 .5rem; letter-spacing: -.01em; }
 h2 { font-size: 1.3rem; margin: 3.5rem 0 1rem; padding-top: 1rem;
   border-top: 2px solid var(--ink); }
@@ -185,7 +197,8 @@ nav li p { margin: .1rem 0 0; font-size: .92rem; }
 .both { display: grid; grid-template-columns: 1fr 1fr; gap: 1.5rem; margin-bottom: 1rem; }
 .both > div { border-left: 3px solid var(--line); padding-left: .9rem; font-size: .95rem; }
 .both > div:last-child { border-color: var(--mark); }
-.found { font-size: 1rem; }
+code { font-family: ui-monospace, "DejaVu Sans Mono", monospace; font-size: .92em; }
+section > p, nav, header { max-width: 60rem; }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 27rem), 1fr));
   gap: 1.25rem; }
 figure svg { display: block; width: 100%; height: auto; }
@@ -198,9 +211,13 @@ summary { cursor: pointer; font-size: .85rem; color: var(--soft); }
 table { border-collapse: collapse; font-size: .8rem; width: 100%;
   font-variant-numeric: tabular-nums; }
 th { text-align: left; font-weight: 600; border-bottom: 1px solid var(--ink); }
-th, td { padding: .28rem .6rem .28rem 0; white-space: nowrap; vertical-align: top; }
+td { white-space: nowrap; vertical-align: top; }
+th, td { padding: .28rem .6rem .28rem 0; }
 td { border-bottom: 1px solid var(--line); }
 .number { text-align: right; }
+td.words { white-space: normal; min-width: 9rem; max-width: 24rem; }
+td.words small { line-height: 1.3; margin-top: .15rem; }
+th { white-space: normal; vertical-align: bottom; }
 td small { display: block; color: var(--soft); font-size: .72rem; line-height: 1.1; }
 @media (max-width: 42rem) {
   main { padding: 1.25rem 1rem 3rem; }
