@@ -117,6 +117,7 @@ class Residents:
         self._there, self._keeps = there, keeps
         self._rhythm, self._drift = rhythm, Drift()
         self._placed: list[Running] | None = None  # what the set was placed for
+        self._settled: list[Running] | None = None  # with whom nothing is left to be done
         self._said: set[str | None] = set()
         self.bytes_read = 0  # by all changes
 
@@ -137,6 +138,8 @@ class Residents:
 
         Returns the bytes read. Raises the error of a read that failed.
         """
+        if self._placed is not None and running == self._settled:
+            return 0
         started, before = time.perf_counter(), self.bytes_read
         fresh = sum(request.new for request in running)
         unheard = not all(self._tables.knows(request.task) for request in running)
@@ -161,6 +164,7 @@ class Residents:
         if unheard:
             self._rhythm.change()
         self._rhythm.count(fresh)
+        self._settled = None if fresh or unheard else list(running)
         return self.bytes_read - before
 
     def observe(self, task: str | None, used: FloatArray) -> None:

@@ -198,6 +198,8 @@ class ExpertCache:
 
     def let_go(self, layer: int, experts: IntArray) -> IntArray:
         """Evict those of `experts` that are READY and not pinned; returns them."""
+        if not len(experts):
+            return experts
         free = self.ready[layer, experts] & (self._standing.pins[layer, experts] == 0)
         idle = np.asarray(experts[free], dtype=np.int64)
         for expert in idle.tolist():
@@ -206,10 +208,13 @@ class ExpertCache:
 
     def read(self, layer: int, experts: IntArray) -> IntArray:
         """Start demand reads in order, into free slots alone; returns those that are left over."""
-        absent = experts[self.slot_of[layer, experts] == ABSENT][: self.spare]
-        for expert in absent.tolist():
+        if not len(experts):
+            return experts
+        left = np.ones(len(experts), dtype=bool)
+        left[np.flatnonzero(self.slot_of[layer, experts] == ABSENT)[: self.spare]] = False
+        for expert in experts[~left].tolist():
             self._load(Expert(layer, expert), Urgency.DEMAND, transient=False)
-        return experts[~np.isin(experts, absent)]
+        return experts[left]
 
     def settle_in(self, layer: int, experts: IntArray) -> None:
         """Let experts that a prefill read ahead stay, as far as there is room for staying ones."""

@@ -23,7 +23,7 @@ class Exchange:
         self._cache, self._layer = cache, layer
         cache.begin_layer(layer)
         there, stay = cache.ready[layer].copy(), served.stay
-        fetched = np.unique(served.fetched)
+        fetched = served.fetched if len(served.fetched) == 1 else np.unique(served.fetched)
         passing = fetched[~there[fetched] & ~stay[fetched]]
         coming = np.flatnonzero(stay & ~there)
         self._leaving: BoolArray = there & ~stay
