@@ -9,7 +9,8 @@ from retinue.errors import Unsupported
 from retinue.model import program
 from retinue.model.abilities import probe
 from retinue.model.again import repeated
-from retinue.model.record import ROUTED, Operation, Ref, aten
+from retinue.model.arena import Item, Routed, Torch, plan
+from retinue.model.record import ROUTED, Operation, Recording, Ref, aten
 from tiny import config_of
 
 TOKENS, EXPERTS, TOP_K = 2, 8, 3
@@ -90,3 +91,17 @@ def test_a_family_whose_routers_would_answer_otherwise_is_found_out(
     found = probe(config)
     assert found.unprepared == ""
     assert found.unprepared_restricted == "its steps then give other logits"
+
+
+def test_memory_of_what_is_done_again_is_nobody_elses_until_then() -> None:
+    """What a router read long ago would be written once more when its policy is asked."""
+    later, out = ref(20), ref(21)
+    items: list[Item] = [Torch(each) for each in (SCORE, TOPK, SUM, NORMALISE, CAST)]
+    items.append(Torch(operation(aten.neg.default, (HIDDEN,), later)))
+    asked = Routed(LOOKED, tuple(Torch(each) for each in (LOOKUP, SUM, NORMALISE, CAST)))
+    last = Torch(operation(aten.add.Tensor, (later, WEIGHTS), out))
+    recording = Recording([], {HIDDEN.source: torch.zeros(1)}, out)
+    for between, shared in (([], True), ([asked], False)):
+        _, places = plan([*items, *between, last], recording)
+        others = {places[WEIGHTS.source], places[later.source]}
+        assert (places[SUMS.source] in others) is shared

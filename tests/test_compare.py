@@ -230,6 +230,7 @@ def test_every_claim_has_a_row() -> None:
     assert known[0]["found"] == "80.0%"
     for claim in CLAIMS:
         assert re.search(r"\d{4}\.\d{5}", claim.paper), claim.paper
+        assert claim.preset in PRESETS
         assert claim.where
         assert re.search(r"\d|no loss|half", claim.said), claim.said
         assert claim.why

@@ -115,13 +115,18 @@ class Usage:
 
     def plus(self, other: "Usage") -> "Usage":
         """Both together."""
-        return Usage(
-            self.used + other.used,
-            self.routed + other.routed,
-            self.degraded + other.degraded,
-            self.missed + other.missed,
-            self.fetched + other.fetched,
-        )
+        both = Usage(self.used.copy(), self.routed.copy(), self.degraded.copy())
+        both.missed, both.fetched = self.missed, self.fetched
+        both.add(other)
+        return both
+
+    def add(self, other: "Usage") -> None:
+        """Count `other` here as well."""
+        self.used += other.used
+        self.routed += other.routed
+        self.degraded += other.degraded
+        self.missed += other.missed
+        self.fetched += other.fetched
 
 
 @dataclass(slots=True)
@@ -160,8 +165,9 @@ class Metrics:
 
     def account(self, task: str | None, usage: Usage) -> None:
         """Count what a pass that succeeded did for a request of `task`."""
-        before = self._tasks.get(task)
-        self._tasks[task] = usage if before is None else before.plus(usage)
+        if task not in self._tasks:
+            self._tasks[task] = Usage.none(*usage.used.shape)
+        self._tasks[task].add(usage)
 
     def count(self, layer: int, hits: int, pending: int = 0, misses: int = 0) -> None:
         """Count what one layer of the running pass looked up."""

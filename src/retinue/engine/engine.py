@@ -188,8 +188,11 @@ class Engine:
         """Keep what the routers chose for `requests` in the pass that succeeded."""
         host = self._runner.host
         for request, usage in zip(requests, host.changes.accounts.usages, strict=False):
-            request.usage = usage if request.usage is None else request.usage.plus(usage)
             host.metrics.account(request.task, usage)
+            if request.usage is None:
+                request.usage = usage
+            else:
+                request.usage.add(usage)
 
     def _advance(self, request: Request, logits: torch.Tensor) -> None:
         if request.done < len(request.prompt):

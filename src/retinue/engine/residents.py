@@ -119,6 +119,7 @@ class Residents:
         self._there, self._keeps = there, keeps
         self._rhythm, self._drift = rhythm, Drift()
         self._placed: list[Running] | None = None  # what the set was placed for
+        self._settled: list[Running] | None = None  # with whom nothing is left to be done
         self._said: set[str | None] = set()
         self.bytes_read = 0  # by all changes
 
@@ -126,6 +127,11 @@ class Residents:
     def period(self) -> int | None:
         """Prompts between two forecasts; None where nothing is forecast."""
         return self._rhythm.period if self._placement.periodic else None
+
+    @property
+    def own(self) -> bool:
+        """Whether each answer has a set of its own, which its prompt says."""
+        return self._tables.own
 
     def start(self, task: str | None) -> None:
         """Load the first set, and let it serve from now on."""
@@ -139,6 +145,8 @@ class Residents:
 
         Returns the bytes read. Raises the error of a read that failed.
         """
+        if self._placed is not None and running == self._settled:
+            return 0
         started, before = time.perf_counter(), self.bytes_read
         fresh = sum(request.new for request in running)
         unheard = not all(self._tables.knows(request.task) for request in running)
@@ -163,6 +171,7 @@ class Residents:
         if unheard:
             self._rhythm.change()
         self._rhythm.count(fresh)
+        self._settled = None if fresh or unheard else list(running)
         return self.bytes_read - before
 
     def observe(self, task: str | None, used: FloatArray) -> None:

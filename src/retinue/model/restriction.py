@@ -188,7 +188,7 @@ def _best(ranking: FloatArray, own: IntArray) -> IntArray | None:
 def _absent(experts: IntArray, chosen: IntArray) -> BoolArray:
     """Which of `experts` are not among the `chosen` of their token: [tokens, k]."""
     if len(experts) == 1:
-        among = set(chosen[0].tolist())
+        among = chosen[0].tolist()
         return np.array([[expert not in among for expert in experts[0].tolist()]])
     absent: BoolArray = (experts[:, :, None] != chosen[:, None]).all(axis=2)
     return absent

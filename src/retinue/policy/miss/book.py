@@ -23,6 +23,8 @@ Shares = npt.NDArray[np.float64]
 HALF_LIFE = 64  # tokens after which routing weight counts half, see docs/LOG.md
 PRIOR = 0.25  # of what is known before counts: a text soon departs from its task
 _GAINS = 2.0 ** (np.arange(HALF_LIFE) / HALF_LIFE)
+_NONE = np.zeros(1, dtype=np.int64)
+_NONE.setflags(write=False)
 _BLOCK = 64  # tokens that are searched at once for the next one that fetches
 
 
@@ -64,12 +66,12 @@ class LayerBook:
     def serve(self, choice: Choice) -> Served:
         """Decide for the tokens of `choice`, one after the other, and remember it."""
         experts, count = choice.experts, len(choice.experts)
+        if count == 1:
+            return self._serve_one(experts[0], choice.weights[0])
         if self._above >= 1:
             missed = (~self.there[experts]).sum(axis=1)
-            may = self.there[None] if count == 1 else self.there[None].repeat(count, axis=0)
+            may = self.there[None].repeat(count, axis=0)
             return Served(may, experts[:0, 0], missed, np.zeros_like(missed), self.there)
-        if count == 1:
-            return self._serve_one(experts[0], _shares(choice.weights)[0])
         shares = _shares(choice.weights)
         heavy = shares > self._above if self._above > 0 else np.ones_like(shares, dtype=bool)
         may = np.empty((count, len(self.there)), dtype=bool)
@@ -89,18 +91,24 @@ class LayerBook:
             row = stop
         return Served(may, np.array(fetched, dtype=np.int64), missed, reads, self.there)
 
-    def _serve_one(self, experts: IntArray, shares: Shares) -> Served:
-        """The same for one token, as decoding asks it every time."""
+    def _serve_one(self, experts: IntArray, weights: FloatArray) -> Served:
+        """The same for one token, as decoding asks it all the time."""
         there = self.there[experts].tolist()
-        lacking = [
-            expert
-            for expert, share, at_hand in zip(experts.tolist(), shares.tolist(), there, strict=True)
-            if not at_hand and (share > self._above or self._above <= 0)
-        ]
-        self._warm(experts[None], shares[None])
-        if lacking:
-            self._fetch(lacking, experts)
         missed = np.array([there.count(False)])
+        if self._above >= 1:
+            return Served(self.there[None], experts[:0], missed, _NONE, self.there)
+        shares = weights.astype(np.float64)
+        total = float(shares.sum())
+        shares /= total if total > 0 else 1.0
+        self._count(experts, shares)
+        lacking = []
+        if missed[0]:
+            heavy = (shares > self._above).tolist() if self._above > 0 else [True] * len(there)
+            known = zip(experts.tolist(), heavy, there, strict=True)
+            lacking = [expert for expert, weighs, at_hand in known if weighs and not at_hand]
+        if not lacking:
+            return Served(self.there[None], experts[:0], missed, _NONE, self.there)
+        self._fetch(lacking, experts)
         reads, order = np.array([len(lacking)]), np.array(lacking, dtype=np.int64)
         return Served(self.there[None], order, missed, reads, self.there)
 
@@ -132,10 +140,18 @@ class LayerBook:
             gains = _GAINS[self._clock : self._clock + count, None] * shares[:count]
             np.add.at(self._heat, experts[:count], gains)
             experts, shares = experts[count:], shares[count:]
-            self._clock += count
-            if self._clock == HALF_LIFE:
-                self._heat *= 0.5
-                self._clock = 0
+            self._pass(count)
+
+    def _count(self, experts: IntArray, shares: Shares) -> None:
+        """The same for one token: [k] each."""
+        np.add.at(self._heat, experts, _GAINS[self._clock] * shares)
+        self._pass(1)
+
+    def _pass(self, tokens: int) -> None:
+        self._clock += tokens
+        if self._clock == HALF_LIFE:
+            self._heat *= 0.5
+            self._clock = 0
 
 
 def _shares(weights: FloatArray) -> Shares:

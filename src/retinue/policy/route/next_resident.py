@@ -9,7 +9,10 @@ experts chooses them as ever, and residents of the other groups come last, in th
 import numpy as np
 
 from retinue.policy.base import BoolArray, Choice, Signal
-from retinue.types import FloatArray
+from retinue.types import FloatArray, IntArray
+
+Index = IntArray | tuple[IntArray, IntArray]
+LOWEST, HIGHEST = np.finfo(np.float32).min, np.float32(np.inf)
 
 
 class NextResident:
@@ -21,13 +24,19 @@ class NextResident:
 
     def rank(self, choice: Choice, resident: BoolArray) -> FloatArray | None:
         """The router's scores with minus infinity for what is not resident."""
-        rows = np.arange(len(resident))[:, None]
-        there = resident[rows, choice.experts]
-        if there.all():
-            return None
-        # A resident that the family itself ruled out still comes before what is not there, and
-        # what the router chose before what has the same score.
-        lowest, highest = np.finfo(np.float32).min, np.float32(np.inf)
-        ranking = np.where(resident, np.fmax(choice.scores, lowest), -highest)
-        ranking[rows, choice.experts] = np.where(there, highest, -highest)
-        return ranking
+        if len(resident) == 1:  # as decoding asks it all the time
+            ranking = _ranked(choice.scores[0], choice.experts[0], resident[0])
+            return None if ranking is None else ranking[None]
+        return _ranked(choice.scores, (np.arange(len(resident))[:, None], choice.experts), resident)
+
+
+def _ranked(scores: FloatArray, chosen: Index, resident: BoolArray) -> FloatArray | None:
+    """The ranking; `chosen` indexes what the router chose in the two others, [.., experts]."""
+    there = resident[chosen]
+    if there.all():
+        return None
+    # A resident that the family itself ruled out still comes before what is not there, and
+    # what the router chose before what has the same score.
+    ranking = np.where(resident, np.fmax(scores, LOWEST), -HIGHEST)
+    ranking[chosen] = np.where(there, HIGHEST, -HIGHEST)
+    return ranking
