@@ -184,8 +184,9 @@ def _facts(trace: Trace, options: Namespace) -> Facts:
         "expert_bytes": size,
         "slot_bytes": size,
         "max_context": 1 << 20,
+        "routed": head.routed,
     }
-    numbers = {item.name: 0 for item in fields(Facts) if item.name != "stored"}
+    numbers = {item.name: 0 for item in fields(Facts) if item.default != ""}
     return Facts(**numbers | known)  # type: ignore[arg-type]
 
 
