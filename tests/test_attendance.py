@@ -249,7 +249,7 @@ def test_a_wait_asks_whether_anybody_still_wants_it() -> None:
     rig.attendance.stop = lambda: True
     with pytest.raises(Cancelled):
         rig.run(0, 1)
-    assert not rig.cache._standing.pins.any()
+    assert not rig.cache._standing.pins
 
 
 def test_what_has_a_place_elsewhere_is_neither_read_nor_awaited() -> None:

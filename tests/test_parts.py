@@ -172,7 +172,7 @@ def test_presets_get_what_they_name(olmoe: Path, tmp_path: Path) -> None:
     own = models.copy(olmoe, tmp_path / "own")
     facts, config = survey(own), Config()
     nothing = given_of(own, facts, 8, preset_of("promoe"), config)
-    assert (nothing.routed, dict(nothing.learned)) == ((), {})
+    assert (nothing.routed, dict(nothing.learned)) == (ROWS, {})
     with pytest.raises(Refused, match="needs a `promoe`") as caught:
         nothing.arrays("promoe")
     assert "retinue train-predictor" in caught.value.hint
@@ -187,4 +187,5 @@ def test_presets_get_what_they_name(olmoe: Path, tmp_path: Path) -> None:
     assert dict(given_of(own, facts, 8, preset_of(), config).learned) == {}
     with pytest.raises(UsageError, match="cannot read the predictor"):
         given_of(own, facts, 8, preset_of("promoe"), config)
-    assert given_of(sample_folder(), survey(sample_folder()), 8, preset_of(), config).routed == ()
+    sample = given_of(sample_folder(), survey(sample_folder()), 8, preset_of(), config)
+    assert sample.routed == tuple(range(8))

@@ -29,7 +29,10 @@ from test_cli_eval import write
 HEAD = TraceHead("tiny", 5, 8, 2, (1, 3, 4))
 TINY = ("--threads", 1, *MEMORY)
 _WORDS = {"name": "tiny", "family": "olmoe", "dtype": "bfloat16"}
-FACTS = Facts(**{item.name: _WORDS.get(item.name, 1) for item in fields(Facts)} | {"stored": ""})
+FACTS = Facts(
+    **{item.name: _WORDS.get(item.name, 1) for item in fields(Facts)}
+    | {"stored": "", "routed": (1, 3, 4)}
+)
 
 
 def request_of(seed: int, head: TraceHead = HEAD, task: str | None = "a") -> Routed:

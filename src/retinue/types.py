@@ -220,6 +220,10 @@ class Facts:
     stored: str = ""  # the experts' format, where it is not the type that is computed in
     decoded_bytes: int = 0  # of one expert in that type, where it has to be decoded to it
     plain_bytes: int = 0  # of one expert in the files, where it is encoded when it is read
+    routed: tuple[int, ...] = ()  # the layers that have routed experts
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "routed", tuple(self.routed))  # JSON has lists
 
     @property
     def read_bytes(self) -> int:

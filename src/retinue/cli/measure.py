@@ -24,10 +24,13 @@ from retinue.model.survey import survey
 
 
 @contextmanager
-def measured(options: Namespace, config: Config) -> Iterator[tuple[Assembly, list[TaskIds]]]:
+def measured(
+    options: Namespace, config: Config, beside: int = 0
+) -> Iterator[tuple[Assembly, list[TaskIds]]]:
     """The loaded model and the texts of `--data` as ids, none longer than the context.
 
-    A signal raises Cancelled out of what runs within. Raises UsageError for data that is none.
+    beside: bytes of the budget that the caller needs for itself. A signal raises Cancelled out of
+    what runs within. Raises UsageError for data that is none.
     """
     data = Path(options.data) if options.data else sample_tasks()
     texts = read_texts(data, options.per_task)
@@ -37,7 +40,7 @@ def measured(options: Namespace, config: Config) -> Iterator[tuple[Assembly, lis
     if config.context is None:
         longest = max(len(text.ids) for text in ids)
         config = replace(config, context=min(longest, facts.max_context, config.chunk))
-    assembly = assemble(reserve(folder, config))
+    assembly = assemble(reserve(folder, config, beside))
     try:
         for text in assembly.notes:
             note(f"note: {text}", "yellow")

@@ -2,6 +2,7 @@
 
 from argparse import ArgumentParser, ArgumentTypeError, BooleanOptionalAction
 
+from retinue.cli.kinds import KINDS
 from retinue.cli.options import ENGINE, MODEL_HELP, add_config_options, new_verb
 from retinue.config import INSENSITIVE_ABOVE
 
@@ -100,15 +101,23 @@ def _add_train_predictor(verbs: object) -> None:
     training = new_verb(
         verbs,
         "train-predictor",
-        "learn which experts the next prompts use; scored on texts that are held out",
-        "retinue train-predictor sample --kind all",
+        "learn what presets need to know of a model; judged on texts that are held out",
+        "retinue train-predictor sample --kind promoe,fmoe",
     )
     _add_texts(training)
     training.add_argument(
         "--trace", metavar="FILE", help="of `retinue trace`, in place of running texts"
     )
-    training.add_argument("--kind", choices=("emoe-a", "emoe-l", "all"), default="all")
-    training.add_argument("--epochs", type=int, metavar="N", help="how often each text is learnt")
+    training.add_argument(
+        "--kind",
+        metavar="KINDS",
+        default="all",
+        help=f"what to learn, with commas between, or `all` (default: all): {', '.join(KINDS)};"
+        " what else the predictor's file has stays",
+    )
+    training.add_argument(
+        "--epochs", type=int, metavar="N", help="how often each text is learnt, for every kind"
+    )
     training.add_argument("--out", metavar="FILE", help="write there, not to the cache folder")
     add_config_options(
         training, ("memory", "experts", "context", "precision", "threads", "self_check", "seed")

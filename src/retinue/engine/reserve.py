@@ -77,7 +77,7 @@ def given_of(folder: Path, facts: Facts, slots: int, chosen: Preset, config: Con
         facts.layers,
         facts.experts_per_layer,
         facts.top_k,
-        () if learned is None else tuple(learned.rows.tolist()),
+        facts.routed,
         slots=slots,
         profile=find_profile(folder, facts, config.profile) if chosen.profiled else None,
         learned={kind: parts[kind].arrays for kind in kinds if kind in parts},

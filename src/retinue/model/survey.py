@@ -45,7 +45,7 @@ def survey(folder: Path, precision: str = AS_IS) -> Facts:
 
         return facts_of(build(open_checkpoint(folder), precision))
 
-    return _remembered(f"facts-{precision}", folder, Facts, ask)
+    return _remembered(f"facts-routed-{precision}", folder, Facts, ask)
 
 
 def survey_abilities(network: "Network") -> "Abilities":
@@ -81,8 +81,7 @@ def facts_of(network: "Network") -> Facts:
     layouts = [layout for row in network.experts.layouts for layout in row]
     item = model.dtype.itemsize
     encoded = {f"{linear.name}.weight": linear.form.stored_bytes for linear in network.linears}
-    dense = sum(encoded.values())
-    dense += sum(
+    dense = sum(encoded.values()) + sum(
         parameter.numel() * parameter.dtype.itemsize
         for name, parameter in model.named_parameters()
         if network.experts.is_dense(name) and name not in encoded
@@ -109,6 +108,7 @@ def facts_of(network: "Network") -> Facts:
         dtype=str(model.dtype).removeprefix("torch."),
         layers=config.num_hidden_layers,
         moe_layers=len(modules),
+        routed=tuple(sorted(found.layer for found in modules)),
         experts_per_layer=max(found.experts for found in modules),
         total_experts=len(layouts),
         top_k=network.top_k,

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 import numpy as np
 
@@ -11,6 +12,18 @@ from retinue.trace import Routed, TraceHead
 from retinue.types import FloatArray
 
 HELD_OUT = 0.2  # of each task's texts
+
+
+class OfTask(Protocol):
+    """Anything that is of a task, or of none."""
+
+    @property
+    def task(self) -> str | None:
+        """Its name."""
+        ...
+
+
+Text = TypeVar("Text", bound=OfTask)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +71,7 @@ def from_trace(head: TraceHead, requests: Iterable[Routed]) -> Iterator[RoutedTe
             yield RoutedText(request.task, prompt, answer)
 
 
-def divide(texts: Sequence[RoutedText], seed: int) -> tuple[list[RoutedText], list[RoutedText]]:
+def divide(texts: Sequence[Text], seed: int) -> tuple[list[Text], list[Text]]:
     """A fifth of each task's texts, drawn with `seed`, is held out: (to learn from, held out).
 
     Raises UsageError where a task has too few.

@@ -84,8 +84,8 @@ KINDS = {
             },
         ),
         # `sensitivity`: S_l of the adaptive gate; `tolerance`: its T, in the same unit; `accuracy`:
-        # a_l, the recall of the next gate, 0 in row 0; `single`: r_l, the share of tokens that
-        # the gate leaves one expert fewer than the router chose.
+        # a_l, the recall of the next gate, 0 in row 0; `single`: r_l, how many
+        # of its experts the gate leaves out of a token on average, at most 1.
         Kind(
             "adapmoe",
             "2408.10284",
