@@ -18,6 +18,7 @@ import numpy as np
 from retinue.errors import Cancelled
 from retinue.memory.base import WAIT_S, Urgency
 from retinue.memory.cache import LOADING, ExpertCache
+from retinue.memory.payback import Payback
 from retinue.metrics import Metrics
 from retinue.policy.base import Ahead, BoolArray, Prompt, Route, View
 from retinue.policy.policies import Policies
@@ -45,6 +46,8 @@ class Attendance:
         self.last_missed = np.full_like(cache.last_used, -1)
         self.following = dict(pairwise(routed))
         self._watchers = policies.watchers
+        self._payback = Payback() if policies.gated else None
+        self._begun_s = 0.0  # when the pass started that runs
 
     def begin(self, prompt: Prompt) -> None:
         """A request has its first pass next."""
@@ -59,6 +62,9 @@ class Attendance:
     def begin_pass(self, phase: Phase) -> None:
         """A forward pass starts."""
         self.cache.begin_step(phase)
+        if self._payback is not None and phase == "decode":
+            self._payback.begin()
+            self._begun_s = self.cache.reads.link.clock()
 
     def attend(
         self,
@@ -76,6 +82,18 @@ class Attendance:
         for watcher in self._watchers:
             watcher.observe(demand, view)
         return Turn(self, demand, view, tokens, scores_of)
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether the running pass asks for forecasts: while they pay."""
+        gate = self._payback
+        return gate is None or gate.ahead or self.cache.phase == "prefill"
+
+    def end_layer(self, layer: int) -> None:
+        """All of a layer was computed; with the last one, a pass is as good as done."""
+        last = layer not in self.following and self.cache.phase == "decode"
+        if last and self._payback is not None:
+            self._payback.end(self.cache.reads.link.clock() - self._begun_s)
 
     def show(self, demand: Demand, route: Route | None = None) -> None:
         """Let those see it that watch."""
@@ -172,6 +190,8 @@ class Turn:
         trace: TracebackType | None,
     ) -> None:
         self._lease.__exit__()
+        if error is None:
+            self._attendance.end_layer(self._demand.layer)
 
     def ready(self) -> list[int]:
         """Experts to compute now; while some found no room, one alone, which then makes room."""
@@ -212,7 +232,7 @@ class Turn:
             cache.drop_wants(layer, demand.experts)
         if hits < len(experts):
             self._read(np.array(slots) >= 0)
-        if self._missing is None:
+        if self._missing is None and attendance.looks_ahead:
             self._look_ahead()
         cache.touch(demand, self._tokens)
 
