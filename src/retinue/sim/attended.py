@@ -68,7 +68,6 @@ class Attended:
             demand = self._changed(place, parts, route)
         if cache.holds_everything and cache.has_all(demand.layer):
             attendance.see(demand, route)
-            cache.use(demand.layer, demand.experts)
             stage.compute(demand, demand.experts.tolist(), tokens)
             return
         scores_of = self._scores_of(place, parts)
@@ -76,14 +75,13 @@ class Attended:
             self._turn(turn, demand, tokens)
 
     def _turn(self, turn: Turn, demand: Demand, tokens: int) -> None:
-        stage, cache, exact = self._stage, self.cache, self._policies.precision.exact
+        stage, exact = self._stage, self._policies.precision.exact
         apart = stage.start_elsewhere(demand, turn.elsewhere)
         while turn.left:
             ready = turn.ready()
             if not ready:
                 turn.wait()
                 continue
-            cache.use(demand.layer, ready)
             if not exact:
                 self._count_worse(demand, ready)
             stage.compute(demand, ready, tokens)
