@@ -35,6 +35,7 @@ from retinue.lab.markdown import markdown
 from retinue.lab.page import page
 from retinue.model.scoring import LayerRouting
 from retinue.policy.presets import PRESETS
+from retinue.sim.changed import Rows, choice_of
 
 QUARTER, NATIVE = Budget("1GiB", "25%"), Disk(None)
 
@@ -216,6 +217,14 @@ def test_a_live_row_as_a_bench_of_one_prompt() -> None:
     assert (found["prefill_dense_s"], found["prefill_expert_s"]) == (0.5, 1.5)
     assert found["prefill_overhead_s"] == 0.25
     assert found["hits"] == row["hits"]
+
+
+def test_a_replayed_routing_sees_the_inputs_that_it_asks_for() -> None:
+    """Such as `pre-gated`, whose gates read the layer's input."""
+    rows = Rows(np.array([[0, 1]]), np.array([[0.6, 0.4]], np.float32))
+    scores, hidden = np.array([[0.6, 0.4, 0.0]], np.float32), np.ones((1, 5), np.float32)
+    assert choice_of(1, rows, scores, "decode", hidden).hidden is hidden
+    assert choice_of(1, rows, scores, "decode").hidden is None
 
 
 # --- claims

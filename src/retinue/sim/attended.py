@@ -107,7 +107,9 @@ class Attended:
         if not policies.routing.exact:
             scores = recording.signal("scores", parts, place)
             assert scores is not None
-            choice = choice_of(layer, rows, scores, self._phase)
+            asks = "hidden" in policies.routing.needs
+            hidden = recording.signal("hidden", parts, place) if asks else None
+            choice = choice_of(layer, rows, scores, self._phase, hidden)
             there = np.broadcast_to(cache.ready[layer, : scores.shape[1]], scores.shape)
             served = reroute(policies.routing, choice, there)
             rows, degraded = served.rows, degraded + served.degraded
