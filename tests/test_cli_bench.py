@@ -62,7 +62,7 @@ def test_bench_of_the_sample(call: Call) -> None:
     assert len(done.out.splitlines()) == 1
     document = done.document
     assert set(document) >= BENCH_KEYS | STATS_KEYS | BOUND_KEYS
-    expected = ["sample", "auto", "as-is", 1, 20, 5]
+    expected = ["sample", "auto", "as-is", 1, 20, 5, "auto"]
     assert [document[key] for key in document if key in BENCH_KEYS] == expected
     # As many decode steps as new tokens: in each, 8 layers look up 4 experts.
     assert document["hits"] + document["pending"] + document["misses"] == 5 * 8 * 4
