@@ -65,7 +65,12 @@ class FakeServed:
             split=SimpleNamespace(**parts),
             metrics=Metrics(),
             engine=self.engine,
-            cache=SimpleNamespace(slot_of=np.array([[0, -1, 1, -1]]), last_used=NEVER, step=0),
+            cache=SimpleNamespace(
+                slot_of=np.array([[0, -1, 1, -1]]),
+                last_used=NEVER,
+                step=0,
+                reads=SimpleNamespace(counts={"decode": np.zeros((1, 2), dtype=np.int64)}),
+            ),
             host=SimpleNamespace(last_missed=NEVER),
             residents=None,
         )

@@ -249,7 +249,7 @@ def test_a_wait_asks_whether_anybody_still_wants_it() -> None:
     rig.attendance.stop = lambda: True
     with pytest.raises(Cancelled):
         rig.run(0, 1)
-    assert not rig.cache._standing.pins.any()
+    assert not rig.cache._standing.pins
 
 
 def test_what_has_a_place_elsewhere_is_neither_read_nor_awaited() -> None:
@@ -307,3 +307,24 @@ def test_the_plain_model_never_runs_in_a_lower_precision() -> None:
     rig.run(1, 3)
     assert rig.cache.precision[:2].sum() == 0
     assert rig.counters.misses == 3
+
+
+def test_no_forecast_is_asked_for_while_it_does_not_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    noting = Noting()
+    rig = Rig(9, Policies(Recency(), noting, FetchAll(), gated=True), SlowLink)
+    gate: Any = rig.attendance._payback
+    took: list[float] = []
+    monkeypatch.setattr(gate, "begin", lambda: None)
+    monkeypatch.setattr(gate, "end", took.append)
+    for ahead in (True, False):
+        gate.ahead = ahead
+        noting.asked.clear()
+        rig.attendance.begin_pass("decode")
+        for layer in range(LAYERS):
+            rig.run(layer, 3 * ahead, 1 + 3 * ahead)
+        assert (("forecast", 1) in noting.asked) is ahead
+    assert took == [6.0, 6.0], "two reads of a second in each of three layers"
+    noting.asked.clear()
+    rig.attendance.begin_pass("prefill")
+    rig.run(0, 5)
+    assert ("forecast", 1) in noting.asked, "a prefill always looks ahead"

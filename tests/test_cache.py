@@ -6,6 +6,7 @@ import pytest
 from disk import PATIENCE_S, Rig, eventually, ids
 from retinue.errors import Cancelled, CheckpointError, ReadError, RetinueError
 from retinue.memory.cache import ABSENT, LOADING
+from retinue.memory.placing import place
 from retinue.types import Want
 
 
@@ -38,7 +39,7 @@ def test_resident_experts_are_not_read_again() -> None:
 
 
 def test_what_finds_no_room_is_left_over_in_order() -> None:
-    with Rig((6,), slots=3) as rig, rig.cache.lease(0, ids(0, 1, 2, 3, 4)) as lease:
+    with Rig((6,), slots=3) as rig, rig.cache.pin(0, [0, 1, 2, 3, 4]) as lease:
         assert rig.load(0, 4, 3, 0, 2, 1) == [2, 1]
         lease.release([3])
         assert rig.load(0, 2, 1) == [1]
@@ -100,8 +101,8 @@ def test_the_evictor_says_who_leaves() -> None:
 def test_pinned_experts_stay() -> None:
     with Rig((6,), slots=3) as rig:
         rig.load(0, 0, 1, 2)
-        with rig.cache.lease(0, ids(0, 1)):
-            with rig.cache.lease(0, ids(1)) as second:
+        with rig.cache.pin(0, [0, 1]):
+            with rig.cache.pin(0, [1]) as second:
                 second.release([1])
             assert rig.load(0, 3) == []  # 2 leaves, though 0 and 1 would be first
             assert rig.resident(0) == [0, 1, 3]
@@ -114,7 +115,7 @@ def test_pinned_experts_stay() -> None:
 def test_a_lease_ends_with_an_exception() -> None:
     with Rig((4,), slots=2) as rig:
         rig.load(0, 0, 1)
-        with pytest.raises(KeyError), rig.cache.lease(0, ids(0, 1)) as lease:
+        with pytest.raises(KeyError), rig.cache.pin(0, [0, 1]) as lease:
             lease.release([7])
         rig.cache.check()
 
@@ -124,7 +125,7 @@ def test_room_is_all_or_nothing() -> None:
         rig.load(0, 0, 1, 2)
         assert rig.cache.room(1)
         assert rig.resident(0) == [0, 1, 2]
-        with rig.cache.lease(0, ids(0)):
+        with rig.cache.pin(0, [0]):
             before = rig.cache.slot_of.copy()
             assert not rig.cache.room(4)
             assert (rig.cache.slot_of == before).all()
@@ -179,7 +180,7 @@ def test_reads_ahead_are_limited() -> None:
 def test_reading_ahead_takes_what_is_free_or_idle_only() -> None:
     with Rig((4, 4), slots=3) as rig:
         rig.load(0, 0, 1)
-        with rig.cache.lease(0, ids(0, 1)):
+        with rig.cache.pin(0, [0, 1]):
             rig.cache.want(want(1, 0, 1), limit=9)
             rig.settle()
             assert (rig.resident(0), rig.resident(1)) == ([0, 1], [0])
@@ -192,7 +193,7 @@ def test_a_forecast_never_evicts_what_it_expects() -> None:
     with Rig((4, 4), slots=4) as rig:
         rig.load(0, 0, 1)
         rig.load(1, 0, 1)
-        with rig.cache.lease(0, ids(0, 1)):
+        with rig.cache.pin(0, [0, 1]):
             rig.cache.want(want(1, 2, 0, 1, 3), limit=9)
             rig.settle()
         assert rig.resident(1) == [0, 1]
@@ -275,7 +276,7 @@ def test_waiting_for_nothing_is_a_mistake_of_ours() -> None:
 
 @pytest.mark.parametrize("fault", [ReadError("the disk broke"), 10, KeyError("odd")])
 def test_failed_read_gives_the_slot_back_and_is_raised_once(fault: Exception | int) -> None:
-    with Rig((4, 4), slots=2) as rig, rig.cache.lease(0, ids(2)):
+    with Rig((4, 4), slots=2) as rig, rig.cache.pin(0, [2]):
         rig.disk.faults["layer0", 2 * 16384] = fault
         rig.load(0, 2)
         assert rig.cache.lookup(0, ids(2)).tolist() == [ABSENT]
@@ -289,7 +290,7 @@ def test_failed_read_gives_the_slot_back_and_is_raised_once(fault: Exception | i
 
 
 def test_failures_of_other_layers_are_forgotten() -> None:
-    with Rig((4, 4), slots=2) as rig, rig.cache.lease(1, ids(0)):
+    with Rig((4, 4), slots=2) as rig, rig.cache.pin(1, [0]):
         rig.disk.faults["layer1", 0] = ReadError("the disk broke")
         rig.load(1, 0)
         rig.cache.reads.raise_failure(0, range(8))
@@ -302,7 +303,7 @@ def test_failed_read_ahead_of_an_expert_that_nobody_needs_fails_nothing() -> Non
         rig.cache.want(want(1, 0, 1), limit=9)
         rig.settle()
         rig.cache.begin_layer(1)
-        with rig.cache.lease(1, ids(1, 2)):
+        with rig.cache.pin(1, [1, 2]):
             rig.cache.reads.raise_failure(1, {1, 2})
 
 
@@ -312,7 +313,7 @@ def test_failed_read_ahead_of_an_expert_that_is_needed_is_tried_again() -> None:
         rig.cache.want(want(1, 0), limit=9)
         rig.settle()
         rig.cache.begin_layer(1)
-        with rig.cache.lease(1, ids(0)):
+        with rig.cache.pin(1, [0]):
             rig.load(1, 0)
             rig.cache.reads.raise_failure(1, {0})
             assert rig.is_right(1, 0)
@@ -333,11 +334,11 @@ def test_a_set_is_placed_and_nothing_else() -> None:
         rig.load(0, 0, 1)
         rig.load(1, 3)
         sizes = rig.cache.sizes.read_bytes[0]
-        assert rig.cache.place(rows(2, 3, 5)) == sizes[1, [2, 5]].sum()
+        assert place(rig.cache, rows(2, 3, 5)) == sizes[1, [2, 5]].sum()
         assert (rig.resident(0), rig.resident(1)) == ([], [2, 3, 5])
         assert rig.cache.use(1, [2, 5]).min() >= 0
         assert rig.cache.used_bytes_read == 0  # no step had asked for them
-        assert rig.cache.place(rows(2, 3, 5)) == 0
+        assert place(rig.cache, rows(2, 3, 5)) == 0
         rig.cache.check()
 
 
@@ -348,7 +349,7 @@ def test_reads_are_counted_by_layer_and_by_what_they_are_for() -> None:
         rig.load(0, 0, 1)
         rig.cache.begin_step("decode")
         rig.load(1, 7)
-        rig.cache.place(rows(2, 3, 7))
+        place(rig.cache, rows(2, 3, 7))
         rig.load(1, 4)  # of the step again
         found = {reason: counts.tolist() for reason, counts in rig.cache.reads.counts.items()}
         assert found == {
@@ -366,13 +367,13 @@ def test_placing_ends_halfway_when_nobody_wants_it_any_more() -> None:
             return len(rig.disk.calls) >= 4
 
         with pytest.raises(Cancelled):
-            rig.cache.place(rows(0, 1, 2, 3), stop)
+            place(rig.cache, rows(0, 1, 2, 3), stop)
         assert rig.cache.resident <= 1
         assert len(rig.disk.calls) == 4, "nothing more is read"
         rig.disk.allow()
         eventually(lambda: rig.cache.poll() or not rig.cache.reads.draining)
         rig.cache.check()
-        rig.cache.place(rows(4, 5, 6, 7), lambda: False)
+        place(rig.cache, rows(4, 5, 6, 7), lambda: False)
         assert rig.resident(1) == [4, 5, 6, 7]
         assert all(rig.is_right(1, expert) for expert in (4, 5, 6, 7))
         rig.cache.check()
@@ -383,8 +384,8 @@ def test_placing_that_is_cancelled_waits_for_no_read_of_before() -> None:
         rig.cache.fetch(0, ids(0, 1))
         rig.disk.await_calls(2)
         with pytest.raises(Cancelled):
-            rig.cache.place(rows(0, 1), lambda: True)
+            place(rig.cache, rows(0, 1), lambda: True)
         rig.disk.allow()
-        rig.cache.place(rows(0, 1))
+        place(rig.cache, rows(0, 1))
         assert (rig.resident(0), rig.resident(1)) == ([], [0, 1])
         rig.cache.check()

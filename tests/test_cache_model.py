@@ -177,7 +177,7 @@ class Run:
         layer = self.any_layer()
         keys = {Expert(layer, e) for e in self.some(layer, most=3)}
         stack = ExitStack()
-        lease = stack.enter_context(self.cache.lease(layer, ids(*(key.index for key in keys))))
+        lease = stack.enter_context(self.cache.pin(layer, (key.index for key in keys)))
         self.leases.append((stack, lease, keys))
         self.model.pins.update(keys)
         while len(self.leases) > 2:

@@ -14,11 +14,14 @@ from retinue.config import Config
 from retinue.engine import reserve as reserve_module
 from retinue.engine.assembly import Assembly, assemble
 from retinue.engine.evaluate import Evaluation, evaluate, passes
+from retinue.engine.forced import run_forced
 from retinue.engine.profiling import make_profile
 from retinue.engine.reserve import reserve
+from retinue.engine.residents import Residents
 from retinue.engine.tasks import TaskIds
 from retinue.errors import Cancelled
 from retinue.memory.attendance import Turn
+from retinue.model.experts import ExpertHost
 from retinue.model.kv import Segment
 from retinue.model.profiles import read_profile, write_profile
 from retinue.policy.measured import Damage, Sensitivity
@@ -150,6 +153,51 @@ def test_the_degraded_share_is_what_is_missing(olmoe: Path) -> None:
         assembly.close()
     assert result.misses == missing
     assert result.degraded_share == pytest.approx(lost / whole, rel=1e-4)
+
+
+@pytest.mark.parametrize("forecaster", ["running-mean", "own-prefill"])
+def test_forecasters_are_told_what_a_server_tells_them(
+    forecaster: str, olmoe: Path, profile: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of each text the prompt alone, and the same sets: as when the prompts are served."""
+    told: list[tuple[str | None, np.ndarray]] = []
+    placed: list[np.ndarray] = []
+    plain_observe, plain_place = Residents.observe, ExpertHost.place
+
+    def observe(self: Residents, task: str | None, used: np.ndarray) -> None:
+        told.append((task, used.copy()))
+        plain_observe(self, task, used)
+
+    def place(self: ExpertHost, wanted: np.ndarray, popularity: np.ndarray) -> int:
+        placed.append(wanted.copy())
+        return plain_place(self, wanted, popularity)
+
+    monkeypatch.setattr(Residents, "observe", observe)
+    monkeypatch.setattr(ExpertHost, "place", place)
+    settings = {"preset": "emoe", "experts": "50%", "profile": profile, "period": None}
+    seen = []
+    for serve in (False, True):
+        told.clear()
+        assembly = opened(olmoe, forecaster=forecaster, **settings)
+        placed.clear()
+        try:
+            if serve:
+                for text in TEXTS:
+                    run_forced(assembly, text)
+            else:
+                evaluate(assembly, TEXTS, lambda: None)
+        finally:
+            assembly.close()
+        seen.append(([*told], [*placed]))
+    (evaluated, sets), (served, sets_served) = seen
+    assert [task for task, _ in evaluated] == [task for task, _ in served] == ["a", "b", "a"]
+    for text, (_, mine), (_, theirs) in zip(TEXTS, evaluated, served, strict=True):
+        prompt = len(text.ids) - text.scored
+        assert mine.sum() == pytest.approx(theirs.sum(), rel=1e-4)
+        assert 0 < mine.sum() <= prompt * models.LAYERS * 1.001  # and nothing of the rest
+        np.testing.assert_allclose(mine, theirs, atol=1e-3)
+    assert len(sets) >= len(sets_served) >= 2
+    assert all((a == b).all() for a, b in zip(sets[::-1], sets_served[::-1], strict=False))
 
 
 def test_what_the_plain_pass_left_does_not_stay(olmoe: Path, profile: str, tmp_path: Path) -> None:

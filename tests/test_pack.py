@@ -19,6 +19,7 @@ from retinue import LLM
 from retinue.errors import CheckpointError, Unsupported
 from retinue.memory.files import ALIGNMENT
 from retinue.memory.pack import TensorFile
+from retinue.memory.placing import place
 from retinue.model.survey import survey
 
 PROMPT, FORCED = models.prompt_of(21), models.prompt_of(4, seed=1)
@@ -222,10 +223,10 @@ def test_a_flipped_bit_of_an_expert(pack: Path, tmp_path: Path, call: Call) -> N
         wanted[2, 5] = True
         for _ in range(2):  # it stays unknown
             with pytest.raises(CheckpointError, match="expert 5 of layer 2") as caught:
-                cache.place(wanted)
+                place(cache, wanted)
             assert caught.value.hint
         wanted[2] = [True, True, False, False, False, False, False, False]
-        cache.place(wanted)
+        place(cache, wanted)
         cache.check()
     done = call("pack", folder, "--check")
     assert done.code == 1

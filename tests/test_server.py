@@ -243,6 +243,16 @@ def test_nothing_else_is_here(client: httpx.Client) -> None:
     assert complete(client, model="alias").status_code == 200
 
 
+@pytest.mark.parametrize("field", ["model", "prompt", "stop", "task", "user", "\ud800"])
+def test_half_a_surrogate_pair_is_the_clients_mistake(client: httpx.Client, field: str) -> None:
+    """JSON can say it, UTF-8 cannot: no answer may hold it as it came."""
+    body = json.dumps(TEXT | {field: "\ud800"})  # escaped
+    kind = {"Content-Type": "application/json"}
+    response = client.post("/v1/completions", content=body, headers=kind)
+    assert response.status_code == (404 if field == "model" else 400)
+    assert response.json()["error"]["message"]
+
+
 def test_other_kinds_of_bodies(client: httpx.Client) -> None:
     kind = {"Content-Type": "text/plain"}
     refused(client.post("/v1/completions", content="{}", headers=kind), 415)

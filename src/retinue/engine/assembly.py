@@ -22,6 +22,7 @@ from retinue.memory.files import Reader
 from retinue.memory.link import DiskLink, sizes_of
 from retinue.memory.machine import cores
 from retinue.memory.mover import Mover
+from retinue.memory.placing import place
 from retinue.memory.tier import Tier
 from retinue.metrics import Metrics
 from retinue.model.abilities import Abilities
@@ -105,7 +106,7 @@ def assemble(reserved: Reserved) -> Assembly:
         host = _host(network, tier, mover, policies, metrics, reader)
         _start(host, network, policies, check=config.self_check)
         if facts.plain_bytes and host.cache.holds_everything and not policies.placement.fixed:
-            host.cache.place(network.experts.there)  # encoded once, here, and not while it answers
+            place(host.cache, network.experts.there)  # encoded once, here, and not while it answers
         store = _store(network, limits, abilities)
         order = order_of(config, facts, known.profile, policies, host.cache)
         scheduler = _scheduler(facts, limits, config, abilities, store, order)

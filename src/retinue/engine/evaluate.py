@@ -129,7 +129,10 @@ def evaluate(
         if plain is None:
             with assembly.residents.away():
                 plain = [_score(scorer, text, advance) for text in texts]
-        scored, cost = _restricted(assembly, _scorer(assembly), texts, advance)
+        if assembly.residents.own:
+            scored, cost = _answered(assembly, texts, advance)
+        else:
+            scored, cost = _restricted(assembly, _scorer(assembly), texts, advance)
     tasks = {}
     for name in dict.fromkeys(text.task for text in texts):
         at = [i for i, text in enumerate(texts) if text.task == name]
@@ -190,12 +193,37 @@ def _restricted(
     for text in texts:
         residents.begin([_running(text, new=True)])
         scored.append(_score(scorer, text, advance))
-        (usage,) = assembly.host.changes.accounts.usages
-        residents.observe(text.task, usage.used)
+        prompt, continuation = assembly.host.changes.accounts.usages
+        residents.observe(text.task, prompt.used)  # all that a server would tell of it
+        usage = prompt.plus(continuation)
         used[text.task] = used[text.task].plus(usage) if text.task in used else usage
     counters = scorer.costs
     read = residents.bytes_read - before + counters.fetched_bytes
     return scored, Cost(counters.missed, counters.fetched, read, used)
+
+
+def _answered(
+    assembly: Assembly, texts: Sequence[TaskIds], advance: Callable[[], object]
+) -> tuple[list[Scored], Cost]:
+    """As `_restricted`, through the engine: each answer has a set of its own, as its prompt says.
+
+    So a text cannot be one pass.
+    """
+    residents = assembly.residents
+    assert residents is not None
+    residents.begin([_running(texts[0], new=False)])
+    read = -residents.bytes_read
+    found, used, missed, fetched = [], dict[str, Usage](), 0, 0
+    for text in texts:
+        request = run_forced(assembly, text)
+        found.append(scored_of(request))
+        assert request.usage is not None
+        usage = request.usage
+        used[text.task] = used[text.task].plus(usage) if text.task in used else usage
+        missed, fetched = missed + usage.missed, fetched + usage.fetched
+        read += request.costs.prefill.fetched_bytes + request.costs.decode.fetched_bytes
+        advance()
+    return found, Cost(missed, fetched, read + residents.bytes_read, used)
 
 
 def _decoded(

@@ -14,6 +14,7 @@ from retinue.engine.assembly import Assembly
 from retinue.engine.request import Request, new_request
 from retinue.engine.tasks import TaskIds
 from retinue.errors import Cancelled
+from retinue.memory.placing import place
 from retinue.model.scoring import Scored
 from retinue.types import SamplingParams
 
@@ -59,7 +60,7 @@ def plain(assembly: Assembly) -> Iterator[None]:
         yield
     finally:
         changes.active = True
-        cache.place(np.zeros_like(cache.ready))
+        place(cache, np.zeros_like(cache.ready))
 
 
 def score_forced(

@@ -15,6 +15,7 @@ from retinue.engine.request import Request, State, new_request
 from retinue.engine.reserve import reserve
 from retinue.errors import Overloaded, UsageError
 from retinue.memory.machine import resident_bytes
+from retinue.memory.placing import place
 from retinue.types import Deadline, Output, SamplingParams, Stats
 
 if TYPE_CHECKING:
@@ -279,7 +280,7 @@ class LLM:
         if not assembly.cache.holds_everything:
             return
         started = time.perf_counter()
-        assembly.cache.place(assembly.network.experts.there)
+        place(assembly.cache, assembly.network.experts.there)
         assembly.load_s += time.perf_counter() - started
 
     def stats(self, request: Request) -> Stats:

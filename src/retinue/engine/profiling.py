@@ -18,6 +18,7 @@ from retinue.engine.request import new_request
 from retinue.engine.tasks import TaskIds
 from retinue.engine.tracing import record, trace_head
 from retinue.memory.machine import machine_name
+from retinue.memory.placing import place
 from retinue.model.restriction import Restriction
 from retinue.model.routing import find_routers
 from retinue.model.scoring import Scored, Scorer
@@ -103,9 +104,9 @@ def measure_costs(assembly: Assembly, ids: list[int]) -> MachineCosts:
         wanted = np.zeros_like(there)
         wanted[tuple(all_experts[:count].T)] = True
         for _ in range(REPEATS):
-            cache.place(np.zeros_like(there))
+            place(cache, np.zeros_like(there))
             started = time.perf_counter()
-            cache.place(wanted)
+            place(cache, wanted)
             loads.append((count, time.perf_counter() - started))
     return MachineCosts(*_line(passes), *_line(loads), machine=machine_name())
 

@@ -126,6 +126,11 @@ class Residents:
         """Prompts between two forecasts; None where nothing is forecast."""
         return self._rhythm.period if self._placement.periodic else None
 
+    @property
+    def own(self) -> bool:
+        """Whether each answer has a set of its own, which its prompt says."""
+        return self._tables.own
+
     def start(self, task: str | None) -> None:
         """Load the first set, and let it serve from now on."""
         running = [Running(task, prompt_tokens=1)]

@@ -18,8 +18,9 @@ import numpy as np
 from retinue.errors import Cancelled
 from retinue.memory.base import WAIT_S, Urgency
 from retinue.memory.cache import LOADING, ExpertCache
+from retinue.memory.payback import Payback
 from retinue.metrics import Metrics
-from retinue.policy.base import Ahead, Prompt, Route, View
+from retinue.policy.base import Ahead, BoolArray, Prompt, Route, View
 from retinue.policy.policies import Policies
 from retinue.types import Demand, FloatArray, IntArray, Phase, Want
 
@@ -44,20 +45,26 @@ class Attendance:
         self.lowers = True
         self.last_missed = np.full_like(cache.last_used, -1)
         self.following = dict(pairwise(routed))
+        self._watchers = policies.watchers
+        self._payback = Payback() if policies.gated else None
+        self._begun_s = 0.0  # when the pass started that runs
 
     def begin(self, prompt: Prompt) -> None:
         """A request has its first pass next."""
-        for watcher in self.policies.watchers:
+        for watcher in self._watchers:
             watcher.begin(prompt)
 
     def end(self, sequence: int) -> None:
         """A request has ended, whatever way."""
-        for watcher in self.policies.watchers:
+        for watcher in self._watchers:
             watcher.end(sequence)
 
     def begin_pass(self, phase: Phase) -> None:
         """A forward pass starts."""
         self.cache.begin_step(phase)
+        if self._payback is not None and phase == "decode":
+            self._payback.begin()
+            self._begun_s = self.cache.reads.link.clock()
 
     def attend(
         self,
@@ -72,15 +79,27 @@ class Attendance:
         they may lack an expert.
         """
         view = self.cache.begin_layer(demand.layer, route)
-        for watcher in self.policies.watchers:
+        for watcher in self._watchers:
             watcher.observe(demand, view)
         return Turn(self, demand, view, tokens, scores_of)
 
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether the running pass asks for forecasts: while they pay."""
+        gate = self._payback
+        return gate is None or gate.ahead or self.cache.phase == "prefill"
+
+    def end_layer(self, layer: int) -> None:
+        """All of a layer was computed; with the last one, a pass is as good as done."""
+        last = layer not in self.following and self.cache.phase == "decode"
+        if last and self._payback is not None:
+            self._payback.end(self.cache.reads.link.clock() - self._begun_s)
+
     def show(self, demand: Demand, route: Route | None = None) -> None:
         """Let those see it that watch."""
-        if self.policies.watchers:
+        if self._watchers:
             view = self.cache.begin_layer(demand.layer, route)
-            for watcher in self.policies.watchers:
+            for watcher in self._watchers:
                 watcher.observe(demand, view)
 
     def see(self, demand: Demand, route: Route | None = None) -> None:
@@ -89,11 +108,22 @@ class Attendance:
         self.cache.mark_used(demand.layer, demand.experts)
         self.metrics.count(demand.layer, len(demand.experts))
 
-    def count(self, layer: int, experts: IntArray, slots: IntArray) -> None:
-        """Count what a layer looked up: `slots` [n] as the cache's `lookup` gives them."""
-        self.last_missed[layer, experts[slots < 0]] = self.cache.step
-        hits, pending = int((slots >= 0).sum()), int((slots == LOADING).sum())
-        self.metrics.count(layer, hits, pending, len(slots) - hits - pending)
+    def look(self, layer: int, experts: Sequence[int]) -> None:
+        """Count `experts` as looked up; nobody reads them here."""
+        row = self.cache.rows[layer]
+        self.count(layer, experts, [row[expert] for expert in experts])
+
+    def count(self, layer: int, experts: Sequence[int], slots: Sequence[int]) -> int:
+        """Count what a layer looked up, `slots` as the cache gives them; returns the hits."""
+        hits, pending = 0, 0
+        for expert, slot in zip(experts, slots, strict=True):
+            if slot >= 0:
+                hits += 1
+                continue
+            pending += slot == LOADING
+            self.last_missed[layer, expert] = self.cache.step
+        self.metrics.count(layer, hits, pending, len(experts) - hits - pending)
+        return hits
 
     def wait(self, layer: int, awaited: set[int]) -> None:
         """Wait for one of the reads. Raises Cancelled, or the error of one that is `awaited`."""
@@ -103,11 +133,6 @@ class Attendance:
             raise Cancelled("the request was cancelled")
         self.metrics.now.stall_s += cache.wait(WAIT_S)
         cache.reads.raise_failure(layer, awaited)
-
-    def repeated(self, demand: Demand) -> int:
-        """How many experts of `demand` the last few passes used as well."""
-        last = self.cache.last_used[demand.layer, demand.experts]
-        return int(np.count_nonzero((last >= 0) & (last >= self.cache.step - RECENT_STEPS)))
 
 
 def demand_of(layer: int, chosen: IntArray, weights: FloatArray, experts: int) -> Demand:
@@ -122,8 +147,14 @@ def demand_of(layer: int, chosen: IntArray, weights: FloatArray, experts: int) -
 class Turn:
     """One layer's turn: `ready`, compute them, `computed`, or else `wait`, until nothing is left.
 
-    Within the `with`, what is not computed yet is pinned.
+    Within the `with`, what is not computed yet is pinned. `left` is what is to be computed,
+    `elsewhere` what is computed where it lies, by who has such a place.
     """
+
+    __slots__ = (
+        *("_attendance", "_cache", "_demand", "_experts", "_keep", "_lease", "_missing"),
+        *("_precision", "_row", "_scores_of", "_tokens", "_view", "elsewhere", "left"),
+    )
 
     def __init__(
         self,
@@ -135,15 +166,16 @@ class Turn:
     ) -> None:
         self._attendance, self._cache, self._demand = attendance, attendance.cache, demand
         self._view, self._tokens, self._scores_of = view, tokens, scores_of
-        self._missing = demand.experts[:0]  # those that found no room yet
+        self._experts: list[int] = demand.experts.tolist()
+        self._row = self._cache.rows[demand.layer]
+        self._missing: IntArray | None = None  # those that found no room yet
         self._keep: IntArray | None = None  # those that may stay after a prefill
         self._precision: dict[int, int] | None = None  # in which each is read
-        self.left: set[int] = set(demand.experts.tolist())  # to be computed
-        self.elsewhere = demand.experts[:0]  # computed where they lie, by who has such a place
+        self.left = set(self._experts)
+        self.elsewhere = demand.experts[:0]
 
     def __enter__(self) -> Self:
-        cache, demand = self._cache, self._demand
-        self._lease = cache.lease(demand.layer, demand.experts)
+        self._lease = self._cache.pin(self._demand.layer, self._experts)
         try:
             self._start()
         except BaseException:
@@ -158,25 +190,27 @@ class Turn:
         trace: TracebackType | None,
     ) -> None:
         self._lease.__exit__()
+        if error is None:
+            self._attendance.end_layer(self._demand.layer)
 
     def ready(self) -> list[int]:
         """Experts to compute now; while some found no room, one alone, which then makes room."""
-        layer, slot_of = self._demand.layer, self._cache.slot_of
-        ready = [expert for expert in self.left if slot_of[layer, expert] >= 0]
-        return ready[:1] if len(self._missing) else ready
+        row = self._row
+        ready = [expert for expert in self.left if row[expert] >= 0]
+        return ready if self._missing is None else ready[:1]
 
     def computed(self, experts: Sequence[int]) -> None:
         """`experts` are done and may leave."""
         self.left.difference_update(experts)
         self._lease.release(experts)
-        if len(self._missing):
+        if self._missing is not None:
             self._cache.poll()
-            self._missing = self._fetch(self._missing)
+            self._fetch(self._missing)
 
     def wait(self) -> None:
         """Wait for one of the reads. Raises Cancelled, or the error of a read that failed."""
-        if len(self._missing):
-            self._missing = self._fetch(self._missing)
+        if self._missing is not None:
+            self._fetch(self._missing)
         self._attendance.wait(self._demand.layer, self.left)
 
     # --- what happens before anything is computed
@@ -184,59 +218,70 @@ class Turn:
     def _start(self) -> None:
         """Look up, observe, start the reads, look ahead."""
         attendance, cache, demand = self._attendance, self._cache, self._demand
-        policies = attendance.policies
-        worst = None
-        if not policies.precision.exact:
-            worst = np.zeros(len(demand.experts), dtype=np.int64)
-            if attendance.lowers:
-                worst = policies.precision.pick(demand, self._view)
-        slots = cache.lookup(demand.layer, demand.experts, worst)
-        attendance.count(demand.layer, demand.experts, slots)
-        attendance.metrics.now.repeated += attendance.repeated(demand)
+        policies, layer, experts = attendance.policies, demand.layer, self._experts
+        worst = None if policies.precision.exact else self._worst()
+        row = self._row
+        slots = [row[expert] for expert in experts]
+        if worst is not None:
+            slots = cache.lookup(layer, demand.experts, worst).tolist()
+        hits = attendance.count(layer, experts, slots)
+        since = max(0, cache.step - RECENT_STEPS)
+        attendance.metrics.now.repeated += cache.history.recent(layer, experts, since)
         policies.predictor.observe(demand, self._view)
         if policies.predictor.speculative:
-            cache.drop_wants(demand.layer, demand.experts)
-        there = slots >= 0
-        if (costs := cache.costs) is not None and costs.elsewhere_s is not None:
-            self.elsewhere = policies.miss.elsewhere(demand, there, self._view)
-            self.left.difference_update(self.elsewhere.tolist())
-            there = there | np.isin(demand.experts, self.elsewhere)
-        missing = policies.miss.fetch(demand, there, self._view)
-        assert len(missing) == np.count_nonzero(~there), "a thinning leaves experts out"
-        if worst is not None:
-            self._precision = dict(zip(demand.experts.tolist(), worst.tolist(), strict=True))
-        if len(missing):
-            if cache.phase == "prefill":
-                order = np.argsort(-demand.weight, kind="stable")
-                self._keep = demand.experts[order][: cache.division.quota]
-                cache.settle_in(demand.layer, self._keep)
-            self._missing = self._fetch(missing)
-        if not len(self._missing):
+            cache.drop_wants(layer, demand.experts)
+        if hits < len(experts):
+            self._read(np.array(slots) >= 0)
+        if self._missing is None and attendance.looks_ahead:
             self._look_ahead()
         cache.touch(demand, self._tokens)
 
-    def _fetch(self, experts: IntArray) -> IntArray:
+    def _worst(self) -> IntArray:
+        """The worst precision of each expert that will do: [n]."""
+        attendance, demand = self._attendance, self._demand
+        worst = np.zeros(len(demand.experts), dtype=np.int64)
+        if attendance.lowers:
+            worst = attendance.policies.precision.pick(demand, self._view)
+        self._precision = dict(zip(self._experts, worst.tolist(), strict=True))
+        return worst
+
+    def _read(self, there: BoolArray) -> None:
+        """Read those that are not `there` [n], but for what has a place elsewhere."""
+        cache, demand, miss = self._cache, self._demand, self._attendance.policies.miss
+        if (costs := cache.costs) is not None and costs.elsewhere_s is not None:
+            self.elsewhere = miss.elsewhere(demand, there, self._view)
+            self.left.difference_update(self.elsewhere.tolist())
+            there = there | np.isin(demand.experts, self.elsewhere)
+        missing = miss.fetch(demand, there, self._view)
+        assert len(missing) == np.count_nonzero(~there), "a thinning leaves experts out"
+        if cache.phase == "prefill":
+            order = np.argsort(-demand.weight, kind="stable")
+            self._keep = demand.experts[order][: cache.division.quota]
+            cache.settle_in(demand.layer, self._keep)
+        self._fetch(missing)
+
+    def _fetch(self, experts: IntArray) -> None:
         precision = None
         if self._precision is not None:
             precision = np.array([self._precision[expert] for expert in experts.tolist()])
-        return self._cache.fetch(self._demand.layer, experts, self._keep, precision)
+        left = self._cache.fetch(self._demand.layer, experts, self._keep, precision)
+        self._missing = left if len(left) else None
 
     def _look_ahead(self) -> None:
         attendance, cache = self._attendance, self._cache
         predictor, prefill = attendance.policies.predictor, cache.phase == "prefill"
         depth = min(predictor.depth, 1) if prefill else predictor.depth
-        ahead: list[Ahead] = []
-        following = attendance.following.get(self._demand.layer)
+        following = attendance.following.get(self._demand.layer) if depth else None
+        if following is None:
+            return
+        near, ahead = following, list[Ahead]()
         while following is not None and len(ahead) < depth:
             ahead.append(Ahead(following, self._scores(following)))
             following = attendance.following.get(following)
-        if not ahead:
-            return
         limit = cache.division.ring if prefill else 2 * cache.top_k
         view = cache.view(tuple(ahead), self._view.route)
         for want in predictor.forecast(view):
-            near = want.layer == ahead[0].layer
-            urgency = Urgency.NEXT_LAYER if near else Urgency.LATER
+            urgency = Urgency.NEXT_LAYER if want.layer == near else Urgency.LATER
             cache.want(want, limit, urgency, self._ahead_in(want, view))
 
     def _scores(self, layer: int) -> FloatArray | None:

@@ -10,18 +10,17 @@ what it reads is *transient* but for each layer's quota of the most used experts
 experts make room for each other first. The ring that they may take from the others is bounded.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-from retinue.errors import Cancelled
-from retinue.memory.base import WAIT_S, Link, Sizes, Slots, Ticket, Urgency
+from retinue.memory.base import Link, Sizes, Slots, Ticket, Urgency
 from retinue.memory.division import Division
 from retinue.memory.history import History
 from retinue.memory.lease import Lease
 from retinue.memory.reads import Reads
 from retinue.memory.standing import Standing
-from retinue.policy.base import Ahead, BoolArray, Costs, Evictor, Route, View
+from retinue.policy.base import Ahead, Costs, Evictor, Route, View
 from retinue.types import Demand, Expert, FloatArray, IntArray, Phase, Want
 
 ABSENT, LOADING = -1, -2
@@ -37,16 +36,19 @@ class ExpertCache:
         self, sizes: Sizes, slots: Slots, link: Link, evictor: Evictor, top_k: int
     ) -> None:
         self.sizes, self.top_k = sizes, top_k
+        self._read_bytes: list[list[list[int]]] = sizes.read_bytes.tolist()
         self.costs: Costs | None = None
         self._slots = slots
         shape = sizes.there.shape
         layers, self.experts = shape
         self.slot_of = np.full(shape, ABSENT, dtype=np.int32)
+        # The same in plain lists, where one number costs less than one of an array.
+        self.rows = [[ABSENT] * self.experts for _ in range(layers)]
         self.ready = np.zeros(shape, dtype=bool)
         self.precision = np.zeros(shape, dtype=np.int64)  # of what is READY or LOADING
         self.history = History(layers, self.experts)
         self._standing = Standing(self.ready, evictor)
-        self._fresh = np.zeros(shape, dtype=bool)  # read and not used yet
+        self._fresh: set[tuple[int, int]] = set()  # read and not used yet
         self.reads = Reads(link, layers)
         self.step, self.layer = 0, 0
         self.phase: Phase = "decode"
@@ -55,6 +57,7 @@ class ExpertCache:
         self._lacking: list[int] = counts.tolist()  # by layer, experts that are not READY
         self.total, self.resident = int(counts.sum()), 0
         self.division = Division(slots.slots, counts, top_k)
+        self.holds_everything = slots.slots >= self.total  # so that nothing ever has to leave
         self.used_bytes_read = 0  # of experts that were read and then used
 
     @property
@@ -66,11 +69,6 @@ class ExpertCache:
     def spare(self) -> int:
         """Slots that nobody holds."""
         return self._slots.free
-
-    @property
-    def holds_everything(self) -> bool:
-        """Whether nothing ever has to leave."""
-        return self.slots >= self.total
 
     @property
     def last_used(self) -> IntArray:
@@ -117,6 +115,7 @@ class ExpertCache:
             route=route,
             precision=self.precision,
             costs=self.costs,
+            kept=self.history.kept_share,
         )
 
     # --- the step
@@ -131,35 +130,37 @@ class ExpertCache:
         """A layer with experts starts; forecasts for it have served. Returns what is known."""
         self.layer = layer
         self._standing.expected[layer] = False
-        self.poll()
+        if self.reads.loading or self.reads.draining:
+            self.poll()
         self._view = self.view(route=route)
         return self._view
 
     def mark_used(self, layer: int, experts: IntArray) -> None:
         """Record that this step uses `experts`; for a layer that never has to evict, enough."""
-        self.history.mark(layer, experts, self.step)
+        self.history.mark(layer, experts.tolist(), self.step)
 
     def touch(self, demand: Demand, tokens: int) -> None:
         """Record what a step of `tokens` tokens used."""
-        self.history.touch(demand, tokens, self.step)
+        experts = demand.experts.tolist()
+        self.history.touch(demand, experts, tokens, self.step)
         if self.phase == "decode" and self._standing.passing:
-            for expert in demand.experts.tolist():
+            for expert in experts:
                 if self.ready[demand.layer, expert]:
                     self._standing.stays((demand.layer, expert))
 
-    def lease(self, layer: int, experts: IntArray) -> Lease:
+    def pin(self, layer: int, experts: Iterable[int]) -> Lease:
         """Pin `experts` (resident or to come) so that they stay until released."""
-        return Lease(self._standing.pins[layer], experts)
+        return Lease(self._standing.pins, layer * self.experts, experts)
 
     def use(self, layer: int, experts: Sequence[int] | IntArray) -> IntArray:
         """The slots of READY experts that are now computed; counts their reads as useful."""
-        fresh = self._fresh[layer, experts]
-        if fresh.any():
-            read = np.asarray(experts)[fresh]
-            sizes = self.sizes.used_bytes[self.precision[layer, read], layer, read]
-            self.used_bytes_read += int(sizes.sum())
-            self._fresh[layer, read] = False
-        return np.asarray(self.slot_of[layer, experts], dtype=np.int64)
+        row = self.rows[layer]
+        ids = experts if isinstance(experts, list) else np.asarray(experts).tolist()
+        if self._fresh:
+            for key in [(layer, expert) for expert in ids if (layer, expert) in self._fresh]:
+                self._fresh.remove(key)
+                self.used_bytes_read += int(self.sizes.used_bytes[(self.precision[key], *key)])
+        return np.array([row[expert] for expert in ids], dtype=np.int64)
 
     # --- reading
 
@@ -178,33 +179,37 @@ class ExpertCache:
         """
         if precision is not None:
             self._drop_worse(layer, experts, precision)
+        row, ids = self.rows[layer], experts.tolist()
         kept = set() if keep is None else set(keep.tolist())
-        absent = self.slot_of[layer, experts] == ABSENT
-        self._make_room(int(np.count_nonzero(absent)))
-        for position, expert in enumerate(experts.tolist()):
-            key = Expert(layer, expert)
-            if key in self.reads.loading:
-                self.reads.hurry(key, Urgency.DEMAND)
-                if not self._is_transient(expert in kept):
+        self._make_room(sum(1 for expert in ids if row[expert] == ABSENT))
+        for position, expert in enumerate(ids):
+            state = row[expert]
+            if state >= 0:
+                continue
+            transient = self._is_transient(expert in kept)
+            if state == LOADING:
+                self.reads.hurry(Expert(layer, expert), Urgency.DEMAND)
+                if not transient:
                     self._standing.stays((layer, expert))
-            elif self.slot_of[layer, expert] == ABSENT:
+                continue
+            if not self._slots.free and not self.room(1):
+                self._cancel(lambda key, read: key.layer != layer and read.urgency > 0)
                 if not self.room(1):
-                    self._cancel(lambda key, read: key.layer != layer and read.urgency > 0)
-                    if not self.room(1):
-                        return experts[position:]
-                kind = 0 if precision is None else int(precision[position])
-                self._load(key, Urgency.DEMAND, self._is_transient(expert in kept), kind)
+                    return experts[position:]
+            kind = 0 if precision is None else int(precision[position])
+            self._load(Expert(layer, expert), Urgency.DEMAND, transient, kind)
         return experts[:0]
 
     def let_go(self, layer: int, experts: IntArray) -> IntArray:
         """Evict those of `experts` that are READY and not pinned; returns them."""
         if not len(experts):
             return experts
-        free = self.ready[layer, experts] & (self._standing.pins[layer, experts] == 0)
-        idle = np.asarray(experts[free], dtype=np.int64)
-        for expert in idle.tolist():
+        pins, first = self._standing.pins, layer * self.experts
+        found = experts[self.ready[layer, experts]].tolist()
+        idle = [expert for expert in found if first + expert not in pins]
+        for expert in idle:
             self._evict((layer, expert))
-        return idle
+        return np.array(idle, dtype=np.int64)
 
     def read(self, layer: int, experts: IntArray) -> IntArray:
         """Start demand reads in order, into free slots alone; returns those that are left over."""
@@ -233,19 +238,21 @@ class ExpertCache:
 
         `precision` [n] is in which each is read, an index; None: the checkpoint's own.
         """
-        self._standing.expected[want.layer, want.experts] = True
+        layer, row, ids = want.layer, self.rows[want.layer], want.experts.tolist()
+        self._standing.expected[layer, want.experts] = True
         under_way = self.reads.ahead
-        absent = int(np.count_nonzero(self.slot_of[want.layer, want.experts] == ABSENT))
+        absent = sum(1 for expert in ids if row[expert] == ABSENT)
         self._make_room(min(absent, limit - under_way), spare_expected=True)
-        for position, expert in enumerate(want.experts.tolist()):
-            key = Expert(want.layer, expert)
-            if key in self.reads.loading:
-                self.reads.hurry(key, urgency)
-            elif self.slot_of[want.layer, expert] == ABSENT:
-                if under_way >= limit or not self.room(1, spare_expected=True):
+        for position, expert in enumerate(ids):
+            if row[expert] == LOADING:
+                self.reads.hurry(Expert(layer, expert), urgency)
+            elif row[expert] == ABSENT:
+                if under_way >= limit:
+                    return
+                if not self._slots.free and not self.room(1, spare_expected=True):
                     return
                 kind = 0 if precision is None else int(precision[position])
-                self._load(key, urgency, self._is_transient(keep=False), kind)
+                self._load(Expert(layer, expert), urgency, self._is_transient(keep=False), kind)
                 under_way += 1
 
     def drop_wants(self, layer: int, needed: IntArray) -> None:
@@ -278,23 +285,9 @@ class ExpertCache:
         self._make_room(count, spare_expected=spare_expected)
         return True
 
-    def place(self, wanted: BoolArray, stop: Callable[[], bool] = lambda: False) -> int:
-        """Make exactly `wanted` [layers, experts] resident, between steps; returns bytes read.
-
-        Raises the error of a read, and Cancelled soon after `stop` says so, with a part there.
-        """
-        self.cancel_all()
-        self._finish(stop)
-        self._evict_all(np.flatnonzero(self.ready & ~wanted))
-        lacking = wanted & ~self.ready
-        assert np.count_nonzero(lacking) <= self.spare, "more experts are wanted than slots"
-        with self.reads.placing():
-            for layer, expert in np.argwhere(lacking).tolist():
-                self._load(Expert(layer, expert), Urgency.DEMAND, transient=False)
-            self._finish(stop)
-        self._fresh[wanted] = False  # no step has asked for them
-        self.reads.raise_any()
-        return int(self.sizes.read_bytes[0][lacking].sum())
+    def unask(self) -> None:
+        """Nobody has asked for what was read since: it is of no use yet, and of none lost."""
+        self._fresh.clear()
 
     def cancel_all(self) -> None:
         """Cancel every read; after a failed or cancelled step."""
@@ -307,7 +300,8 @@ class ExpertCache:
         reads = self.reads
         held = self.resident + len(reads.loading) + len(reads.draining) + self.spare
         assert held == self.slots, "a slot is lost or held twice"
-        assert not self._standing.pins.any(), "an expert is still pinned"
+        assert not self._standing.pins, "an expert is still pinned"
+        assert (self.slot_of == np.array(self.rows)).all(), "two books about the slots"
         assert (self.ready == (self.slot_of >= 0)).all(), "slot_of and ready differ"
         slots = self.slot_of[self.ready]
         assert len(np.unique(slots)) == len(slots) == self.resident, "one slot for two experts"
@@ -315,13 +309,6 @@ class ExpertCache:
         assert np.count_nonzero(self._standing.transient) == self._standing.passing
 
     # --- changes of state
-
-    def _finish(self, stop: Callable[[], bool]) -> None:
-        while self.reads.loading or self.reads.draining:
-            if stop():
-                self.cancel_all()
-                raise Cancelled("the request was cancelled")
-            self.wait(WAIT_S)
 
     def _make_room(self, count: int, *, spare_expected: bool = False) -> None:
         """Free slots until `count` are free, or nobody else may leave."""
@@ -370,33 +357,41 @@ class ExpertCache:
         slot = self._slots.take()
         assert slot is not None
         self.reads.start(key, slot, urgency, precision)
-        self.slot_of[key] = LOADING
+        self._set(key, LOADING)
         self.precision[key] = precision
-        self._standing.passes(key, transient)
+        if transient:
+            self._standing.passes(key)
 
     def _settle(self, key: Expert, slot: int, done: bool) -> None:
         if done:
-            self.slot_of[key] = slot
-            self.reads.count(key, int(self.sizes.read_bytes[self.precision[key], *key]))
-            self.ready[key] = self._fresh[key] = True
+            self._set(key, slot)
+            self.reads.count(key, self._read_bytes[int(self.precision[key])][key[0]][key[1]])
+            self.ready[key] = True
+            self._fresh.add(key)
             self._lacking[key.layer] -= 1
             self.resident += 1
             return
-        self.slot_of[key] = ABSENT
+        self._set(key, ABSENT)
         self._standing.stays(key)
         self._slots.give(slot)
 
     def _cancel(self, chosen: Callable[[Expert, Ticket], bool]) -> None:
         for key, slot in self.reads.cancel(chosen):
-            self.slot_of[key] = ABSENT
+            self._set(key, ABSENT)
             self._standing.stays(key)
             if slot is not None:
                 self._slots.give(slot)
 
     def _evict(self, key: tuple[int, int]) -> None:
-        self._slots.give(int(self.slot_of[key]))
-        self.slot_of[key] = ABSENT
-        self.ready[key] = self._fresh[key] = False
+        layer, expert = key
+        self._slots.give(self.rows[layer][expert])
+        self._set(key, ABSENT)
+        self.ready[key] = False
+        self._fresh.discard(key)
         self._standing.stays(key)
-        self._lacking[key[0]] += 1
+        self._lacking[layer] += 1
         self.resident -= 1
+
+    def _set(self, key: tuple[int, int], state: int) -> None:
+        self.slot_of[key] = state
+        self.rows[key[0]][key[1]] = state

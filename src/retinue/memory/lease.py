@@ -1,25 +1,34 @@
 """Pins: what a running layer needs may not leave."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Self
 
-from retinue.types import IntArray
+Pins = dict[int, int]  # how often each is pinned: layer * experts + expert
 
 
 class Lease:
-    """Pins on experts of one layer; each is released once, the rest when the `with` ends."""
+    """Pins on experts of one layer; each is released once, the rest when the `with` ends.
 
-    __slots__ = ("_held", "_pins")
+    `first` is the number in `pins` of the layer's expert 0.
+    """
 
-    def __init__(self, pins: IntArray, experts: IntArray) -> None:
-        self._pins, self._held = pins, set(experts.tolist())
-        pins[experts] += 1
+    __slots__ = ("_first", "_held", "_pins")
 
-    def release(self, experts: Sequence[int]) -> None:
+    def __init__(self, pins: Pins, first: int, experts: Iterable[int]) -> None:
+        self._pins, self._first, self._held = pins, first, set(experts)
+        for expert in self._held:
+            pins[first + expert] = pins.get(first + expert, 0) + 1
+
+    def release(self, experts: Iterable[int]) -> None:
         """`experts` have been computed and may leave."""
+        pins, first = self._pins, self._first
         for expert in experts:
             self._held.remove(expert)
-        self._pins[experts] -= 1
+            left = pins[first + expert] - 1
+            if left:
+                pins[first + expert] = left
+            else:
+                del pins[first + expert]
 
     def __enter__(self) -> Self:
         return self

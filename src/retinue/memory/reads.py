@@ -23,14 +23,16 @@ class Reads:
     def __init__(self, link: Link, layers: int) -> None:
         self.link = link
         self.reason: Reason = "prefill"  # of those that end now
-        # By reason [layers, 2]: experts that were read to the end, and their bytes.
-        self.counts: dict[Reason, IntArray] = {
-            reason: np.zeros((layers, 2), dtype=np.int64) for reason in REASONS
-        }
+        self._counts = {reason: [[0, 0] for _ in range(layers)] for reason in REASONS}
         self.loading: dict[Expert, tuple[Ticket, int]] = {}
         self.draining: list[tuple[Ticket, int]] = []
         self.started = 0  # so far, those that were cancelled included
         self._failed: dict[Expert, RetinueError] = {}
+
+    @property
+    def counts(self) -> dict[Reason, IntArray]:
+        """By reason [layers, 2]: experts that were read to the end, and their bytes."""
+        return {reason: np.array(rows) for reason, rows in self._counts.items()}
 
     @property
     def ahead(self) -> int:
@@ -54,7 +56,9 @@ class Reads:
 
     def count(self, key: Expert, read_bytes: int) -> None:
         """`key` was read to the end."""
-        self.counts[self.reason][key.layer] += (1, read_bytes)
+        counts = self._counts[self.reason][key.layer]
+        counts[0] += 1
+        counts[1] += read_bytes
 
     def hurry(self, key: Expert, urgency: Urgency) -> None:
         """Move the read of `key`, which is under way, to the front."""

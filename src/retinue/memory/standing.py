@@ -6,8 +6,11 @@ forecast are the last of all. Nothing here evicts.
 
 import numpy as np
 
+from retinue.memory.lease import Pins
 from retinue.policy.base import BoolArray, Evictor, View
-from retinue.types import IntArray
+from retinue.types import FloatArray, IntArray
+
+_MANY = 200  # numbers, from which on sorting them all takes longer
 
 
 class Standing:
@@ -18,16 +21,18 @@ class Standing:
 
     def __init__(self, ready: BoolArray, evictor: Evictor) -> None:
         self._ready, self._evictor = ready, evictor
-        self._experts = ready.shape[1]
-        self.pins = np.zeros(ready.shape, dtype=np.int32)
+        layers, experts = ready.shape
+        self._layers = np.repeat(np.arange(layers), experts)
+        self._experts = np.tile(np.arange(experts), layers)
+        self.pins: Pins = {}
         self.expected = np.zeros(ready.shape, dtype=bool)  # better kept until its layer
         self.transient = np.zeros(ready.shape, dtype=bool)  # of what is READY or LOADING
         self.passing = 0  # how many of them
 
-    def passes(self, key: tuple[int, int], transient: bool) -> None:
-        """An expert comes, and only passes or not."""
-        self.transient[key] = transient
-        self.passing += transient
+    def passes(self, key: tuple[int, int]) -> None:
+        """An expert comes that only passes."""
+        self.transient[key] = True
+        self.passing += 1
 
     def stays(self, key: tuple[int, int]) -> None:
         """It does not pass any more, whether it stays or is gone."""
@@ -39,8 +44,8 @@ class Standing:
         """Up to `count` experts that only pass and may leave: [n]."""
         if count <= 0 or not self.passing:
             return np.zeros(0, dtype=np.int64)
-        idle = self.transient & self._idle() & ~self.expected
-        return self._coldest(np.flatnonzero(idle), count, view)
+        idle = self._idle() & self.transient & ~self.expected
+        return self._coldest(idle, count, view)
 
     def victims(self, count: int, allowed: int, view: View, *, spare_expected: bool) -> IntArray:
         """Up to `count` experts, the first to leave first; `allowed` of those that stay: [n]."""
@@ -53,19 +58,35 @@ class Standing:
         return found
 
     def _idle(self) -> BoolArray:
-        return np.asarray(self._ready & (self.pins == 0))
+        """Who is READY and not pinned."""
+        idle = self._ready.copy()
+        flat = idle.ravel()
+        for at in self.pins:
+            flat[at] = False
+        return idle
 
     def _first(self, idle: BoolArray, count: int, allowed: int, view: View) -> IntArray:
         if not self.passing:
-            return self._coldest(np.flatnonzero(idle), min(count, allowed), view)
-        passing = self._coldest(np.flatnonzero(idle & self.transient), count, view)
+            return self._coldest(idle, min(count, allowed), view)
+        passing = self._coldest(idle & self.transient, count, view)
         lacking = min(count - len(passing), allowed)
-        staying = np.flatnonzero(idle & ~self.transient)
-        return np.concatenate([passing, self._coldest(staying, lacking, view)])
+        return np.concatenate([passing, self._coldest(idle & ~self.transient, lacking, view)])
 
-    def _coldest(self, ids: IntArray, count: int, view: View) -> IntArray:
+    def _coldest(self, chosen: BoolArray, count: int, view: View) -> IntArray:
+        (ids,) = chosen.ravel().nonzero()
         if not 0 < count < len(ids):
             return ids[: max(count, 0)]
-        layers, experts = np.divmod(ids, self._experts)
+        layers, experts = self._layers.take(ids), self._experts.take(ids)
         priorities = self._evictor.priorities(layers, experts, view)
-        return ids[np.argsort(priorities, kind="stable")[:count]]
+        return ids[least(priorities, count)]
+
+
+def least(priorities: FloatArray, count: int) -> IntArray:
+    """Where the `count` smallest of more numbers are, in order, the first of equals first."""
+    if count == 1:
+        return np.array([priorities.argmin()])
+    if len(priorities) <= _MANY:
+        return priorities.argsort(kind="stable")[:count]
+    bound = np.partition(priorities, count - 1)[count - 1]
+    found = np.flatnonzero(priorities <= bound)
+    return found[np.argsort(priorities[found], kind="stable")[:count]]

@@ -49,9 +49,11 @@ class Exchange:
         """
         cache, layer = self._cache, self._layer
         cache.poll()
-        left = cache.let_go(layer, np.flatnonzero(self._leaving))
-        self._leaving[left] = False
-        self._unread = cache.read(layer, self._unread)
+        if self._leaving.any():
+            left = cache.let_go(layer, np.flatnonzero(self._leaving))
+            self._leaving[left] = False
+        if len(self._unread):
+            self._unread = cache.read(layer, self._unread)
         ready = [expert for expert in self._todo if cache.slot_of[layer, expert] >= 0]
         if len(self._unread):
             ready = [expert for expert in ready if self._leaving[expert]] or ready

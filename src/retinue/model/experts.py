@@ -18,6 +18,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from retinue.errors import Cancelled
 from retinue.memory.attendance import Attendance
 from retinue.memory.cache import ExpertCache
+from retinue.memory.placing import place
 from retinue.metrics import Metrics
 from retinue.model.changes import Changes, distinct
 from retinue.model.exchange import Exchange
@@ -128,7 +129,7 @@ class ExpertHost:
         books as they are, and the next pass brings the cache back to them.
         """
         self.changes.books.astray = True
-        read = self.cache.place(wanted, self.stop)
+        read = place(self.cache, wanted, self.stop)
         self.changes.books.place(wanted, popularity)
         return read
 
@@ -162,7 +163,7 @@ class ExpertHost:
         self.attendance.lowers = changes.active
         self.attendance.begin_pass(phase)
         if changes.restricted and changes.books.astray:
-            self.cache.place(changes.books.there(), self.stop)
+            place(self.cache, changes.books.there(), self.stop)
             changes.books.astray = False
 
     def end_pass(self, *, succeeded: bool) -> None:
@@ -287,7 +288,7 @@ class ExpertHost:
         self.changes.tally.add(layer, rerouted, served)
         if len(hidden) > 1:
             wanted = distinct(rerouted.chosen, cache.experts)
-            self.attendance.count(layer, wanted, cache.lookup(layer, wanted))
+            self.attendance.look(layer, wanted.tolist())
         elif served.missed[0]:
             wanted = rerouted.chosen[0]
             self.last_missed[layer, wanted[~cache.ready[layer, wanted]]] = cache.step
@@ -313,7 +314,7 @@ class ExpertHost:
             )
             return self._run_resident(layer, work)
         exchange = Exchange(self.cache, layer, served, work.experts)
-        with self.cache.lease(layer, work.experts) as lease:
+        with self.cache.pin(layer, work.experts.tolist()) as lease:
             while not exchange.done:
                 ready = exchange.advance()
                 if ready:
@@ -331,7 +332,7 @@ class ExpertHost:
             self.metrics.count(layer, len(experts))
             return
         wanted = distinct(rerouted.chosen, self.cache.experts)
-        self.attendance.count(layer, wanted, self.cache.lookup(layer, wanted))
+        self.attendance.look(layer, wanted.tolist())
         self.changes.count_restricted(layer, rerouted, served)
 
     def _timed(self, compute: Callable[..., Result], *arguments: Any) -> Result:

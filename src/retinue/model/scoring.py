@@ -54,13 +54,16 @@ class Scorer:
     def score(self, ids: list[int], count: int) -> Scored:
         """Run `ids` and score the last `count` of them, fewer than all.
 
-        Raises NotFinite, Cancelled, or the error of a read.
+        The host's accounts hold two usages then: of the tokens before those, and of those. Raises
+        NotFinite, Cancelled, or the error of a read.
         """
         assert 1 <= count < len(ids)
         read = self._mover.bytes_read
         counters = self._metrics.begin("prefill")
         try:
-            self._host.begin_pass("prefill", [len(ids)], token_ids=ids)
+            # Accounts keep apart what was asked and what was answered.
+            rows = [len(ids) - count, count]
+            self._host.begin_pass("prefill", rows, [0, 0], ids)
             logits = self._model(
                 input_ids=torch.tensor([ids]), use_cache=False, logits_to_keep=count + 1
             ).logits[0, -count - 1 : -1]  # not every class of model knows `logits_to_keep`

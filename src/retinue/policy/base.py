@@ -71,9 +71,12 @@ class Costs:
 STILL = 0.75  # of the experts of a pass; ordinary text keeps a third
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class View:
-    """What policies may see, read-only. Arrays are `[layers, experts]` and live: never write."""
+    """What policies may see, read-only. Arrays are `[layers, experts]` and live: never write.
+
+    It is not frozen because it is made anew for every layer, which would take thrice as long.
+    """
 
     step: int  # forward passes so far
     layer: int
@@ -89,6 +92,7 @@ class View:
     route: Route | None = None  # of the layer that runs; None where nothing needs its tokens
     precision: IntArray | None = None  # in which each expert is there, see `Precision`
     costs: Costs | None = None
+    kept: float | None = None  # `kept_share`, from who counts along
 
     @property
     def kept_share(self) -> float:
@@ -97,6 +101,8 @@ class View:
         An expert that was used in both passes shows as used in the last one only, so what the
         pass before used and the last one did not is counted. Negative if that was a larger pass.
         """
+        if self.kept is not None:
+            return self.kept
         latest = self.last_used.max(axis=1, keepdims=True)
         now = np.count_nonzero((self.last_used == latest) & (latest >= 0))
         left = np.count_nonzero((self.last_used == latest - 1) & (latest >= 1))

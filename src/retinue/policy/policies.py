@@ -104,6 +104,7 @@ class Policies:
     routing weight is above it is fetched instead. 1: none, 0: all, which is exact. `ring` is the
     share of the slots that experts may take which only pass in a prefill (see `memory/cache.py`).
     1: all, so that the evictor alone decides; None: as many as one layer has experts, or a quarter.
+    `gated`: the predictor is not asked while looking ahead does not pay (see `memory/payback.py`).
     """
 
     evictor: Evictor
@@ -119,6 +120,7 @@ class Policies:
     watchers: tuple[Watcher, ...] = ()
     order: str | None = None  # by name, who goes first unless the user says; None: the default
     ring: float | None = None
+    gated: bool = False
     paths: Paths | None = None  # what the order `alike` groups by
 
     @property

@@ -25,8 +25,9 @@ class Problem(Exception):
         code: str | None = None,
         retry_after_s: float | None = None,
     ) -> None:
-        super().__init__(message)
-        self.status, self.param, self.code = status, param, code
+        super().__init__(_sendable(message))
+        self.status, self.code = status, code
+        self.param = None if param is None else _sendable(param)
         self.retry_after_s = retry_after_s
 
     def as_dict(self) -> dict[str, Any]:
@@ -48,6 +49,11 @@ class Problem(Exception):
         if self.retry_after_s is not None:
             found["Retry-After"] = str(max(1, math.ceil(self.retry_after_s)))
         return found
+
+
+def _sendable(text: str) -> str:
+    r"""`text` without half surrogate pairs, which JSON can bring (`"\ud800"`) and UTF-8 not."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def problem_of(error: BaseException, *, param: str | None = None) -> Problem:

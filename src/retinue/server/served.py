@@ -102,7 +102,7 @@ def draw(assembly: "Assembly", activity: Activity) -> Picture:
         resident=there,
         activity=activity.rows(there, cache.last_used, assembly.host.last_missed, cache.step),
         layers=[_layer(assembly.metrics, layer) for layer in range(len(there))],
-        reads={reason: counts.copy() for reason, counts in cache.reads.counts.items()},
+        reads=dict(cache.reads.counts),
         running=dict(Counter(request.task for request in scheduler.running)),
         waiting=dict(Counter(request.task for request in scheduler.waiting)),
         period=assembly.residents.period if assembly.residents is not None else None,

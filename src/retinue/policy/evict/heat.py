@@ -5,10 +5,11 @@ the experts used gain one. An expert that was hot for a long time survives a few
 without use, and one stray use does not displace it.
 """
 
-import numpy as np
-
 from retinue.policy.base import View
+from retinue.policy.evict.recency import distances
 from retinue.types import FloatArray, IntArray
+
+TIE = 1e-6  # a layer of distance
 
 
 class Heat:
@@ -16,5 +17,6 @@ class Heat:
 
     def priorities(self, layers: IntArray, experts: IntArray, view: View) -> FloatArray:
         """The expert's heat."""
-        distance = (layers - view.layer - 1) % view.layers
-        return np.asarray(view.heat[layers, experts] - 1e-6 * distance, dtype=np.float32)
+        found: FloatArray = view.heat.ravel().take(layers * view.experts + experts)
+        found -= (TIE * view.layers) * distances(view.layers, view.layer).take(layers)
+        return found

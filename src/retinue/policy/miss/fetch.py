@@ -14,9 +14,10 @@ class FetchAll:
 
     def fetch(self, demand: Demand, resident: npt.NDArray[np.bool_], view: View) -> IntArray:
         """All experts of the demand that are not resident."""
-        missing = ~resident
-        order = np.argsort(-demand.weight[missing], kind="stable")
-        return demand.experts[missing][order]
+        missing = np.flatnonzero(~resident)
+        if len(missing) > 1:
+            missing = missing[np.argsort(-demand.weight[missing], kind="stable")]
+        return demand.experts[missing]
 
     def elsewhere(self, demand: Demand, resident: npt.NDArray[np.bool_], view: View) -> IntArray:
         """Nothing."""

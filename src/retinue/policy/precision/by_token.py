@@ -52,11 +52,9 @@ class ByToken:
 
     def _width(self, layer: int, part: FloatArray) -> IntArray:
         """0 for the largest parts, as far as the capacities go, and so on."""
-        seen = self._seen.get(layer)
+        seen = self._seen.get(layer) or part.tolist()  # a layer's first pass goes by itself
         if self.exact or not seen:
             return np.zeros(len(part), dtype=np.int64)
         bounds = np.quantile(np.array(seen), np.clip(1 - self._steps, 0, 1))
-        narrow = (part[:, None] < bounds).sum(axis=1)
-        # The first bound is that of what is read as it is: where that is none, nothing reaches it.
-        least = 1 if self._steps[0] <= 1e-9 else 0
-        return np.asarray(np.clip(narrow, least, 3), dtype=np.int64)
+        bounds[self._steps < 1e-9] = np.inf  # of what has no capacity nothing is read
+        return np.asarray((part[:, None] < bounds).sum(axis=1), dtype=np.int64)

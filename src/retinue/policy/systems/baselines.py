@@ -18,8 +18,8 @@ PRESETS = (
             "predict: next gate",
             "miss: fetch all",
         ),
-        "look-ahead reads only while the disk would be idle",
-        lambda given: Policies(Pace(), NextGate(), FetchAll()),
+        "look-ahead reads only while the disk would be idle, and only while it pays",
+        lambda given: Policies(Pace(), NextGate(), FetchAll(), gated=True),
     ),
     Preset(
         "on-demand",

@@ -1,0 +1,60 @@
+"""Looking ahead goes on while it pays, stops while it does not, and is tried again."""
+
+import pytest
+
+from retinue.memory.payback import FIRST, KEEP, TRIAL, Payback
+
+
+def run(gate: Payback, passes: int, with_s: float, without_s: float) -> list[bool]:
+    """What `passes` passes do that take so long."""
+    done = []
+    for _ in range(passes):
+        gate.begin()
+        done.append(gate.ahead)
+        gate.end(with_s if gate.ahead else without_s)
+    return done
+
+
+def test_short_answers_see_no_trial() -> None:
+    assert all(run(Payback(), FIRST, 1.0, 0.1))
+
+
+@pytest.mark.parametrize(
+    ("without_s", "pays"), [(1.5, True), (1.0, True), (0.99, True), (0.9, False)]
+)
+def test_a_trial_decides(without_s: float, pays: bool) -> None:
+    gate = Payback()
+    run(gate, FIRST, 1.0, without_s)
+    trial = run(gate, TRIAL, 1.0, without_s)
+    assert trial.count(False) == TRIAL // 8
+    assert set(run(gate, KEEP, 1.0, without_s)) == {pays}
+
+
+def test_it_is_tried_again_sooner_after_a_change() -> None:
+    gate = Payback()
+    run(gate, FIRST + TRIAL, 1.0, 0.5)
+    assert not any(run(gate, KEEP, 1.0, 0.5))
+    run(gate, TRIAL, 1.0, 0.5)
+    assert not any(run(gate, 2 * KEEP, 1.0, 0.5)), "what was confirmed is kept for longer"
+    run(gate, TRIAL, 0.5, 1.0)
+    assert all(run(gate, KEEP, 0.5, 1.0))
+    assert gate.pays
+
+
+def test_passes_that_fail_say_nothing() -> None:
+    gate = Payback()
+    for _ in range(FIRST + TRIAL):
+        gate.begin()
+    gate.begin()
+    assert gate.pays
+
+
+def test_one_slow_pass_is_no_reason() -> None:
+    gate = Payback()
+    run(gate, FIRST, 1.0, 1.0)
+    done = run(gate, TRIAL - 1, 1.0, 1.2)
+    gate.begin()
+    gate.end(0.001 if not gate.ahead else 1000.0)
+    assert len(done) == TRIAL - 1
+    gate.begin()
+    assert gate.pays
