@@ -155,23 +155,48 @@ def test_sharing_experts_saves_loading() -> None:
     arrivals = [Arrival(0.2 * at, kinds[at % 2], 50, 5) for at in range(120)]
     seconds = []
     for shares in (False, True):
-        served = serve_one_at_a_time(arrivals, costs, shares)
+        served = WithReads(arrivals, costs, shares).requests
         seconds.append(summary(served).seconds)
     assert seconds[1] < 0.8 * seconds[0]
 
 
-def serve_one_at_a_time(arrivals: list[Arrival], costs: Costs, shares: bool) -> list[Request]:
-    clock = Clock()
-    simulations: list[Simulation] = []
+@pytest.mark.parametrize(("batch", "rate"), [(1, 1.3), (4, 3.0)])
+def test_without_deadlines_too(batch: int, rate: float) -> None:
+    """Five tasks past saturation: fewer experts a token, less waiting, and nobody for ever."""
+    costs = replace(COSTS, load=(0.0, 0.01), loads={kind.task: 20 for kind in CARELESS})
+    arrivals = poisson(CARELESS, rate, 400, seed=8)
+    plain, shared = (WithReads(arrivals, costs, shares, batch) for shares in (False, True))
+    assert shared.loaded < 0.6 * plain.loaded
+    assert shared.summary.seconds < plain.summary.seconds
+    assert shared.summary.latency_p50_s < plain.summary.latency_p50_s
+    assert shared.summary.worst_wait_s < plain.summary.worst_wait_s + PATIENCE_S
+    for place, request in enumerate(shared.admitted):
+        assert all(request.arrived <= one.arrived + PATIENCE_S for one in shared.admitted[place:])
 
-    def loads(task: str | None) -> int:
-        return 0 if task in simulations[0].there else costs.loads[task]
 
-    order = order_named("emoe", Estimate(loads=loads if shares else None))
-    limits = Limits(context=4096, chunk=512, batch=1)
-    scheduler = Scheduler(BlockPool(1000), limits, ALL, order, clock)
-    simulations.append(Simulation(scheduler, clock, costs))
-    return simulations[0].run(arrivals)
+class WithReads:
+    """The order emoe with reads that cost time; if it `shares`, it knows who lacks how many."""
+
+    def __init__(
+        self, arrivals: Sequence[Arrival], costs: Costs, shares: bool, batch: int = 1
+    ) -> None:
+        clock = Clock()
+        estimate = Estimate(loads=(lambda task: simulation.lacking(task)) if shares else None)
+        limits = Limits(context=4096, chunk=512, batch=batch)
+        order = order_named("emoe", estimate)
+        scheduler = Scheduler(BlockPool(1000), limits, ALL, order, clock)
+        self.admitted: list[Request] = []
+        admit = scheduler.admit
+
+        def noted() -> Request | None:
+            if (request := admit()) is not None:
+                self.admitted.append(request)
+            return request
+
+        scheduler.admit = noted  # type: ignore[method-assign]
+        simulation = Simulation(scheduler, clock, costs)
+        self.requests = simulation.run(arrivals)
+        self.loaded, self.summary = simulation.loaded, summary(self.requests)
 
 
 # --- what holds for every order

@@ -53,6 +53,12 @@ def test_a_comparison_from_end_to_end(
         assert row["decode_tokens_per_s_min"] <= row["decode_tokens_per_s"]
         assert 0 < row["peak_rss_bytes"] <= row["budget_bytes"]
         assert row["slots"] == 12
+        assert 0 <= row["simulated_hit_rate"] <= 1
+        assert row["simulated_decode_tokens_per_s"] > 0
+        assert row["belady_hit_rate"] >= cells["on-demand"]["simulated_hit_rate"]
+    base = cells["on-demand"]
+    assert abs(base["simulated_hit_rate"] - base["hit_rate"]) < 0.05
+    assert base["simulated_reads_over_belady"] >= 1
     assert cells["auto"]["agreement"] == 1
     assert cells["auto"]["nll"] == cells["auto"]["nll_plain"]
     assert cells["on-demand"]["degraded_share"] == 0

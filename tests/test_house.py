@@ -40,7 +40,7 @@ LAYERS: dict[str, set[str]] = {
     "server": {"", "policy", "memory", "model", "engine"},
     "lab": {"", "policy", "memory", "model", "engine"},
     "reproduce": {"", "policy", "memory", "model", "engine", "train", "lab"},
-    "compare": {"", "policy", "memory", "model", "engine", "lab"},
+    "compare": {"", "policy", "memory", "model", "engine", "lab", "sim"},
     "cli": {
         *("", "policy", "memory", "model", "engine", "server", "train"),
         *("lab", "reproduce", "compare", "sim"),

@@ -36,6 +36,23 @@ def test_without_deadlines_it_is_the_order_of_arrival(order: Order) -> None:
     assert (order.chunk(both, "decode"), order.chunk(both, "prefill")) == (200, 0)
 
 
+def test_without_deadlines_who_shares_experts_goes_before_who_came_a_little_sooner() -> None:
+    """Task `new` lacks four experts, four seconds of reads; three wait: twelve seconds in all."""
+    order = Emoe(learnt(loads={"new": 4, "old": 0}.get))  # type: ignore[arg-type]
+    new, old, older = Waiting("new", arrived=0.0), Waiting("old", 11.0), Waiting("old", 13.0)
+    assert order.first(queues([new, old, older], now=20.0)) == 1
+    assert order.first(queues([new, older, older], now=20.0)) == 0  # they came too late for that
+    assert order.first(queues([new, old], now=20.0)) == 0  # two: eight seconds
+    assert order.first(queues([Waiting("new"), Waiting("new")], now=20.0)) == 0
+
+
+def test_who_has_waited_long_goes_before_who_shares_experts() -> None:
+    order = Emoe(learnt(loads={"new": 40, "old": 0}.get))  # type: ignore[arg-type]
+    for later, first in ((PATIENCE_S - 0.1, 1), (PATIENCE_S + 0.1, 0)):
+        waiting = [Waiting("new", arrived=0.0), Waiting("old", arrived=later)]
+        assert order.first(queues(waiting, now=99.0)) == first
+
+
 def test_until_costs_are_known_it_is_the_order_of_arrival() -> None:
     waiting = [due(50.0), due(0.001)]
     assert Emoe(Estimate()).first(queues(waiting)) == 0

@@ -129,8 +129,8 @@ class Config:
     )
     order: str | None = _option(
         None,
-        "who goes first: emoe (by deadlines; without any, by arrival), shortest, fcfs, or alike (by"
-        " what the preset predicts; default: the preset's, else emoe)",
+        "who goes first: emoe (by deadlines; without any, by arrival and shared experts), shortest,"
+        " fcfs, or alike (by what the preset predicts; default: the preset's, else emoe)",
         "NAME",
     )
     first_token_deadline: float | None = _option(

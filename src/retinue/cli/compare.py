@@ -16,6 +16,7 @@ from retinue.compare.document import ENTRIES, document
 from retinue.compare.grid import Grid, budgets, disks, grid, words
 from retinue.compare.page import report
 from retinue.compare.quality import Quality
+from retinue.compare.replayed import Replays
 from retinue.config import Config, format_size
 from retinue.errors import Cancelled
 from retinue.lab.base import Row
@@ -40,13 +41,17 @@ def execute(options: Namespace) -> int:
         if options.fresh:
             bench.ledger.forget(name)
         bench.ledger.entry(name)  # refuse now what was measured with another setting
+    trace = _out(options) / "texts.trace"
+    if options.fresh:
+        trace.unlink(missing_ok=True)
     if not can_draw():
         note(f"note: without plots; to have them: {HOW_TO_GET}", "yellow")
     with cancel_on(bench.interrupt, SIGINT, SIGTERM) as came:
         try:
-            live.measure(bench, cells)
+            runs = live.measure(bench, cells)
             Quality(bench, cells).measure()
             foresight.measure(bench, cells)
+            Replays(bench, cells, trace).measure(runs)
         except Cancelled as error:
             _write(options, cells, bench)
             raise Cancelled(

@@ -96,7 +96,7 @@ def _replay(rows: Sequence[Row], name: str, live: Row) -> Row:
 
 SIMULATED = (
     *("hit_rate", "pending_rate", "miss_rate", "stall_s", "bytes_read_per_token"),
-    *("degraded_share", "decode_tokens_per_s", "prefill_tokens_per_s"),
+    *("degraded_share", "decode_tokens_per_s", "prefill_tokens_per_s", "reads_over_belady"),
 )
 
 

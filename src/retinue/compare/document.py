@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from retinue.compare import claims, foresight, live, quality
+from retinue.compare import claims, foresight, live, quality, replayed
 from retinue.compare.cells import Found, cells, defaults
 from retinue.compare.foresight import NEXT_GATE
 from retinue.compare.grid import Grid
@@ -11,14 +11,18 @@ from retinue.compare.measures import Seen
 from retinue.lab.base import Row
 from retinue.lab.ledger import Ledger
 
-ENTRIES = (live.NAME, quality.NAME, foresight.NAME)  # of the ledger
+ENTRIES = (live.NAME, quality.NAME, foresight.NAME, replayed.NAME)  # of the ledger
 
 
 def found(grid: Grid, ledger: Ledger) -> Found:
     """What the ledger has of the grid."""
     rows = [ledger.entry(name).rows for name in ENTRIES]
-    measured, scores = ([row for row in each if grid.holds(row)] for each in rows[:2])
-    return Found(measured, scores, rows[2])
+    measured, scores, _, replays = ([row for row in each if _held(grid, row)] for each in rows)
+    return Found(measured, scores, rows[2], replays)
+
+
+def _held(grid: Grid, row: Row) -> bool:
+    return "preset" in row and grid.holds(row)
 
 
 def document(model: str, grid: Grid, setting: Mapping[str, Any], ledger: Ledger) -> dict[str, Any]:
@@ -49,7 +53,8 @@ def refused(grid: Grid, ledger: Ledger) -> list[Row]:
     for name in ENTRIES:
         for key, reason in ledger.entry(name).left_out.items():
             what = key.split(", ")[0]
-            if what in (*grid.presets, NEXT_GATE):
+            told = name == replayed.NAME and what in {preset for preset, _ in seen}
+            if what in (*grid.presets, *grid.names, NEXT_GATE) and not told:
                 seen.setdefault((what, reason), {"preset": what, "reason": reason})
     return list(seen.values())
 

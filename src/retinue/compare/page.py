@@ -7,7 +7,7 @@ from typing import Any
 from retinue.compare.charts import hits, loss_added, quality, speed
 from retinue.compare.document import slower
 from retinue.compare.grid import BASE, DEFAULT, PLAIN, Budget, Disk, Grid
-from retinue.compare.verdict import DEMANDED, FASTER, SLOWER, WITHIN
+from retinue.compare.verdict import DEMANDED, FASTER, SLOWER, WITHIN, Spread, spread
 from retinue.lab.base import Chart, Column, Row, number
 from retinue.lab.drawing import HOW_TO_GET, can_draw, draw
 from retinue.lab.page import Figure, Report, Section, Table
@@ -37,7 +37,7 @@ CELL = (
     Column("bytes_read_per_token", "read a token", "bytes"),
     Column("hit_rate", "hits", ".1%", "hit_rate_min", "hit_rate_max"),
     Column("pending_rate", "pending", ".1%"),
-    Column("belady_distance", "below Belady", ".1%"),
+    Column("simulated_reads_over_belady", "reads over Belady's", ".2f"),
     Column("degraded_share", "degraded", ".1%"),
     Column("quality", "loss added"),
     Column("peak_rss_bytes", "peak", "bytes"),
@@ -230,18 +230,49 @@ def _score(row: Row, word: str = "") -> str:
 
 
 def _hits(grid: Grid, cells: Sequence[Row]) -> Section:
-    gaps: dict[str, list[float]] = {}
-    for row in cells:
-        if row["exact"] and (gap := number(row, "belady_distance")) is not None:
-            gaps.setdefault(str(row["preset"]), []).append(gap)
-    words = [f"{name} {100 * sum(each) / len(each):.1f}" for name, each in gaps.items()]
+    exact = [row for row in cells if row["exact"]]
+    over: dict[str, list[float]] = {}
+    for row in exact:
+        if (ratio := number(row, "simulated_reads_over_belady")) is not None:
+            over.setdefault(str(row["preset"]), []).append(ratio)
+    words = [f"`{name}` {spread(each).median:.2f}" for name, each in over.items()]
     found = (
-        f"Points of hit rate below Belady's rule, replayed, mean over cells: {', '.join(words)}."
+        f"Bytes read over those of Belady's rule, replayed, median over places: {', '.join(words)}."
         if words
         else "There was no replay to compare with."
     )
-    figures = [figure for disk in grid.disks[:1] for figure in hits(cells, disk)]
-    return Section("hits", "Hits, and what is possible", "", found, _figures("hits", figures))
+    figures = hits(cells, grid.disks[0])
+    title = "Hits, and what is possible"
+    notes = [
+        "Belady's rule knows what comes, and reads nothing ahead: who does may hit more often, and"
+        " still reads as much or more.",
+        *_agreement(exact),
+    ]
+    return Section(
+        "hits", title, "", found, _figures("hits", figures), notes=notes if words else ()
+    )
+
+
+def _agreement(rows: Sequence[Row]) -> list[str]:
+    """How far the replay is from what ran, over exact presets; nothing without a replay."""
+    apart = {
+        "points of hit rate": _apart(rows, "hit_rate", share=False),
+        "% of the bytes read": _apart(rows, "bytes_read_per_token"),
+        "% of the speed of decoding": _apart(rows, "decode_tokens_per_s"),
+    }
+    words = [
+        f"{100 * found.median:.1f} (at most {100 * found.high:.1f}) {what}"
+        for what, found in apart.items()
+        if found is not None
+    ]
+    return [f"Between replay and live, median over exact cells: {', '.join(words)}."]
+
+
+def _apart(rows: Sequence[Row], key: str, *, share: bool = True) -> Spread | None:
+    pairs = [(number(row, key), number(row, f"simulated_{key}")) for row in rows]
+    known = [(live, other) for live, other in pairs if live is not None and other is not None]
+    apart = [abs(other - live) / (live if share else 1) for live, other in known if live]
+    return spread(apart) if apart else None
 
 
 def _all(grid: Grid, cells: Sequence[Row]) -> Section:

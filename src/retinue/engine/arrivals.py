@@ -88,6 +88,11 @@ class Simulation:
     def __init__(self, scheduler: Scheduler, clock: Clock, costs: Costs) -> None:
         self._scheduler, self._clock, self._costs = scheduler, clock, costs
         self.there: set[str | None] = set()  # tasks whose experts are loaded
+        self.loaded = 0  # experts that were read
+
+    def lacking(self, task: str | None) -> int:
+        """How many experts a request of `task` would have read now."""
+        return 0 if task in self.there else self._costs.loads.get(task, 0)
 
     def run(self, arrivals: Iterable[Arrival]) -> list[Request]:
         """Serve all `arrivals` to their ends; returns their requests in the same order."""
@@ -133,6 +138,7 @@ class Simulation:
         tasks = {request.task for request in self._scheduler.running}
         count = sum(self._costs.loads.get(task, 0) for task in tasks - self.there)
         self.there = tasks
+        self.loaded += count
         base, slope = self._costs.load
         return count, base + slope * count if count else 0.0
 

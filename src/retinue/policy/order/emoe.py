@@ -8,8 +8,9 @@ Beyond the paper: deadlines between tokens are kept as well, by the choice of th
 size of a prompt's chunk; whoever cannot be served in time is refused when it comes, and whoever is
 late already does not make others late; of requests that are about equally urgent those go first
 whose experts are there; and nobody waits for ever: whoever has waited for `PATIENCE_S` is overtaken
-by nobody who came later. Without deadlines, and until costs are known, it is first come, first
-served.
+by nobody who came later. Where nobody has a deadline all are equally urgent: then it is first come,
+first served, but for those who share experts with what is there. Until costs are known it is first
+come, first served.
 """
 
 import math
@@ -60,8 +61,10 @@ class Emoe:
     def first(self, queues: Queues) -> int | None:
         """The most urgent that makes nobody late who runs; one that has waited long, always."""
         waiting = queues.waiting
-        if not self._estimate.costs.known or not _promised(queues):
+        if not self._estimate.costs.known:
             return 0
+        if not _promised(queues):
+            return self._sharing(waiting)
         order = self._by_urgency(waiting, queues)
         oldest = waiting[order[0]]
         if not queues.running or queues.now >= oldest.arrived + PATIENCE_S:
@@ -119,6 +122,21 @@ class Emoe:
             return min(begin + loads_s[job.task], patience)
 
         return sorted(range(len(jobs)), key=latest)
+
+    def _sharing(self, waiting: Sequence[Job]) -> int:
+        """Who came first, if reading the experts that it lacks counts as a later arrival.
+
+        Whoever lets others go first who need no reads saves that time for all that wait: by so much
+        in all, and by no more than `PATIENCE_S`, may it be overtaken.
+        """
+        count, known = len(waiting), self._estimate
+        later_s = {
+            task: min(count * known.load_s(task), PATIENCE_S)
+            for task in {job.task for job in waiting}
+        }
+        if len({*later_s.values()}) == 1:
+            return 0
+        return min(range(count), key=lambda at: waiting[at].arrived + later_s[waiting[at].task])
 
     def _fits(self, job: Job, queues: Queues) -> bool:
         """Whether `job` can run without making one late that runs and would be in time."""

@@ -31,14 +31,14 @@ class MapSearch:
         """The sets of the coming layers, the largest p / (l - l_now) first."""
         if not view.ahead:
             return []
-        meant = self._maps.meant()
         followed = self._maps.followed(view.layer)
-        requests = len(meant[0])
+        requests = len(followed[0])
         if not requests:
             return []
         rows, cosines = [], []
         for place, ahead in enumerate(view.ahead):
-            entries, found = followed if self._maps.foresees(place + 1) else meant
+            by_way = self._maps.foresees(place + 1)
+            entries, found = followed if by_way else self._maps.meant()
             rows.append(self._maps.rows(ahead.layer, entries))
             cosines.append(found)
         sets = smallest_sets(np.concatenate(rows), 1 - np.concatenate(cosines), view.top_k)

@@ -95,6 +95,7 @@ PRESETS = (
         f" sum of its requests' matrices; at most {KEPT} matrices and {STORE_BYTES >> 20} MiB",
         moe_infinity,
         learned=("moe-infinity",),
+        slower="it reads ahead what an earlier request used, needed or not",
     ),
     Preset(
         "fmoe",
@@ -106,6 +107,7 @@ PRESETS = (
         f" pausing it; at most {KEPT} maps and {STORE_BYTES >> 20} MiB",
         fmoe,
         learned=("fmoe",),
+        slower="it reads the more ahead the less any stored map is like what runs",
     ),
     Preset(
         "promoe",
@@ -143,6 +145,7 @@ PRESETS = (
         "the processor takes no experts over that are cached; alpha is 0.1, which the paper does"
         " not give; of a coming layer the k best experts of each token are candidates",
         hybrimoe,
+        slower="it asks three routers in each layer, and reads ahead for all of them",
         alone="every miss is read; its cache and its look-ahead stay",
     ),
 )
