@@ -152,7 +152,10 @@ def _possible(kinds: list[str], everything: bool, assembly: Assembly, config: Co
         left_out |= dict.fromkeys(ASKING, "some routers of this model cannot be asked")
     for kind in kinds:
         if kind in left_out and not everything:
-            raise Refused(f"no `{kind}`: {left_out[kind]}", hint=f"give it the plain checkpoint and `--memory {needed}`")
+            raise Refused(
+                f"no `{kind}`: {left_out[kind]}",
+                hint=f"give it the plain checkpoint and `--memory {needed}`",
+            )
         if kind in left_out:
             note(f"note: no `{kind}`: {left_out[kind]}", "yellow")
     return [kind for kind in kinds if kind not in left_out]
