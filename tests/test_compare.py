@@ -35,6 +35,7 @@ from retinue.lab.markdown import markdown
 from retinue.lab.page import page
 from retinue.model.scoring import LayerRouting
 from retinue.policy.presets import PRESETS
+from retinue.sim.changed import Rows, choice_of
 
 QUARTER, NATIVE = Budget("1GiB", "25%"), Disk(None)
 
@@ -218,6 +219,14 @@ def test_a_live_row_as_a_bench_of_one_prompt() -> None:
     assert found["hits"] == row["hits"]
 
 
+def test_a_replayed_routing_sees_the_inputs_that_it_asks_for() -> None:
+    """Such as `pre-gated`, whose gates read the layer's input."""
+    rows = Rows(np.array([[0, 1]]), np.array([[0.6, 0.4]], np.float32))
+    scores, hidden = np.array([[0.6, 0.4, 0.0]], np.float32), np.ones((1, 5), np.float32)
+    assert choice_of(1, rows, scores, "decode", hidden).hidden is hidden
+    assert choice_of(1, rows, scores, "decode").hidden is None
+
+
 # --- claims
 
 
@@ -321,9 +330,17 @@ def test_plots(tmp_path: Path) -> None:
     assert decode.series[0].low == [8, 8]
     assert share({"slots": 50, "total_experts": 40}) == 100
     (loss,) = quality(listed, NATIVE)
-    assert loss.series[0].y == [0.5, None]
+    assert loss.series[0].y == [0.5]  # of the other share nothing was measured
     (rate,) = hits(listed, NATIVE)
     assert {series.label for series in rate.series} == {"auto", "on-demand"}
     best = [row | {"belady_hit_rate": 0.9} for row in listed]
-    assert hits(best, NATIVE)[0].series[-1].y == [90, 90]
+    assert hits(best, NATIVE)[0].series[0].y == [90, 90]
+    one = [row for row in listed if row["experts"] == "25%"]
+    assert not hits(one, NATIVE)
+    assert not speed(wanted, one)
+    many = [row | {"preset": f"p{at}"} for row in listed for at in range(9) if not row["exact"]]
+    titles = [chart.title for chart in speed(wanted, many)]
+    assert titles[:2] == [
+        f"Decode of approximate presets ({part} of 2), the disk as it is" for part in (1, 2)
+    ]
     assert not quality([row for row in listed if row["exact"]], NATIVE)

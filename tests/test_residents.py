@@ -194,7 +194,7 @@ def test_no_profile_is_refused_with_the_command(olmoe: Path, tmp_path: Path) -> 
     assert "retinue profile" in caught.value.hint
 
 
-@pytest.mark.parametrize("preset", ["auto", "random"])
+@pytest.mark.parametrize("preset", ["on-demand", "random"])
 def test_a_profile_that_nobody_reads_is_refused(preset: str, olmoe: Path, profile: Path) -> None:
     with pytest.raises(UsageError, match="reads no profile"):
         models.open_llm(olmoe, preset=preset, profile=profile)

@@ -58,7 +58,8 @@ def execute(options: Namespace) -> int:
     )
     stats = with_bound(stats, facts, speeds)
     document = _document(options, config, stats, threads, prompt_tokens)
-    document |= {"stored": facts.stored or facts.dtype}
+    resolved = llm.assembly.preset.name
+    document |= {"stored": facts.stored or facts.dtype, "resolved_preset": resolved}
     band = expected(facts, Machine(speeds, rates, threads), decode)
     if band is not None:
         document |= {"expected_decode_tokens_per_s": asdict(band)}

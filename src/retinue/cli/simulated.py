@@ -65,7 +65,8 @@ class Known:
         profile = self.profile() if preset.profiled else None
         if preset.profiled and profile is None:
             raise Refused("needs a profile of the model: `--model MODEL` or `--profile FILE`")
-        arrays = {kind: parts[kind].arrays for kind in preset.learned if kind in parts}
+        kinds = (*preset.learned, *preset.better_with)
+        arrays = {kind: parts[kind].arrays for kind in kinds if kind in parts}
         shape = (head.layers, head.experts, head.top_k, head.routed)
         return KnownOf(Given(head.model, *shape, slots, profile, arrays), learned)
 
@@ -183,8 +184,9 @@ def _facts(trace: Trace, options: Namespace) -> Facts:
         "expert_bytes": size,
         "slot_bytes": size,
         "max_context": 1 << 20,
+        "routed": head.routed,
     }
-    numbers = {item.name: 0 for item in fields(Facts) if item.name != "stored"}
+    numbers = {item.name: 0 for item in fields(Facts) if item.default != ""}
     return Facts(**numbers | known)  # type: ignore[arg-type]
 
 

@@ -10,7 +10,12 @@ MIB = 1 << 20
 
 
 def speed(grid: Grid, cells: Sequence[Row]) -> list[Chart]:
-    """Decoding and prefill over the share of resident experts, a plot each disk."""
+    """Decoding and prefill over the share of resident experts, plots for each disk.
+
+    None where there is but one share: a table says it better.
+    """
+    if len({share(row) for row in cells}) < 2:
+        return []
     return [
         Chart(
             f"{phase.capitalize()}{kind}, {disk.label}",
@@ -27,27 +32,41 @@ def speed(grid: Grid, cells: Sequence[Row]) -> list[Chart]:
 
 def quality(cells: Sequence[Row], disk: Disk) -> list[Chart]:
     """Loss added over what is read for a token; exact presets lie on the line of no loss."""
-    rows = [row for row in _on(cells, disk) if not row["exact"]]
-    label = "MiB read a token"
-    series = _lines(rows, lambda row: (number(row, "bytes_read_per_token") or 0) / MIB, loss_added)
-    if not series:
-        return []
-    title = "Loss added against bytes read"
-    chart = Chart(title, label, "nats a token", series, reference=0.0, reference_label="exact")
-    return [chart]
+    rows = [row for row in _on(cells, disk) if not row["exact"] and loss_added(row) is not None]
+    return [
+        Chart(
+            f"Loss added against bytes read{which}",
+            "MiB read a token",
+            "nats a token",
+            _lines(part, _mib_read, loss_added),
+            reference=0.0,
+            reference_label="exact",
+        )
+        for which, part in _parts(rows)
+    ]
 
 
 def hits(cells: Sequence[Row], disk: Disk) -> list[Chart]:
     """Hit rates over the share, and what Belady's rule would reach, where it was replayed."""
     rows = [row for row in _on(cells, disk) if row["exact"]]
-    lines = _lines(rows, share, lambda row: 100 * (number(row, "hit_rate") or 0))
-    best = {share(row): number(row, "belady_hit_rate") for row in rows}
-    known = {x: 100 * y for x, y in best.items() if y is not None}
-    if known:
-        lines.append(Series("Belady, replayed", list(known), list(known.values())))
-    if not lines:
+    if len({share(row) for row in rows}) < 2:
         return []
-    return [Chart(f"Hit rate, {disk.label}", "experts in memory, %", "hits, %", lines)]
+    best = {share(row): number(row, "belady_hit_rate") for row in rows}
+    known = {x: 100 * y for x, y in sorted(best.items()) if y is not None}
+    oracle = [Series("Belady, replayed", list(known), list(known.values()))] if known else []
+    return [
+        Chart(
+            f"Hit rate{which}, {disk.label}",
+            "experts in memory, %",
+            "hits, %",
+            [*oracle, *_lines(part, share, lambda row: 100 * (number(row, "hit_rate") or 0))],
+        )
+        for which, part in _parts(rows)
+    ]
+
+
+def _mib_read(row: Row) -> float:
+    return (number(row, "bytes_read_per_token") or 0.0) / MIB
 
 
 def share(row: Row) -> float:
@@ -68,11 +87,17 @@ def _kinds(rows: list[Row]) -> Iterable[tuple[str, list[Row]]]:
         yield "", rows
         return
     for exact, kind in ((True, " of exact presets"), (False, " of approximate presets")):
-        names = list(dict.fromkeys(row["preset"] for row in rows if row["exact"] is exact))
-        parts = [names[at : at + MANY] for at in range(0, len(names), MANY)]
-        for number_, part in enumerate(parts, 1):
-            which = f" ({number_} of {len(parts)})" if len(parts) > 1 else ""
-            yield kind + which, [row for row in rows if row["preset"] in part]
+        for which, part in _parts([row for row in rows if row["exact"] is exact]):
+            yield kind + which, part
+
+
+def _parts(rows: list[Row]) -> Iterable[tuple[str, list[Row]]]:
+    """As many presets at once as can be told apart, and which part of how many that is."""
+    names = list(dict.fromkeys(row["preset"] for row in rows))
+    parts = [names[at : at + MANY - 1] for at in range(0, len(names), MANY - 1)]
+    for place, part in enumerate(parts, 1):
+        which = f" ({place} of {len(parts)})" if len(parts) > 1 else ""
+        yield which, [row for row in rows if row["preset"] in part]
 
 
 def _lines(

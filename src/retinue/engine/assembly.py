@@ -234,6 +234,8 @@ def _host(
     link = DiskLink(layouts, tier, mover, nested)
     sizes = sizes_of(layouts, nested)
     cache = ExpertCache(sizes, tier, link, policies.evictor, network.top_k)
+    if policies.ring is not None:
+        cache.division.give(round(policies.ring * tier.slots))
     routers = find_routers(network.model, modules)
     kernels = find_kernels(modules, layouts, tier, network.model.dtype)
     host = ExpertHost(modules, routers, cache, link.views, policies, metrics, kernels)

@@ -35,6 +35,7 @@ from retinue.types import Facts, FloatArray
 
 log = logging.getLogger("retinue")
 
+AUTO = "auto"  # which looks for what is recommended, see `engine/reserve.py`
 KEEP_BELOW = 0.5  # of `fetch_above`: beyond it fetching is too rare to mend a set, see docs/LOG.md
 PERIOD = 40  # prompts between two refreshes where the profile says nothing, as in the paper
 
@@ -78,7 +79,8 @@ def known_beforehand(folder: Path, facts: Facts, policies: Policies, config: Con
                 hint="leave `--period` out",
             )
         return Beforehand(profile, made)
-    if config.profile is not None and not preset(config.preset).profiled:
+    reads = config.preset == AUTO or preset(config.preset).profiled
+    if config.profile is not None and not reads:
         raise UsageError(
             f"the preset `{config.preset}` reads no profile: `{config.profile}`",
             hint="leave `--profile` out, or use a preset that does, such as `popular`",

@@ -138,6 +138,11 @@ class Attendance:
 def demand_of(layer: int, chosen: IntArray, weights: FloatArray, experts: int) -> Demand:
     """What tokens need that chose so: [tokens, k] each; ids of `experts` or more mean none."""
     ids, given = chosen.ravel(), weights.ravel()
+    if len(chosen) == 1:  # a decoding token, as a rule: each expert once
+        order = ids.argsort(kind="stable")
+        found = ids[order]
+        if found[-1] < experts and (found[1:] > found[:-1]).all():
+            return Demand(layer, found, np.ones(len(found), np.int64), given[order])
     there = ids < experts
     distinct, at, tokens = np.unique(ids[there], return_inverse=True, return_counts=True)
     weight = np.bincount(at, weights=given[there], minlength=len(distinct))

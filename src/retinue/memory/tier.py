@@ -36,34 +36,51 @@ class Tier:
         self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
         self._free: list[int] = []
         self._fresh = list(range(slots - 1, -1, -1))  # free, and never taken
+        self._held = bytearray(slots)  # which of them somebody holds
         self._touched = threading.Condition()
+        self._alone = True  # nobody else looks, so that nothing has to be locked
         self._touching = 0  # free slots that the thread has in hand
         self._toucher: threading.Thread | None = None
 
     @property
     def free(self) -> int:
         """How many slots nobody holds."""
+        if self._alone:
+            return len(self._free) + len(self._fresh)
         with self._touched:
             return len(self._free) + len(self._fresh) + self._touching
 
     @property
     def quick(self) -> int:
         """How many free slots have been touched, or count as such since nobody touches any."""
+        if self._alone:
+            return len(self._free) + len(self._fresh)
         with self._touched:
-            touching = self._toucher is not None and self._toucher.is_alive()
-            return len(self._free) if touching else len(self._free) + len(self._fresh)
+            return len(self._free)
 
     def take(self) -> int | None:
         """A free slot, or None. May wait some milliseconds for one that is being touched."""
+        if self._alone:
+            return self._pop()
         with self._touched:
             self._touched.wait_for(lambda: self._free or self._fresh or not self._touching)
-            slots = self._free or self._fresh
-            return slots.pop() if slots else None
+            return self._pop()
+
+    def _pop(self) -> int | None:
+        slots = self._free or self._fresh
+        if not slots:
+            return None
+        self._held[slots[-1]] = True
+        return slots.pop()
 
     def give(self, slot: int) -> None:
         """Return `slot`, which was taken."""
+        assert self._held[slot], slot
+        self._held[slot] = False
+        if self._alone:
+            self._free.append(slot)
+            return
         with self._touched:
-            assert slot not in self._free, slot
             self._free.append(slot)
 
     def touch(self) -> None:
@@ -73,6 +90,7 @@ class Tier:
         mapping of the process for as long.
         """
         assert self._toucher is None
+        self._alone = False
         self._toucher = threading.Thread(target=self._touch, name="retinue-touch", daemon=True)
         self._toucher.start()
 
@@ -80,6 +98,7 @@ class Tier:
         while True:
             with self._touched:
                 if not self._fresh:
+                    self._alone = True
                     return
                 slot, self._touching = self._fresh.pop(), 1
             # Without the interpreter's lock, as for every foreign function.

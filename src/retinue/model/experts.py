@@ -16,7 +16,7 @@ from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from retinue.errors import Cancelled
-from retinue.memory.attendance import Attendance
+from retinue.memory.attendance import Attendance, Turn, demand_of
 from retinue.memory.cache import ExpertCache
 from retinue.memory.placing import place
 from retinue.metrics import Metrics
@@ -31,10 +31,11 @@ from retinue.model.work import NativeWork, ViewsOf, Work
 from retinue.policy.base import BoolArray, Prompt, Route, Running
 from retinue.policy.miss.book import Served, Shares
 from retinue.policy.policies import Policies
-from retinue.types import FloatArray, IntArray, Phase
+from retinue.types import Demand, FloatArray, IntArray, Phase
 
 IMPLEMENTATION = "retinue"
 Result = TypeVar("Result")
+_RANKS = np.arange(1024)  # more than any router chooses
 # Sees (layer, hidden, index, weights) of every layer that runs.
 Watch = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], None]
 
@@ -211,6 +212,8 @@ class ExpertHost:
         if changes.thins and route is not None:
             view = cache.begin_layer(layer, route)
             index, weights, lost = changes.thin(index, weights, route, view)
+        if kernel is not None and len(hidden) == 1 and plain:
+            return self._run_alone(kernel, layer, hidden, index, weights)
         work = self._work(layer, hidden, index, weights)
         low: set[int] = set()
         if changes.restricted:
@@ -227,24 +230,54 @@ class ExpertHost:
             changes.count(layer, given if route is None else route.weights, rerouted, lost)
         return out
 
+    def _run_alone(
+        self,
+        kernel: ExpertKernel,
+        layer: int,
+        hidden: torch.Tensor,
+        index: torch.Tensor,
+        weights: torch.Tensor,
+    ) -> torch.Tensor:
+        """One token in a layer that may lack experts; nobody looks, and often it lacks none."""
+        chosen, given = index.numpy(), weights.float().numpy()
+        demand = demand_of(layer, chosen, given, self.cache.experts)
+        with self._turn(demand, hidden, None) as turn:
+            if len(turn.ready()) == len(chosen[0]):
+                slots = self.cache.use(layer, chosen[0])
+                out = self._timed(
+                    kernel.run_token, chosen[0], slots, _RANKS[: len(slots)], hidden, weights
+                )
+                turn.computed(demand.experts.tolist())
+                return out
+            work = self._work(layer, hidden, index, weights)
+            self._compute(turn, layer, work)
+        return self._timed(work.result)
+
     def _run_attended(
         self, layer: int, work: Work, hidden: torch.Tensor, route: Route | None
     ) -> tuple[torch.Tensor, set[int]]:
         """A layer that may lack experts; also, which were computed in a lower precision."""
-        cache, low = self.cache, set[int]()
-        demand = work.demand(layer)
-        with self.attendance.attend(
-            demand, len(hidden), route, lambda coming: self.scores(coming, hidden)
-        ) as turn:
-            while turn.left:
-                if ready := turn.ready():
-                    if self._lowers:
-                        low.update(e for e in ready if cache.precision[layer, e])
-                    self._timed(work.compute, ready, cache.use(layer, ready))
-                    turn.computed(ready)
-                else:
-                    turn.wait()
+        with self._turn(work.demand(layer), hidden, route) as turn:
+            low = self._compute(turn, layer, work)
         return self._timed(work.result), low
+
+    def _turn(self, demand: Demand, hidden: torch.Tensor, route: Route | None) -> Turn:
+        return self.attendance.attend(
+            demand, len(hidden), route, lambda coming: self.scores(coming, hidden)
+        )
+
+    def _compute(self, turn: Turn, layer: int, work: Work) -> set[int]:
+        """Compute all of a turn; returns who was there in a lower precision."""
+        cache, low = self.cache, set[int]()
+        while turn.left:
+            if ready := turn.ready():
+                if self._lowers:
+                    low.update(e for e in ready if cache.precision[layer, e])
+                self._timed(work.compute, ready, cache.use(layer, ready))
+                turn.computed(ready)
+            else:
+                turn.wait()
+        return low
 
     def _run_token(
         self,
@@ -302,7 +335,12 @@ class ExpertHost:
         """A restricted layer at which somebody looks."""
         served = self.changes.take_served(layer)
         self.attendance.show(work.demand(layer), route)
-        self._count_restricted(layer, work.experts, rerouted, served)
+        if rerouted is None or served is None:  # they did not come from a router: none is replaced
+            self.metrics.count(layer, len(work.experts))
+        else:  # what the router asked for counts, not what it got
+            wanted = distinct(rerouted.chosen, self.cache.experts)
+            self.attendance.look(layer, wanted.tolist())
+            self.changes.count_restricted(layer, rerouted, served)
         return self._run_served(layer, work, served)
 
     def _run_served(self, layer: int, work: Work, served: Served | None) -> torch.Tensor:
@@ -323,17 +361,6 @@ class ExpertHost:
                 else:
                     self.attendance.wait(layer, exchange.needed)
         return self._timed(work.result)
-
-    def _count_restricted(
-        self, layer: int, experts: IntArray, rerouted: Rerouted | None, served: Served | None
-    ) -> None:
-        """Count what the router asked for, not the `experts` that it got."""
-        if rerouted is None or served is None:  # they did not come from a router: none is replaced
-            self.metrics.count(layer, len(experts))
-            return
-        wanted = distinct(rerouted.chosen, self.cache.experts)
-        self.attendance.look(layer, wanted.tolist())
-        self.changes.count_restricted(layer, rerouted, served)
 
     def _timed(self, compute: Callable[..., Result], *arguments: Any) -> Result:
         """What `compute` gives; its time counts as that of routed experts."""

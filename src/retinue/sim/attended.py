@@ -68,7 +68,6 @@ class Attended:
             demand = self._changed(place, parts, route)
         if cache.holds_everything and cache.has_all(demand.layer):
             attendance.see(demand, route)
-            cache.use(demand.layer, demand.experts)
             stage.compute(demand, demand.experts.tolist(), tokens)
             return
         scores_of = self._scores_of(place, parts)
@@ -76,14 +75,13 @@ class Attended:
             self._turn(turn, demand, tokens)
 
     def _turn(self, turn: Turn, demand: Demand, tokens: int) -> None:
-        stage, cache, exact = self._stage, self.cache, self._policies.precision.exact
+        stage, exact = self._stage, self._policies.precision.exact
         apart = stage.start_elsewhere(demand, turn.elsewhere)
         while turn.left:
             ready = turn.ready()
             if not ready:
                 turn.wait()
                 continue
-            cache.use(demand.layer, ready)
             if not exact:
                 self._count_worse(demand, ready)
             stage.compute(demand, ready, tokens)
@@ -109,7 +107,9 @@ class Attended:
         if not policies.routing.exact:
             scores = recording.signal("scores", parts, place)
             assert scores is not None
-            choice = choice_of(layer, rows, scores, self._phase)
+            asks = "hidden" in policies.routing.needs
+            hidden = recording.signal("hidden", parts, place) if asks else None
+            choice = choice_of(layer, rows, scores, self._phase, hidden)
             there = np.broadcast_to(cache.ready[layer, : scores.shape[1]], scores.shape)
             served = reroute(policies.routing, choice, there)
             rows, degraded = served.rows, degraded + served.degraded

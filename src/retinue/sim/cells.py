@@ -48,6 +48,7 @@ class Table:
     def __init__(
         self, recording: Recording, candidates: Sequence[Candidate], read_bytes: int
     ) -> None:
+        assert read_bytes > 0, read_bytes
         self._recording, self._read_bytes = recording, read_bytes
         self._candidates = candidates
 

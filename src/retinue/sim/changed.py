@@ -34,14 +34,19 @@ class Served:
     rerouted: int = 0  # pairs of a token and an expert that another one serves
 
 
-def choice_of(layer: int, rows: Rows, scores: FloatArray, phase: Phase) -> Choice:
-    """What the router says of these tokens; `scores` [tokens, experts] were rounded to fp16."""
+def choice_of(
+    layer: int, rows: Rows, scores: FloatArray, phase: Phase, hidden: FloatArray | None = None
+) -> Choice:
+    """What the router says of these tokens; `scores` [tokens, experts] were rounded to fp16.
+
+    hidden: the router's input, for a routing that asks for it.
+    """
     scores = scores.copy()
     there = rows.experts < scores.shape[1]
     ids = np.where(there, rows.experts, 0)
     own = np.take_along_axis(scores, ids, axis=1)
     np.put_along_axis(scores, ids, np.where(there, own * ULP, own), axis=1)
-    return Choice(layer, scores, rows.experts, rows.weights, phase=phase)
+    return Choice(layer, scores, rows.experts, rows.weights, hidden, phase=phase)
 
 
 def reroute(routing: Routing, choice: Choice, resident: BoolArray) -> Served:

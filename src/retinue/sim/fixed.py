@@ -104,7 +104,9 @@ class Fixed:
         rows = Rows(*recording.rows(parts, place))
         scores = recording.signal("scores", parts, place)
         assert scores is not None
-        choice = choice_of(layer, rows, scores, self._phase)
+        asks = "hidden" in self._policies.routing.needs
+        hidden = recording.signal("hidden", parts, place) if asks else None
+        choice = choice_of(layer, rows, scores, self._phase, hidden)
         hits = int(np.count_nonzero(self._books.there()[layer, demand.experts]))
         stage.metrics.count(layer, hits, misses=len(demand.experts) - hits)
         book = self._books.serve(choice)
