@@ -13,7 +13,15 @@ from retinue.engine.request import Request
 from retinue.memory.machine import Rate
 from retinue.types import Stats
 
-BENCH_KEYS = {"model", "preset", "precision", "threads", "prompt_tokens", "new_tokens"}
+BENCH_KEYS = {
+    "model",
+    "preset",
+    "resolved_preset",
+    "precision",
+    "threads",
+    "prompt_tokens",
+    "new_tokens",
+}
 PARTS = ("stall", "expert", "dense", "overhead")
 GB = 10**9
 

@@ -46,7 +46,7 @@ def execute(options: Namespace) -> int:
         for text in llm.assembly.notes:
             note(f"note: {text}", "yellow")
         llm.fill()
-        decode = llm.assembly.metrics.total.decode
+        resolved, decode = llm.assembly.preset.name, llm.assembly.metrics.total.decode
         watch = Watch(facts, Machine(before, rates, threads), decode)
         stats, prompt_tokens = _measure(llm, options, facts, config)
         slow = watch.after()
@@ -58,7 +58,6 @@ def execute(options: Namespace) -> int:
     )
     stats = with_bound(stats, facts, speeds)
     document = _document(options, config, stats, threads, prompt_tokens)
-    resolved = llm.assembly.preset.name
     document |= {"stored": facts.stored or facts.dtype, "resolved_preset": resolved}
     band = expected(facts, Machine(speeds, rates, threads), decode)
     if band is not None:

@@ -1,0 +1,121 @@
+"""A live run on two disks, and what a replay predicts for the second from the first: JSON lines.
+
+The texts' routing is recorded first, with every expert in memory. Times of computing, and how late
+reads are, come from the run on the first disk; the replay knows nothing of the second run.
+"""
+
+import json
+import tempfile
+from argparse import ArgumentParser, Namespace
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from retinue.config import Config
+from retinue.engine.forced import run_forced
+from retinue.engine.llm import LLM
+from retinue.engine.reserve import given_of
+from retinue.engine.tasks import TaskIds, as_ids, read_texts
+from retinue.engine.tracing import record, trace_head
+from retinue.memory.home import locate, sample_tasks
+from retinue.metrics import Costs
+from retinue.policy.presets import preset
+from retinue.sim.candidates import sizes_of
+from retinue.sim.costs import latency_of_bench, times_of_bench
+from retinue.sim.link import Roads
+from retinue.sim.recorded import Recording
+from retinue.sim.replay import Outcome, Replay
+from retinue.sim.stage import Setting
+from retinue.trace import Trace, TraceWriter, append
+
+LATENCY_S = 3e-4  # where the run says nothing of it
+
+
+def measure(options: Namespace) -> dict[str, Any]:
+    """Both runs and the replay on the second disk."""
+    config = Config(experts=options.experts, memory=options.memory, self_check=False, context=1024)
+    with tempfile.TemporaryDirectory() as made:
+        recording = _recorded(options, replace(config, experts=None), Path(made) / "routing.trace")
+    first, second = (f"{limit}MB" for limit in options.read_limits)
+    known, slots = _live(options, replace(config, preset=options.preset, read_limit=first))
+    measured, _ = _live(options, replace(config, preset=options.preset, read_limit=second))
+    outcome = _replay(options, recording, known, slots, 1e6 * options.read_limits[1])
+    live, mine = measured.decode, outcome.decode
+    return {
+        "measured_tokens_per_s": live.tokens / live.seconds,
+        "predicted_tokens_per_s": mine.tokens / mine.seconds,
+        "measured": [live.hits, live.pending, live.misses],
+        "predicted": [mine.hits, mine.pending, mine.misses],
+    }
+
+
+def _texts(llm: LLM, count: int) -> list[TaskIds]:
+    tokenizer = llm.assembly.tokenizer
+
+    def encode(text: str, first: bool) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=first)["input_ids"])
+
+    texts = read_texts(sample_tasks(), 1)[:count]
+    return as_ids(texts, encode, llm.assembly.facts.vocab_size)
+
+
+def _recorded(options: Namespace, config: Config, file: Path) -> Recording:
+    with LLM.from_config(locate(options.model), config) as llm:
+        head = trace_head(llm.assembly, signals=("next_scores",))
+        with TraceWriter(file, head) as writer:
+            texts = _texts(llm, options.texts)
+            append(writer, record(llm.assembly, head, texts, lambda: None))
+    return Recording(Trace(file), ["next_scores"])
+
+
+def _live(options: Namespace, config: Config) -> tuple[Costs, int]:
+    with LLM.from_config(locate(options.model), config) as llm:
+        for text in _texts(llm, options.texts):
+            run_forced(llm.assembly, text)
+        return llm.assembly.metrics.total, llm.assembly.cache.slots
+
+
+def _replay(
+    options: Namespace, recording: Recording, known: Costs, slots: int, disk: float
+) -> Outcome:
+    head, row = recording.head, preset(options.preset)
+    assert head.facts is not None
+    document = _document(known, 1e6 * options.read_limits[0])
+    latency_s = latency_of_bench(document, head.facts, head.read_bytes)
+    roads = Roads(disk, LATENCY_S if latency_s is None else latency_s)
+    setting = Setting(slots, roads, times_of_bench(head.facts, document))
+    given = given_of(locate(options.model), head.facts, slots, row, Config())
+    sizes = sizes_of(head, ("as-is",), head.read_bytes)
+    return Replay(recording, row.build(given), setting, sizes).run()
+
+
+def _document(known: Costs, disk: float) -> dict[str, float]:
+    """What `retinue bench` would say of these runs."""
+    decode, prompts, passes = known.decode, known.prefill, max(1, known.prefill.passes)
+    return {
+        "decode_tokens_per_s": decode.tokens / decode.seconds,
+        "decode_s": decode.seconds,
+        **{name: getattr(decode, name) for name in ("hits", "pending", "misses", "stall_s")},
+        **{name: getattr(decode, name) for name in ("expert_s", "dense_s", "overhead_s")},
+        "disk_bytes_per_s": disk,
+        "prompt_tokens": prompts.tokens / passes,
+        "prefill_expert_s": prompts.expert_s / passes,
+        "prefill_dense_s": prompts.dense_s / passes,
+        "prefill_overhead_s": prompts.overhead_s / passes,
+    }
+
+
+def main() -> None:
+    """Measure one preset."""
+    parser = ArgumentParser(prog="python -m benchmarks.replays_child", description=__doc__)
+    parser.add_argument("model")
+    parser.add_argument("--preset", required=True)
+    parser.add_argument("--experts", default="25%")
+    parser.add_argument("--memory", default="2GiB")
+    parser.add_argument("--texts", type=int, default=4)
+    parser.add_argument("--read-limits", type=int, nargs=2, required=True, metavar="MB")
+    print(json.dumps(measure(parser.parse_args())))
+
+
+if __name__ == "__main__":
+    main()
