@@ -14,6 +14,7 @@ from retinue.config import Config
 from retinue.engine.reserve import given_of
 from retinue.errors import UsageError
 from retinue.memory.home import sample_folder, sample_predictor
+from retinue.model.experts import ExpertHost
 from retinue.model.predictors import read_predictor
 from retinue.model.survey import survey
 from retinue.policy.parts.kinds import KINDS as PARTS
@@ -86,7 +87,7 @@ def test_a_damaged_file_is_replaced(call: Call, olmoe: Path, texts: Path, tmp_pa
 def test_a_model_that_is_too_large_to_be_whole(
     call: Call, olmoe: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Sensitivity is tried layer by layer; bit widths are refused, with what would do."""
+    """Sensitivity is tried layer by layer; bit widths are refused by name, and left out of all."""
     monkeypatch.setattr(recorded, "whole_bytes", lambda facts: 1 << 50)
     out = tmp_path / "out.npz"
     arguments = ("train-predictor", olmoe, "--data", texts, "--out", out, *FEW)
@@ -95,8 +96,15 @@ def test_a_model_that_is_too_large_to_be_whole(
     assert min(read_predictor(out).parts["adapmoe"].arrays["sensitivity"]) > 0
     done = call(*arguments, "--kind", "edgemoe")
     assert done.code == 3
-    assert "whole model in fp32" in done.err
-    assert "`--memory`" in done.err
+    assert "whole plain model in fp32" in done.err
+    assert "and `--memory" in done.err
+    monkeypatch.setattr(ExpertHost, "sees_ahead", False)
+    done = call(*arguments, "--json")
+    assert done.code == 0, done.err
+    left = {*KINDS} - {"edgemoe", "fmoe", "pre-gated", "read-me", "adapmoe"}
+    assert set(done.document["kinds"]) == left
+    for kind in ("edgemoe", "fmoe"):
+        assert f"no `{kind}`" in done.err
 
 
 def test_a_trace_is_enough_for_some(call: Call, olmoe: Path, texts: Path, tmp_path: Path) -> None:

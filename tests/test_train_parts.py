@@ -173,23 +173,29 @@ def test_what_is_kept_stands_for_all() -> None:
     assert len(stores.moe_infinity(texts, 4)["matrices"]) == 5
 
 
-def test_a_full_store_gives_up_what_it_has_twice() -> None:
-    world = World()
-    texts = world.texts(4)
-    few = stores.fmoe(texts, 0, most=10)
-    whole = stores.fmoe(texts, 0)
-    assert few["maps"].shape == (10, ROWS, EXPERTS)
-    assert few["embeddings"].shape == (10, HIDDEN)
-    assert len(whole["maps"]) == 4 * (1 + 20)
+@pytest.mark.parametrize("seed", range(4))
+def test_a_full_store_gives_up_what_it_has_twice(seed: int) -> None:
+    """Of three tokens of an answer two are alike; beside the prompt there is room for two."""
+    one = World().text(1, "a", tokens=6)
+    scores = np.zeros((6, ROWS, EXPERTS), np.float16)
+    for token, expert in ((3, 1), (4, 1), (5, 2)):
+        scores[token, :, expert] = 1
+    found = stores.fmoe([replace(one, scores=scores)], seed, most=3)
+    assert found["maps"][0] == pytest.approx(one.prompt_scores)
+    assert sorted(found["maps"][1:, 0].argmax(axis=1).tolist()) == [1, 2]
+    assert (found["embeddings"] == one.embedding).all()
 
-    def spread(maps: FloatArray) -> float:
-        flat = maps.reshape(len(maps), -1)
-        unit = flat / np.linalg.norm(flat, axis=1, keepdims=True)
-        return float((unit @ unit.T).mean())
 
-    random = np.random.default_rng(1).permutation(len(whole["maps"]))[:10]
-    assert len(np.unique(few["maps"].reshape(10, -1), axis=0)) == 10
-    assert spread(few["maps"]) < 1.1 * spread(whole["maps"][random])
+def test_prompts_come_first_in_a_store() -> None:
+    texts = World().texts(4)
+    found = stores.fmoe(texts, 0)
+    assert found["maps"].shape == (4 + 4 * 20, ROWS, EXPERTS)
+    assert found["embeddings"].shape == (4 + 4 * 20, HIDDEN)
+    prompts = {tuple(one.prompt_scores[0].tolist()) for one in texts}
+    assert {tuple(row) for row in found["maps"][:4, 0].tolist()} == prompts
+    # The same embedding finds the prompt, not a token of its answer.
+    said = stores.nearest_map(found, texts[2], ROWS)
+    assert said[0] == pytest.approx(texts[2].prompt_scores)
 
 
 # --- AdapMoE

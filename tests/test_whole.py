@@ -14,11 +14,14 @@ from retinue.config import Config
 from retinue.engine.assembly import Assembly, assemble
 from retinue.engine.reserve import reserve
 from retinue.errors import Unsupported
+from retinue.memory.checkpoint import open_checkpoint
+from retinue.memory.nested import decode, encode, form_of
 from retinue.model.gates import gates
+from retinue.model.load import build
 from retinue.model.routing import find_routers
 from retinue.model.scoring import Scorer
 from retinue.model.survey import survey
-from retinue.model.whole import GROUP, WholeModel, rounded, whole_bytes
+from retinue.model.whole import WholeModel, rounded, whole_bytes
 from retinue.model.without_last import _leaving_out, without_last
 
 TEXTS = [models.prompt_of(20, at) for at in range(2)]
@@ -100,18 +103,28 @@ def test_distances_are_of_the_experts_that_ran(whole: WholeModel) -> None:
     assert (whole.distances(TEXTS, (8, 2)) == far).all()
 
 
-def test_rounding_by_hand() -> None:
-    row = torch.tensor([[0.0, 1.0, 2.0, 3.1]])
-    assert rounded(row, 16) is row
-    # Four steps from the least, 0, to the most, 3.1, in the group's padding too.
-    assert rounded(row, 2)[0].tolist() == pytest.approx([0, 3.1 / 3, 2 * 3.1 / 3, 3.1])
-    wide = torch.randn(3, 2 * GROUP + 5, generator=torch.Generator().manual_seed(0))
-    for bits in (2, 4, 8):
-        found = rounded(wide, bits)
-        assert found.shape == wide.shape
-        step = (wide[:, :GROUP].amax(1) - wide[:, :GROUP].amin(1)) / (2**bits - 1)
-        worst = (found - wide)[:, :GROUP].abs().amax(1)
-        assert (worst <= 0.501 * step).all()
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_rounding_is_that_of_the_nested_store(bits: int, olmoe: Path) -> None:
+    layout = build(open_checkpoint(olmoe)).experts.layouts[0][0]
+    form = form_of(layout)
+    assert form is not None
+    views, stored = (layout.views(torch.zeros(layout.slot_bytes, dtype=torch.uint8)) for _ in "ab")
+    random = torch.Generator().manual_seed(0)
+    for blocks in views.values():
+        for block in blocks:
+            assert isinstance(block, torch.Tensor)
+            block.copy_(torch.randn(block.shape, generator=random))
+    record = torch.empty(form.record_bytes, dtype=torch.uint8)
+    encode(form, views, record)
+    decode(form, record, bits, stored)
+    for name, blocks in views.items():
+        for block, wanted in zip(blocks, stored[name], strict=True):
+            assert isinstance(block, torch.Tensor)
+            assert isinstance(wanted, torch.Tensor)
+            found = rounded(block.float(), bits).to(wanted.dtype)
+            assert torch.allclose(found, wanted, rtol=1e-2, atol=1e-6)
+            assert (found != block).any()
+            assert rounded(block, 16) is block
 
 
 def test_the_size_is_that_of_fp32(olmoe: Path) -> None:

@@ -15,6 +15,7 @@ _SIGNALS = {
     "read-me": ("scores", "hidden"),
     "adapmoe": ("hidden",),
 }
+ASKING = ("fmoe", "pre-gated", "read-me", "adapmoe")  # routers, for their scores
 # These try something on the model, or need the tokens themselves: a trace has neither.
 _NEED_TEXTS = ("expertflow", "pre-gated", "adapmoe", "edgemoe")
 

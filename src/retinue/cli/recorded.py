@@ -7,14 +7,15 @@ from pathlib import Path
 
 import numpy as np
 
-from retinue.cli.kinds import NETWORKS, kinds_from_trace, kinds_of, signals_of
+from retinue.cli.kinds import ASKING, NETWORKS, kinds_from_trace, kinds_of, signals_of
 from retinue.cli.measure import bar, measured
 from retinue.cli.terminal import note
 from retinue.config import Config, format_size
 from retinue.engine.assembly import Assembly
 from retinue.engine.tracing import record, trace_head
-from retinue.errors import UsageError
+from retinue.errors import Refused, UsageError
 from retinue.memory.budget import budget_bytes
+from retinue.memory.grouped import PRECISIONS
 from retinue.memory.home import locate
 from retinue.model.gates import gates
 from retinue.model.scoring import Scorer
@@ -65,11 +66,12 @@ def recorded(options: Namespace, config: Config) -> Recorded:
 def _run(options: Namespace, config: Config) -> Recorded:
     """The model is closed again before it is loaded whole."""
     kinds, seed = kinds_of(options.kind), config.seed or 0
-    parts = [kind for kind in kinds if kind not in NETWORKS]
-    whole = bool({*WHOLE} & {*kinds})
-    with measured(options, config, LIMIT_BYTES if parts else 0) as (assembly, ids):
+    beside = LIMIT_BYTES if {*kinds} - {*NETWORKS} else 0
+    with measured(options, config, beside) as (assembly, ids):
         facts, folder = assembly.facts, assembly.folder
-        whole = whole and _fits(facts, config)
+        kinds = _possible(kinds, "all" in options.kind, assembly, config)
+        parts = [kind for kind in kinds if kind not in NETWORKS]
+        whole = bool({*WHOLE} & {*kinds}) and _fits(facts, config)
         head = trace_head(
             assembly, "tokens" if parts else "histogram", signals_of(kinds), config.precision
         )
@@ -77,7 +79,6 @@ def _run(options: Namespace, config: Config) -> Recorded:
             gates=gates(assembly.network, head.experts)
             if {"pre-gated", "adapmoe"} & {*kinds}
             else (),
-            hint=f"give it `--memory` {format_size(whole_bytes(facts))} or more",
         )
         with bar(len(ids)) as advance:
             requests = record(assembly, head, ids, advance)
@@ -137,9 +138,33 @@ def _kept(
     return texts, examples
 
 
+def _possible(kinds: list[str], everything: bool, assembly: Assembly, config: Config) -> list[str]:
+    """Those of `kinds` that this model and budget allow; the others are said to be left out.
+
+    Raises Refused for one that was asked for by name. Routers that cannot be asked are left to
+    who asks them.
+    """
+    left_out = dict[str, str]()
+    needed = format_size(whole_bytes(assembly.facts))
+    if not _fits(assembly.facts, config):
+        left_out["edgemoe"] = f"it tries the whole plain model in fp32, which takes {needed}"
+    if not assembly.host.sees_ahead and everything:
+        left_out |= dict.fromkeys(ASKING, "some routers of this model cannot be asked")
+    for kind in kinds:
+        if kind in left_out and not everything:
+            raise Refused(
+                f"no `{kind}`: {left_out[kind]}",
+                hint=f"give it the plain checkpoint and `--memory {needed}`",
+            )
+        if kind in left_out:
+            note(f"note: no `{kind}`: {left_out[kind]}", "yellow")
+    return [kind for kind in kinds if kind not in left_out]
+
+
 def _fits(facts: Facts, config: Config) -> bool:
-    """Whether the whole model may be loaded in fp32."""
-    return whole_bytes(facts) <= budget_bytes(config.memory)
+    """Whether the whole model may be loaded in fp32: encoded layers have no gradients."""
+    plain = facts.stored not in PRECISIONS
+    return plain and whole_bytes(facts) <= budget_bytes(config.memory)
 
 
 def _tried(assembly: Assembly, examples: Sequence[Example], seed: int) -> FloatArray:

@@ -17,13 +17,13 @@ from torch.nn import functional
 from retinue.memory.checkpoint import open_checkpoint
 from retinue.memory.files import Reader
 from retinue.memory.link import Views
+from retinue.memory.nested import GROUP, PULL
 from retinue.model.experts import IMPLEMENTATION
 from retinue.model.load import build, load_dense
 from retinue.model.reference import read_expert
 from retinue.model.work import apply_expert, in_type
 from retinue.types import Facts, FloatArray, IntArray
 
-GROUP = 32  # weights of a row that share a scale and an offset
 AS_IS = 16  # bits; the checkpoint's own
 AROUND = 2.3  # once more in another precision, and what a backward pass takes
 
@@ -36,17 +36,16 @@ def whole_bytes(facts: Facts) -> int:
 
 
 def rounded(weights: torch.Tensor, bits: int) -> torch.Tensor:
-    """`weights` [..., columns] as `bits` bits say them: linearly between least and most of 32."""
+    """`weights` as `bits` bits of the nested store say them, which explains how."""
     if bits >= AS_IS:
         return weights
-    columns = weights.shape[-1]
-    padded = functional.pad(weights, (0, -columns % GROUP))
-    groups = padded.reshape(*padded.shape[:-1], -1, GROUP)
-    least = groups.amin(-1, keepdim=True)
-    step = ((groups.amax(-1, keepdim=True) - least) / (2**bits - 1)).clamp_min(1e-12)
-    found = ((groups - least) / step).round() * step + least
-    whole: torch.Tensor = found.reshape(padded.shape)
-    return whole[..., :columns]
+    flat = functional.pad(weights.reshape(-1), (0, -weights.numel() % GROUP)).view(-1, GROUP)
+    largest = flat.abs().amax(1, keepdim=True).bfloat16().float()
+    steps = 1 << bits
+    level = ((flat / largest + 1) * (steps / 2)).nan_to_num(steps / 2).floor().clamp(0, steps - 1)
+    middle = (2 * level + 1) / steps - 1
+    found = (middle * (PULL if bits == 2 else 1) * largest).view(-1)
+    return found[: weights.numel()].view(weights.shape)
 
 
 class WholeModel:
@@ -196,16 +195,13 @@ class _Layer:
         return out
 
     def _in_bits(self, views: Views, bits: int) -> Views:
-        """`views` with their matrices rounded, each row of weights by itself."""
-        transposed = bool(self._module.is_transposed)
-        return {name: tuple(_rounded(b, bits, transposed) for b in views[name]) for name in views}
+        """`views` with their matrices rounded."""
+        return {name: tuple(_rounded(block, bits) for block in views[name]) for name in views}
 
 
-def _rounded(block: object, bits: int, transposed: bool) -> torch.Tensor:
+def _rounded(block: object, bits: int) -> torch.Tensor:
     assert isinstance(block, torch.Tensor)
-    if block.ndim < 2:
-        return block
-    return rounded(block.T, bits).T if transposed else rounded(block, bits)
+    return rounded(block, bits) if block.ndim > 1 else block
 
 
 def _plain(views: Mapping[str, tuple[object, ...]]) -> Views:

@@ -6,8 +6,8 @@ expert's output is from the int4 one's, squared, times the squared routing weigh
 that chose it, times the squared gradient of the loss by the layer's output (`model/whole.py`).
 
 The two uniform widths that bracket the tolerated loss, 2 % of perplexity, are measured, and so is
-K, the number of least important experts that get the lower one, by halving. Experts are rounded
-linearly in groups of 32 weights.
+K, the number of least important experts that get the lower one, by halving. Experts are rounded as
+the nested store rounds them.
 
 The dictionary goes by the heaviest expert of each of the two layers before, as the paper's models
 choose one expert a token, and says how often each expert follows, whatever its rank.

@@ -12,7 +12,8 @@ from retinue.train.examples import Example
 from retinue.types import FloatArray
 
 MATRICES = 120  # the smallest capacity of MoE-Infinity's paper
-MAPS = 512  # the paper keeps 1000; the other half comes from what is served
+MAPS = 1000  # as in fMoE's paper
+MAPS_BYTES = 16 << 20  # of them in fp32: large models get fewer
 DISTANCE = 3  # layers between a search and what it is for; the paper's for Mixtral
 NEAR = 1e-9
 
@@ -39,23 +40,34 @@ def moe_infinity(
     return {"matrices": matrices[_spread(matrices, most)]}
 
 
-def fmoe(examples: Sequence[Example], seed: int, most: int = MAPS) -> dict[str, FloatArray]:
+def fmoe(examples: Sequence[Example], seed: int, most: int | None = None) -> dict[str, FloatArray]:
     """fMoE (arXiv 2502.05370, section 4): expert maps of iterations, and their prompts' embeddings.
 
     An iteration is a prompt, whose map is the mean over its tokens, or a single token of an answer.
-    Maps enter in a random order; once the store is full, each takes the place of the one that it is
-    most like: RDY = d/L cos(embeddings) + (1 - d/L) cos(maps) with d = 3 layers.
+    Prompts come first and stay, as far as half of the store: a search by embedding finds a prompt
+    and all tokens of its answer alike, and its mean says most of what comes. Tokens enter in a
+    random order; once the store is full, each takes the place of the token that it is most like:
+    RDY = d/L cos(embeddings) + (1 - d/L) cos(maps), with d = 3 layers.
     """
-    maps, embeddings = _iterations(examples)
-    order = np.random.default_rng(seed).permutation(len(maps))
+    if most is None:
+        most = max(2, min(MAPS, MAPS_BYTES // (4 * examples[0].prompt_scores.size)))
+    random = np.random.default_rng(seed)
+    first = [examples[at] for at in random.permutation(len(examples))[: max(1, most // 2)]]
+    maps, embeddings = _answers(examples)
+    order = random.permutation(len(maps))
     maps, embeddings = maps[order], embeddings[order]
     weight = min(1.0, DISTANCE / maps.shape[1])
     flat, words = _unit(maps.reshape(len(maps), -1)), _unit(embeddings)
-    kept = list(range(min(most, len(maps))))
+    kept = list(range(min(most - len(first), len(maps))))
     for at in range(len(kept), len(maps)):
         alike = weight * words[kept] @ words[at] + (1 - weight) * flat[kept] @ flat[at]
         kept[int(alike.argmax())] = at
-    return {"maps": maps[kept], "embeddings": embeddings[kept]}
+    prompts = np.stack([one.prompt_scores for one in first])
+    meant = np.stack([one.embedding for one in first])
+    return {
+        "maps": np.concatenate([prompts, maps[kept]]),
+        "embeddings": np.concatenate([meant, embeddings[kept]]),
+    }
 
 
 def nearest_request(arrays: Arrays, examples: Sequence[Example]) -> FloatArray:
@@ -91,12 +103,13 @@ def nearest_map(arrays: Arrays, example: Example, distance: int) -> FloatArray:
     return said
 
 
-def _iterations(examples: Sequence[Example]) -> tuple[FloatArray, FloatArray]:
-    maps, embeddings = [], []
-    for one in examples:
-        answer = one.scores[one.drawn >= one.prompt_tokens].astype(np.float32)
-        maps += [one.prompt_scores[None], answer]
-        embeddings.append(np.repeat(one.embedding[None], 1 + len(answer), axis=0))
+def _answers(examples: Sequence[Example]) -> tuple[FloatArray, FloatArray]:
+    """The drawn tokens of all answers: scores, and the embeddings of their prompts."""
+    maps = [one.scores[one.drawn >= one.prompt_tokens].astype(np.float32) for one in examples]
+    embeddings = [
+        np.repeat(one.embedding[None], len(own), axis=0)
+        for one, own in zip(examples, maps, strict=True)
+    ]
     return np.concatenate(maps), np.concatenate(embeddings)
 
 

@@ -193,7 +193,8 @@ PRESETS = (
         "Read-ME, 2410.19123",
         ("evict: known paths", "predict: whole path", "miss: fetch all", "route: whole path"),
         "the checkpoint stays as it is: a path names an expert set for each layer; the router reads"
-        " the first layer's input; routes are known of the running pass, not of what waits",
+        " the first layer's input; routes are known of the running pass, not of what waits,"
+        " which therefore goes by arrival",
         read_me,
         learned=("read-me",),
     ),
