@@ -28,7 +28,7 @@ from retinue.sim.replay import Outcome, Replay
 from retinue.sim.stage import Setting
 from retinue.trace import Trace, TraceWriter, append
 
-LATENCY_S = 3e-4  # where the run says nothing of it
+PLAIN = "on-demand"
 
 
 def measure(options: Namespace) -> dict[str, Any]:
@@ -38,8 +38,11 @@ def measure(options: Namespace) -> dict[str, Any]:
         recording = _recorded(options, replace(config, experts=None), Path(made) / "routing.trace")
     first, second = (f"{limit}MB" for limit in options.read_limits)
     known, slots = _live(options, replace(config, preset=options.preset, read_limit=first))
+    plain = known
+    if options.preset != PLAIN:  # how late reads are, only a run without look-ahead says
+        plain, _ = _live(options, replace(config, preset=PLAIN, read_limit=first))
     measured, _ = _live(options, replace(config, preset=options.preset, read_limit=second))
-    outcome = _replay(options, recording, known, slots, 1e6 * options.read_limits[1])
+    outcome = _replay(options, recording, (known, plain), slots)
     live, mine = measured.decode, outcome.decode
     return {
         "measured_tokens_per_s": live.tokens / live.seconds,
@@ -76,13 +79,15 @@ def _live(options: Namespace, config: Config) -> tuple[Costs, int]:
 
 
 def _replay(
-    options: Namespace, recording: Recording, known: Costs, slots: int, disk: float
+    options: Namespace, recording: Recording, known: tuple[Costs, Costs], slots: int
 ) -> Outcome:
     head, row = recording.head, preset(options.preset)
     assert head.facts is not None
-    document = _document(known, 1e6 * options.read_limits[0])
-    latency_s = latency_of_bench(document, head.facts, head.read_bytes)
-    roads = Roads(disk, LATENCY_S if latency_s is None else latency_s)
+    first, second = (1e6 * limit for limit in options.read_limits)
+    document, plain = (_document(each, first) for each in known)
+    latency_s = latency_of_bench(plain, head.facts, head.read_bytes)
+    assert latency_s is not None, "nothing was read"
+    roads = Roads(second, latency_s)
     setting = Setting(slots, roads, times_of_bench(head.facts, document))
     given = given_of(locate(options.model), head.facts, slots, row, Config())
     sizes = sizes_of(head, ("as-is",), head.read_bytes)
