@@ -178,6 +178,7 @@ class ExpertHost:
         for module in self._modules.values():
             module.retinue_run = None  # type: ignore[assignment]
         self.changes.close()
+        self.shown.close()
         self.watch = self.embed = None
         self.begin = lambda running: 0
         self.observe = lambda task, used: None

@@ -28,6 +28,10 @@ class Shown:
         self._sequences: IntArray = np.zeros(0, dtype=np.int64)
         self._token_ids: Sequence[int] = ()
 
+    def close(self) -> None:
+        """Let go of the routers."""
+        self._scores = lambda layer, hidden: None
+
     def begin_pass(
         self, rows: Sequence[int], sequences: Sequence[int] | None, token_ids: Sequence[int]
     ) -> None:
