@@ -26,7 +26,7 @@ def test_a_trial_decides(without_s: float, pays: bool) -> None:
     gate = Payback()
     run(gate, FIRST, 1.0, without_s)
     trial = run(gate, TRIAL, 1.0, without_s)
-    assert trial.count(False) == TRIAL // 8
+    assert trial.count(False) == TRIAL // 2
     assert set(run(gate, KEEP, 1.0, without_s)) == {pays}
 
 

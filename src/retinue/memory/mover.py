@@ -184,9 +184,10 @@ class Mover:
             ticket, chunk = job
             got, error = 0, None
             try:
+                started = time.perf_counter()
                 got = chunk(self._source)
                 if self._throttle is not None:
-                    self._throttle.pay(got)
+                    self._throttle.pay(got, started)
                 if ticket.finish is not None and self._was_last(ticket):
                     ticket.finish()
             except RetinueError as caught:
@@ -250,9 +251,10 @@ class _Throttle:
     def __init__(self, bytes_per_s: float) -> None:
         self._bytes_per_s, self._lock, self._free_at = bytes_per_s, threading.Lock(), 0.0
 
-    def pay(self, count: int) -> None:
+    def pay(self, count: int, started: float) -> None:
+        """Wait until the slower disk would have read `count` bytes, asked for at `started`."""
         with self._lock:
-            start = max(self._free_at, time.perf_counter())
+            start = max(self._free_at, started)
             self._free_at = start + count / self._bytes_per_s
             pause = self._free_at - time.perf_counter()
         if pause > 0:

@@ -2,14 +2,14 @@
 
 What forecasts cost (asking for them, reads that nobody needs, demands that wait behind them) and
 what they save depends on the disk, the memory and the text. So it is not modelled: of some decoding
-passes a few run without, and whoever had the shorter median does the passes that follow, for longer
+passes half run without, and whoever had the shorter median does the passes that follow, for longer
 as long as that is confirmed. It knows seconds alone, so that the same seconds give the same answer.
 """
 
 from statistics import median
 
-FIRST = 96  # passes with forecasts before the first trial: the cache fills, short answers end
-TRIAL, APART, WITHOUT = 64, 16, 2  # passes of a trial; of each so many, how many go without
+FIRST = 16  # passes with forecasts before the first trial, in which the cache fills
+TRIAL, APART, WITHOUT = 48, 4, 2  # passes of a trial; of each so many, how many go without
 KEEP, MOST = 256, 2048  # passes until the next trial, and at most
 MARGIN = 0.98  # of the time with forecasts: without has to be clearly quicker, or it is chance
 

@@ -45,8 +45,8 @@ class ExpertHost:
 
     `begin` is told of the requests that run, before a step; returns the bytes that it read.
     `observe` is told what a prompt used when it is done: its task, [layers, experts] of weight.
-    `embed` gives the mean of tokens' input embeddings, [hidden], where a policy needs it.
-    `changes` are those of approximate policies; raises Unsupported where routers do not obey them.
+    `embed` gives the mean of tokens' input embeddings, [hidden], where a policy needs it. `changes`
+    are those of approximate policies; raises Unsupported where routers do not obey them.
     `kernels` run the layers that they can; torch runs the others, on what `views` shows.
     """
 
@@ -180,8 +180,7 @@ class ExpertHost:
         self.changes.close()
         self.shown.close()
         self.watch = self.embed = None
-        self.begin = lambda running: 0
-        self.observe = lambda task, used: None
+        self.begin, self.observe = lambda running: 0, lambda task, used: None
         self.stop = lambda: False
 
     def run(
