@@ -16,11 +16,12 @@ from retinue.policy.preset import Given, Preset
 
 SPECULATIVE = 2  # experts of the next layer that mixtral-offloading reads ahead, for each token
 ONE_POOL = "slots are one pool, in which a layer may lend what it does not use"
+GATED = "reads ahead only while that pays, as measured"
 
 
 def mixtral_offloading(given: Given) -> Policies:
     """Slots by layer, the least recently used of them, and the next router's two best."""
-    return Policies(Quota(Recency()), StackedGates(1, SPECULATIVE), FetchAll())
+    return Policies(Quota(Recency()), StackedGates(1, SPECULATIVE), FetchAll(), gated=True)
 
 
 def se_moe(given: Given) -> Policies:
@@ -50,7 +51,8 @@ PRESETS = (
         True,
         "Mixtral-offloading, 2312.17238",
         ("evict: recency, by quota", "predict: next gate, two experts", "miss: fetch all"),
-        f"{ONE_POOL}; experts are read in the checkpoint's own precision, not in 2 to 4 bits",
+        f"{ONE_POOL}; experts are read in the checkpoint's own precision, not in 2 to 4 bits;"
+        f" {GATED}",
         mixtral_offloading,
     ),
     Preset(

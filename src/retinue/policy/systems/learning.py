@@ -17,7 +17,7 @@ from retinue.policy.predict.gain import Gain
 from retinue.policy.predict.map_search import MapSearch
 from retinue.policy.predict.promoe import Promoe
 from retinue.policy.preset import Given, Preset
-from retinue.policy.systems.exact import ONE_POOL
+from retinue.policy.systems.exact import GATED, ONE_POOL
 from retinue.policy.watch.activations import Activations
 from retinue.policy.watch.expert_maps import DISTANCE, ExpertMaps
 from retinue.policy.watch.paths import Paths
@@ -46,7 +46,7 @@ def fmoe(given: Given) -> Policies:
 def promoe(given: Given) -> Policies:
     """A network a layer."""
     predictor = Promoe(given.arrays("promoe"), given.routed)
-    return Policies(Quota(Recency()), predictor, FetchAll())
+    return Policies(Quota(Recency()), predictor, FetchAll(), gated=True)
 
 
 def expertflow(given: Given) -> Policies:
@@ -59,6 +59,7 @@ def expertflow(given: Given) -> Policies:
         watchers=(paths,),
         order="alike",
         paths=paths.path,
+        gated=True,
     )
 
 
@@ -116,9 +117,10 @@ PRESETS = (
         ("evict: recency, by quota", "predict: a network a layer", "miss: fetch all"),
         f"{ONE_POOL}; reads are cut into chunks of bytes, not into an expert's three matrices, and"
         " an expert is computed when it is there whole; networks run in the engine's thread; the"
-        " first layers are not foreseen",
+        f" first layers are not foreseen; {GATED}",
         promoe,
         learned=("promoe",),
+        slower="it asks a network of each layer about every token of a prompt",
     ),
     Preset(
         "expertflow",
@@ -133,9 +135,10 @@ PRESETS = (
         "paths come from a token, the one before it and a fading mean, not from an encoder and"
         " decoder; they are known once a pass begins, so that its first layer is not foreseen;"
         " requests are regrouped, not tokens; the slots of a layer that is done stay until another"
-        " one asks",
+        f" one asks; {GATED}",
         expertflow,
         learned=("expertflow",),
+        slower="it asks a network about every token of a prompt before it runs",
     ),
     Preset(
         "hybrimoe",
