@@ -1,5 +1,6 @@
 """Replays without a model: demands, passes, times by hand, the oracle, and the rows."""
 
+import sys
 from collections import deque
 from itertools import product
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import recordings
 from recordings import HEAD, LAYERS, READ_BYTES, TOP_K, chance, replayed, setting, trace_of
 from retinue.errors import UsageError
+from retinue.memory import payback
 from retinue.policy.evict.belady import future_of
 from retinue.sim.costs import Times
 from retinue.sim.passes import Load, Passes
@@ -181,7 +183,10 @@ def test_nobody_misses_less_than_the_oracle(tmp_path: Path, seed: int) -> None:
 
 
 @pytest.mark.parametrize("slots", [6, 9, 16])
-def test_the_oracle_is_never_behind(recording: Recording, slots: int) -> None:
+def test_the_oracle_is_never_behind(
+    recording: Recording, slots: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(payback, "FIRST", sys.maxsize)  # no passes that try without look-ahead
     best = replayed(recording, "belady", setting(slots)).decode
     plain = replayed(recording, "on-demand", setting(slots)).decode
     ahead = replayed(recording, "auto", setting(slots)).decode
