@@ -86,6 +86,8 @@ def test_fetching_a_little_buys_most_of_the_quality(call: Call) -> None:
     assert found[2]["fetched"] == found[2]["misses"]
     assert len(found[1]["degraded_by_layer"]) == 8
     refused(call(*evaluation, "--fetch-above", 0.3), 2, "`auto` is exact")
+    leaning = call(*evaluation, "--preset", "cache-prior", "--fetch-above", 0.3)
+    refused(leaning, 2, "`cache-prior` has no set that serves")
 
 
 def test_an_exact_preset_for_people(call: Call) -> None:

@@ -142,10 +142,12 @@ def _policies(chosen: Preset, config: Config, given: Given) -> Policies:
         )
     if config.fetch_above is None:
         return policies
-    if chosen.exact:
+    if not policies.routing.restricts:
+        reason = (
+            "is exact, it replaces no missing expert" if chosen.exact else "has no set that serves"
+        )
         raise UsageError(
-            f"the preset `{chosen.name}` is exact, it replaces no missing expert:"
-            f" `fetch_above` = {config.fetch_above:g}",
+            f"the preset `{chosen.name}` {reason}: `fetch_above` = {config.fetch_above:g}",
             hint="leave `--fetch-above` out, or use a preset that does, such as `popular-by-task`",
         )
     return replace(policies, fetch_above=config.fetch_above)
