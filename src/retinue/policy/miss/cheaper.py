@@ -5,7 +5,7 @@ is copied otherwise; the authors' constants are 7 ms a token and 70 ms a copy.
 """
 
 from retinue.policy.base import BoolArray, View
-from retinue.policy.miss.fetch import FetchAll
+from retinue.policy.miss.fetch import heaviest_first
 from retinue.types import Demand, IntArray
 
 
@@ -14,12 +14,9 @@ class CheaperPlace:
 
     exact = True
 
-    def __init__(self) -> None:
-        self._plain = FetchAll()
-
     def fetch(self, demand: Demand, resident: BoolArray, view: View) -> IntArray:
         """All experts of the demand that are not resident, the heaviest first."""
-        return self._plain.fetch(demand, resident, view)
+        return heaviest_first(demand, resident)
 
     def elsewhere(self, demand: Demand, resident: BoolArray, view: View) -> IntArray:
         """Those whose tokens take less time there than their reading."""

@@ -14,11 +14,16 @@ class FetchAll:
 
     def fetch(self, demand: Demand, resident: npt.NDArray[np.bool_], view: View) -> IntArray:
         """All experts of the demand that are not resident."""
-        missing = np.flatnonzero(~resident)
-        if len(missing) > 1:
-            missing = missing[np.argsort(-demand.weight[missing], kind="stable")]
-        return demand.experts[missing]
+        return heaviest_first(demand, resident)
 
     def elsewhere(self, demand: Demand, resident: npt.NDArray[np.bool_], view: View) -> IntArray:
         """Nothing."""
         return demand.experts[:0]
+
+
+def heaviest_first(demand: Demand, resident: npt.NDArray[np.bool_]) -> IntArray:
+    """The experts of the demand that are not resident, by their summed routing weight."""
+    missing = np.flatnonzero(~resident)
+    if len(missing) > 1:
+        missing = missing[np.argsort(-demand.weight[missing], kind="stable")]
+    return demand.experts[missing]

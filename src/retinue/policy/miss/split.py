@@ -11,7 +11,7 @@ both work; without rates all misses are read, where the code reads one.
 import numpy as np
 
 from retinue.policy.base import BoolArray, View
-from retinue.policy.miss.fetch import FetchAll
+from retinue.policy.miss.fetch import heaviest_first
 from retinue.types import Demand, IntArray
 
 WORTH = 2.0  # times the link's rate that the second place has to reach
@@ -22,12 +22,9 @@ class SplitMisses:
 
     exact = True
 
-    def __init__(self) -> None:
-        self._plain = FetchAll()
-
     def fetch(self, demand: Demand, resident: BoolArray, view: View) -> IntArray:
         """All experts of the demand that are not resident, the heaviest first."""
-        return self._plain.fetch(demand, resident, view)
+        return heaviest_first(demand, resident)
 
     def elsewhere(self, demand: Demand, resident: BoolArray, view: View) -> IntArray:
         """The misses that were used the longest time ago, as many as `reads` leaves."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from retinue.policy.base import BoolArray, Costs, View
-from retinue.policy.miss.fetch import FetchAll
+from retinue.policy.miss.fetch import heaviest_first
 from retinue.types import Demand, IntArray
 
 
@@ -57,13 +57,10 @@ class Timelines:
 
     exact = True
 
-    def __init__(self) -> None:
-        self._plain = FetchAll()
-
     def fetch(self, demand: Demand, resident: BoolArray, view: View) -> IntArray:
         """All experts of the demand that are not resident, those with most tokens first."""
         if view.costs is None or view.costs.elsewhere_s is None:
-            return self._plain.fetch(demand, resident, view)
+            return heaviest_first(demand, resident)
         missing, tokens = demand.experts[~resident], demand.tokens[~resident]
         return missing[np.argsort(-tokens, kind="stable")]
 
