@@ -1,6 +1,7 @@
 """The command line as a process of its own: signals, closed pipes, a terminal, what it imports."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -31,11 +32,14 @@ def read_some(process: subprocess.Popen[bytes], count: int) -> bytes:
     return found
 
 
-def wait_for(process: subprocess.Popen[bytes], text: bytes) -> bytes:
-    """What stderr says up to `text`."""
+def wait_for(process: subprocess.Popen[bytes], pattern: bytes) -> bytes:
+    """What stderr says up to a match of `pattern`.
+
+    A progress bar shows no more than ten counts a second: ask for "at least", never for one count.
+    """
     assert process.stderr is not None
     found = b""
-    while text not in found:
+    while not re.search(pattern, found):
         piece = os.read(process.stderr.fileno(), 4096)
         assert piece, found
         found += piece
