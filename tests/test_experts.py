@@ -97,6 +97,12 @@ def test_a_token_without_experts_gives_zero(typed: LLM) -> None:
     assert torch.equal(fast, torch.zeros_like(hidden))
 
 
+def test_an_expert_that_is_named_twice_counts_twice(typed: LLM) -> None:
+    hidden, index, weights = work(typed, 1, 3, seed=4)
+    index[0, 2] = index[0, 0]
+    assert_close(*both(typed, 1, [hidden, index, weights]))
+
+
 def test_weighted_sum_adds_in_router_order() -> None:
     """1e8 + 1 - 1e8 is 0 in float32, and in any other order 1."""
     rows = torch.tensor([[[1e8], [1.0], [-1e8]], [[1e8], [-1e8], [1.0]]])

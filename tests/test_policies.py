@@ -14,6 +14,7 @@ from retinue.policy.evict.recency import Recency
 from retinue.policy.miss.fetch import FetchAll
 from retinue.policy.policies import NoPredictor
 from retinue.policy.predict.next_gate import NextGate
+from retinue.policy.predict.proven import Proven
 from retinue.policy.predict.whole_layer import WholeLayer
 from retinue.policy.preset import Given
 from retinue.policy.presets import PRESETS, preset
@@ -168,6 +169,53 @@ def test_next_gate_without_scores_is_silent() -> None:
     assert NextGate().forecast(view(ahead=(Ahead(2),))) == []
     assert NextGate.needs == {"next_scores"}
     assert NextGate.needs <= set(SIGNALS)
+
+
+def needs(*experts: int) -> Demand:
+    return Demand(2, ids(*experts), np.ones(len(experts), int), np.ones(len(experts), np.float32))
+
+
+def test_ranks_that_prove_wrong_are_not_read_ahead() -> None:
+    """The first choice is needed each time, the second never; who is resident is no matter."""
+    proven = Proven(NextGate())
+    scores = np.array([[0.1, 0.5, 0.0, 0.3, 0.1, 0.0]], dtype=np.float32)
+    forecasts, resident = [], np.zeros((LAYERS, EXPERTS), dtype=bool)
+    for step in range(9, 19):
+        facts = view(ahead=(Ahead(2, scores),), step=step, resident=resident)
+        (want,) = proven.forecast(facts)
+        forecasts.append(want.experts.tolist())
+        assert want.scores.tolist() == scores[0, want.experts].tolist()
+        proven.observe(needs(1, 5), facts)
+    assert forecasts[0] == [1, 3]
+    assert forecasts[-1] == [1]
+    changed = forecasts.index([1])
+    assert forecasts == [[1, 3]] * changed + [[1]] * (10 - changed), "it keeps counting"
+    resident[2, 3] = True  # it costs no read, and is better not evicted
+    (want,) = proven.forecast(view(ahead=(Ahead(2, scores),), resident=resident))
+    assert want.experts.tolist() == [1, 3]
+
+
+def test_a_rank_that_proves_right_again_is_read_again() -> None:
+    proven = Proven(NextGate())
+    scores = np.array([[0.1, 0.5, 0.0, 0.3, 0.1, 0.0]], dtype=np.float32)
+    found = []
+    for step in range(120):
+        facts = view(ahead=(Ahead(2, scores),), step=step)
+        (want,) = proven.forecast(facts)
+        found.append(want.experts.tolist())
+        proven.observe(needs(1, 3) if step >= 40 else needs(1, 5), facts)
+    assert found[39] == [1]
+    assert found[-1] == [1, 3]
+
+
+def test_forecasts_count_for_their_own_step_and_for_decoding_alone() -> None:
+    proven = Proven(NextGate())
+    scores = np.array([[0.1, 0.5, 0.0, 0.3, 0.1, 0.0]], dtype=np.float32)
+    for step in range(20):  # what it said is asked for in a later step, or in a prompt
+        for phase in ("decode", "prefill"):
+            (want,) = proven.forecast(view(ahead=(Ahead(2, scores),), step=step, phase=phase))
+            assert want.experts.tolist() == [1, 3]
+        proven.observe(needs(5), view(step=step + 1))
 
 
 def test_whole_layer() -> None:

@@ -28,7 +28,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 from retinue.errors import Unsupported
 from retinue.model.expert_map import ExpertsModule
 from retinue.model.restriction import Rerouted, Restriction, probe
-from retinue.model.routing import Router
+from retinue.model.routing import Router, find_routers, probabilities
 from retinue.policy.base import Choice
 from retinue.policy.route.next_resident import NextResident
 
@@ -303,3 +303,23 @@ def test_the_probe_leaves_no_trace(name: str) -> None:
     probe(outside(router), found(router))
     assert torch.equal(router(hidden)[2], plain)
     assert "forward" not in vars(router)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ROUTERS)
+def test_what_a_look_ahead_hears_is_what_the_router_says(name: str, dtype: torch.dtype) -> None:
+    """Where a router is but a matrix, its product is asked for; a bias or a scale is not lost."""
+    network = nn.Module()
+    network.block = nn.Module()
+    network.block.gate = make_router(name, dtype)
+    (router,) = find_routers(network, [ExpertsModule(LAYER, "block.experts", nn.Module(), EXPERTS)])
+    assert router is not None
+    plain = name in {"olmoe", "olmoe-normalised", "qwen3_moe", "mixtral"}
+    assert (router.weight is not None) == plain or dtype == torch.float32
+    hidden = inputs(dtype)[:1]
+    with torch.inference_mode():
+        logits = router.module(hidden)[0].float()
+        heard = probabilities(router, hidden)
+    assert heard.dtype == np.float32
+    assert np.allclose(heard, logits.softmax(-1), atol=2e-2 if dtype == torch.bfloat16 else 1e-6)
+    assert heard.sum() == pytest.approx(1, abs=1e-5)

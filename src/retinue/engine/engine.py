@@ -13,6 +13,7 @@ from retinue.engine.scheduler import Scheduler, Work
 from retinue.errors import Cancelled, RetinueError, UsageError
 from retinue.metrics import PhaseCounters
 from retinue.model.experts import ExpertHost
+from retinue.model.kernels import torch_threads
 from retinue.model.kv import Segment, Sequence
 from retinue.policy.base import Running
 from retinue.types import FinishReason, Phase, SamplingParams
@@ -207,13 +208,15 @@ class Engine:
     def _accept(self, request: Request, logits: torch.Tensor) -> None:
         """Choose the next token from `logits` and see whether the answer ends with it."""
         params, count = request.params, len(request.token_ids)
-        if request.forced is not None:
-            token = request.forced[count]
-        else:
-            token = request.sampler.choose(logits, request.prompt, request.token_ids)
+        with torch_threads(1):
+            if request.forced is not None:
+                token = request.forced[count]
+            else:
+                token = request.sampler.choose(logits, request.prompt, request.token_ids)
+            logprob = request.sampler.logprob(logits, token)
         request.token_came(self.scheduler.clock())
         request.token_ids.append(token)
-        if (logprob := request.sampler.logprob(logits, token)) is not None:
+        if logprob is not None:
             request.logprobs.append(logprob)
         request.tell(request.text.push(token))
         full = request.length >= self.limits.context

@@ -27,6 +27,7 @@ from retinue.model.kernels import ExpertKernel
 from retinue.model.restriction import Rerouted
 from retinue.model.routing import Router, probabilities
 from retinue.model.shown import Shown
+from retinue.model.token_work import TokenWork
 from retinue.model.work import NativeWork, ViewsOf, Work
 from retinue.policy.base import BoolArray, Prompt, Route, Running
 from retinue.policy.miss.book import Served, Shares
@@ -35,7 +36,6 @@ from retinue.types import Demand, FloatArray, IntArray, Phase
 
 IMPLEMENTATION = "retinue"
 Result = TypeVar("Result")
-_RANKS = np.arange(1024)  # more than any router chooses
 # Sees (layer, hidden, index, weights) of every layer that runs.
 Watch = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], None]
 
@@ -238,18 +238,14 @@ class ExpertHost:
         index: torch.Tensor,
         weights: torch.Tensor,
     ) -> torch.Tensor:
-        """One token in a layer that may lack experts; nobody looks, and often it lacks none."""
+        """One token in a layer that may lack experts; nobody looks."""
         chosen, given = index.numpy(), weights.float().numpy()
         demand = demand_of(layer, chosen, given, self.cache.experts)
         with self._turn(demand, hidden, None) as turn:
-            if len(turn.ready()) == len(chosen[0]):
-                slots = self.cache.use(layer, chosen[0])
-                out = self._timed(
-                    kernel.run_token, chosen[0], slots, _RANKS[: len(slots)], hidden, weights
-                )
-                turn.computed(demand.experts.tolist())
-                return out
-            work = self._work(layer, hidden, index, weights)
+            if len(demand.experts) == len(chosen[0]):
+                work: Work | TokenWork = TokenWork(kernel, chosen[0], hidden, weights)
+            else:  # one was named twice, or none
+                work = self._work(layer, hidden, index, weights)
             self._compute(turn, layer, work)
         return self._timed(work.result)
 
@@ -266,7 +262,7 @@ class ExpertHost:
             demand, len(hidden), route, lambda coming: self.scores(coming, hidden)
         )
 
-    def _compute(self, turn: Turn, layer: int, work: Work) -> set[int]:
+    def _compute(self, turn: Turn, layer: int, work: Work | TokenWork) -> set[int]:
         """Compute all of a turn; returns who was there in a lower precision."""
         cache, low = self.cache, set[int]()
         while turn.left:

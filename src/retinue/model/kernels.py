@@ -5,7 +5,8 @@ The activation is not looked up by name but tried: a family that clamps or scale
 shows it there. All else is run by torch, which takes every family.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -88,10 +89,25 @@ class ExpertKernel:
         count, k = len(experts), weights.shape[1]
         new = torch.empty if count == k else torch.zeros
         rows = new(k, hidden.shape[1])
-        groups = _COUNTING[: count + 1], torch.from_numpy(ranks)
-        shape, parts = self._of(k), self._parts(experts, slots)
-        self._library.experts(shape, parts, groups, hidden.contiguous(), rows)
+        self.run_ranks(experts, slots, ranks, hidden.contiguous(), rows)
         return self.sum(rows, weights, hidden.dtype)
+
+    def run_ranks(
+        self,
+        experts: Sequence[int] | IntArray,
+        slots: IntArray,
+        ranks: IntArray,
+        hidden: torch.Tensor,
+        rows: torch.Tensor,
+    ) -> None:
+        """Compute `experts`, which lie in `slots`, for the one token that they all serve.
+
+        hidden: [1, hidden], contiguous; rows: fp32 [k, hidden], of which those at `ranks` are
+        written, an expert each.
+        """
+        groups = _COUNTING[: len(ranks) + 1], torch.from_numpy(ranks)
+        shape, parts = self._of(len(rows)), self._parts(experts, slots)
+        self._library.experts(shape, parts, groups, hidden, rows)
 
     def _parts(self, experts: Sequence[int] | IntArray, slots: IntArray) -> torch.Tensor:
         """The addresses of codes and scales of gate, up and down: [experts, 6]."""
@@ -141,6 +157,21 @@ def use_threads(threads: int) -> None:
     torch.set_num_threads(threads)
     if (library := native.library()) is not None:
         library.set_threads(threads, SPIN_US)
+
+
+@contextmanager
+def torch_threads(threads: int) -> Iterator[None]:
+    """Within, torch computes with so many threads.
+
+    While a model decodes, torch has little to do, now and then. To wake another thread for that
+    takes longer than to do it: on a machine of two cores 8 ms, for the copy of 150,000 logits.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def find_kernels(

@@ -4,10 +4,13 @@ import inspect
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
+from torch.nn import functional
 
 from retinue.model.expert_map import ExpertsModule
+from retinue.model.linear import product
 from retinue.types import FloatArray
 
 PROBE_TOKENS = 3
@@ -39,6 +42,14 @@ class Router:
         self._extra = [(name, block) for name in wanted]
 
         self.gives_probabilities = False  # instead of logits, see `find_routers`
+        # Its weight [experts, hidden], if all that it does before it chooses is a product with it.
+        self.weight: torch.Tensor | None = None
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What it says of each token before it chooses: [tokens, experts]."""
+        if self.weight is not None and hidden.dtype == self.weight.dtype:
+            return product(hidden, self.weight)
+        return self(hidden)[0]
 
     def __call__(self, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
         extra = {name: getattr(block, name) for name, block in self._extra}
@@ -72,22 +83,39 @@ def _answers(router: Router, experts: int) -> bool:
     try:
         like = router_input(router, PROBE_TOKENS)
         random = torch.Generator().manual_seed(0)
-        logits = router(torch.randn(like.shape, generator=random).to(like.dtype))[0]
+        given = torch.randn(like.shape, generator=random).to(like.dtype)
+        logits = router(given)[0]
     except (StopIteration, TypeError, RuntimeError, IndexError, AttributeError, ValueError):
         return False
     if not isinstance(logits, torch.Tensor) or logits.shape != (PROBE_TOKENS, experts):
         return False
     sums = logits.float().sum(dim=-1)
     router.gives_probabilities = bool((logits >= 0).all() and ((sums - 1).abs() < 1e-2).all())
+    router.weight = _plain_weight(router.module, given, logits)
     return True
+
+
+def _plain_weight(
+    module: nn.Module, hidden: torch.Tensor, logits: torch.Tensor
+) -> torch.Tensor | None:
+    """The router's matrix if `logits` are nothing but its product with `hidden`, to the bit."""
+    weights = [p for p in module.parameters() if p.ndim == 2]
+    if len(weights) != 1 or weights[0].dtype != hidden.dtype:
+        return None
+    product = functional.linear(hidden, weights[0])
+    same = product.dtype == logits.dtype and product.equal(logits) and bool(product.any())
+    return weights[0] if same else None
 
 
 def probabilities(router: Router, hidden: torch.Tensor) -> FloatArray:
     """What `router` says of each token before it chooses: [tokens, experts], each row adds to 1."""
-    said = router(hidden)[0].float()
-    given = said if router.gives_probabilities else torch.softmax(said, dim=-1)
-    found: FloatArray = given.numpy()
-    return found
+    said: FloatArray = router.logits(hidden).float().numpy()
+    if router.gives_probabilities:
+        return said
+    # Not by torch, as for a token the calls take longer than the work.
+    powers: FloatArray = np.exp(said - said.max(axis=1, keepdims=True))
+    powers /= powers.sum(axis=1, keepdims=True)
+    return powers
 
 
 def router_input(router: Router, tokens: int) -> torch.Tensor:

@@ -11,6 +11,7 @@ from retinue.errors import NotFinite
 from retinue.memory.mover import Mover
 from retinue.metrics import Metrics, PhaseCounters
 from retinue.model.experts import ExpertHost
+from retinue.model.kernels import torch_threads
 from retinue.model.kv import Segment, Sequence, Store
 from retinue.model.load import Network
 from retinue.model.reference import DAMAGED, damaged_expert, read_expert
@@ -78,7 +79,7 @@ class Runner:
             tokens = [token for segment in segments for token in segment.tokens]
             self._host.begin_pass(phase, rows, numbers, tokens)
             logits = self._logits(segments, phase)
-            if not bool(torch.isfinite(logits).all()):
+            if not _is_finite(logits):
                 raise self._not_finite()
             self._store.commit()
         except BaseException:
@@ -100,11 +101,8 @@ class Runner:
         if not self._store.shareable:
             return self._alone(segments[0])
         if self._steps is not None and phase == "decode":
-            torch.set_num_threads(self._step_threads)
-            try:
+            with torch_threads(self._step_threads):
                 logits = self._steps.run(segments)
-            finally:
-                torch.set_num_threads(self._threads)
             if logits is not None:
                 return logits
         return shared_pass(self._model, self._store, segments)
@@ -138,6 +136,12 @@ class Runner:
             "the model computed NaN or infinite logits from finite weights",
             hint="a float16 checkpoint may overflow; use its bfloat16 or float32 form",
         )
+
+
+def _is_finite(logits: torch.Tensor) -> bool:
+    """Whether all are finite. Their sum says it, unless it is too large itself."""
+    with torch_threads(1):
+        return bool(logits.sum().isfinite()) or bool(logits.isfinite().all())
 
 
 def shared_pass(model: Any, store: Store, segments: Items[Segment]) -> torch.Tensor:
