@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from retinue.policy.base import BoolArray, Choice, Route, Routing, Thinning, View
+from retinue.policy.ranks import each_row
 from retinue.types import FloatArray, IntArray, Phase
 
 ULP = np.float32(1 + 2**-10)  # what rounding to fp16 may have taken from whom the router preferred
@@ -43,7 +44,7 @@ def choice_of(
     """
     scores = scores.copy()
     there = rows.experts < scores.shape[1]
-    at = _each(scores), np.where(there, rows.experts, 0)
+    at = each_row(len(scores)), np.where(there, rows.experts, 0)
     own = scores[at]
     scores[at] = np.where(there, own * ULP, own)
     return Choice(layer, scores, rows.experts, rows.weights, hidden, phase=phase)
@@ -81,16 +82,11 @@ def thin(thinning: Thinning, route: Route, view: View, rows: Rows) -> Served:
 
 def _weights(choice: Choice, ids: IntArray) -> FloatArray:
     """What the family would give the experts `ids` [tokens, k], as far as its weights tell."""
-    scores = choice.scores[_each(ids), ids]
+    scores = choice.scores[each_row(len(ids)), ids]
     sums = choice.weights.sum(axis=1, keepdims=True)
     if len(sums) == 1 or sums.max() - sums.min() < SAME_SUM * sums.mean():
         whole = scores.sum(axis=1, keepdims=True)
     else:
         own = np.minimum(choice.experts, choice.scores.shape[1] - 1)
-        whole = choice.scores[_each(own), own].sum(axis=1, keepdims=True)
+        whole = choice.scores[each_row(len(own)), own].sum(axis=1, keepdims=True)
     return np.asarray(scores * sums / np.where(whole > 0, whole, 1), dtype=np.float32)
-
-
-def _each(rows: FloatArray | IntArray) -> IntArray:
-    """The number of each row, to index with a matrix beside it: a third of `take_along_axis`."""
-    return np.arange(len(rows))[:, None]
