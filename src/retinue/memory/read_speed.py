@@ -1,13 +1,13 @@
 """How fast the mover brings experts from this disk: until one is there, and bytes a second.
 
 A disk that reads large blocks at 2 GB/s may bring small experts at half of that, since each read
-costs a thread's turn and a wait. So they are read here as a layer reads those that it lacks.
+costs a thread's turn and a wait; and one that reads large experts into huge pages at 3 GB/s reads
+them into small ones at 1.2. So they are read here as a layer reads those that it lacks, into slots.
 """
 
 import random
 import time
 from dataclasses import dataclass
-from mmap import mmap
 from pathlib import Path
 from statistics import median
 
@@ -15,6 +15,7 @@ from retinue.errors import ReadError
 from retinue.memory.base import WAIT_S, Extent, TicketState, Urgency
 from retinue.memory.files import ALIGNMENT, Reader
 from retinue.memory.mover import Mover
+from retinue.memory.tier import Tier
 
 TOGETHER, MOST_BYTES = 8, 64 << 20  # reads at once, as far as they fit
 ROUNDS, SECONDS = 3, 0.25  # at least so many rounds, and on until so long
@@ -48,8 +49,7 @@ def measure_reads(folder: Path, size: int, *, limit: float | None = None) -> Rea
     reader = Reader()
     mover = Mover(reader, bytes_per_s=limit)
     try:
-        trial = _Trial(mover, file, length, size, together)
-        one_s, many_s = trial.times()
+        one_s, many_s = _Trial(mover, file, length, size, together).times()
     finally:
         mover.close()
         reader.close()
@@ -64,7 +64,8 @@ class _Trial:
         self._mover, self._file, self._size = mover, file, size
         self._blocks = (length - size) // ALIGNMENT + 1
         self._random = random.Random(time.monotonic_ns())  # what was read before may be faster
-        self._rooms = [memoryview(mmap(-1, size)) for _ in range(together)]
+        self._tier = Tier(together, size)
+        self._rooms = [self._tier.memory(slot) for slot in range(together)]
         for room in self._rooms:
             room[:] = bytes(size)  # new pages are slow
 
