@@ -9,6 +9,7 @@ a cell knows nothing else of it, unless it is the only one.
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from math import log
 from pathlib import Path
 from statistics import median
@@ -16,6 +17,7 @@ from typing import Any
 
 from retinue.compare.grid import BASE, DEFAULT, Budget, Disk, Grid
 from retinue.config import parse_size
+from retinue.engine.reserve import given_of
 from retinue.engine.tasks import TaskIds
 from retinue.engine.tracing import record, trace_head
 from retinue.errors import UsageError
@@ -23,11 +25,10 @@ from retinue.lab.base import Row, number
 from retinue.lab.bench import Bench
 from retinue.memory.read_speed import ReadSpeed
 from retinue.model.predictors import find_predictor
-from retinue.model.profiles import find_profile
-from retinue.policy.preset import Given, Preset
+from retinue.policy.predict.learned import Learned
+from retinue.policy.preset import Preset
 from retinue.policy.presets import preset
-from retinue.sim.candidates import Known as KnownOf
-from retinue.sim.candidates import candidates
+from retinue.sim.candidates import Known, candidates
 from retinue.sim.cells import ORACLE, Cell, Table
 from retinue.sim.costs import read_speed_of, times_of_bench
 from retinue.sim.link import Roads
@@ -49,7 +50,7 @@ class Place:
     disk: Disk
 
 
-class Known:
+class Ran:
     """Live runs, by place and preset, as documents of `retinue bench`: of several the middle one.
 
     `places` are those of the grid where `on-demand` ran.
@@ -109,25 +110,23 @@ class Replays:
         bench, entry = self._bench, self._bench.ledger.entry(NAME)
         entry.cells.clear()
         entry.left_out.clear()
-        known = Known(live, self._grid)
-        if known.places:
+        ran = Ran(live, self._grid)
+        if ran.places:
             trace = self._trace()
             able, reasons = candidates(self._presets(), trace.head, self._known, timed=False)
             entry.left_out = {name: f"not replayed: {why}" for name, why in reasons.items()}
             needs = sorted(frozenset().union(*(each.needs for each in able)))
             table = Table(Recording(trace, needs), able, trace.head.read_bytes)
-            for place in known.places:
+            for place in ran.places:
                 bench.check()
                 key = f"{place.budget.memory}, {place.budget.experts}, {place.disk.limit}"
-                entry.cells[key] = self._cell(table, known, place)
+                entry.cells[key] = self._cell(table, ran, place)
             bench.say(f"{NAME}: {len(entry.cells)} places, {len(able)} presets")
         entry.done = True
         bench.ledger.keep(NAME)
 
-    def _cell(self, table: Table, known: "Known", place: "Place") -> list[Row]:
-        filled = table.fill(
-            Cell(place.budget.label, self._setting(known, place)), self._bench.check
-        )
+    def _cell(self, table: Table, ran: "Ran", place: "Place") -> list[Row]:
+        filled = table.fill(Cell(place.budget.label, self._setting(ran, place)), self._bench.check)
         best = filled.oracle["hit_rate"] if filled.oracle is not None else None
         where: Row = {**asdict(place.budget), "read_limit": place.disk.limit}
         return [
@@ -135,35 +134,32 @@ class Replays:
             for name, found in filled.rows.items()
         ]
 
-    def _setting(self, known: "Known", place: "Place") -> Setting:
-        facts, elsewhere = self._bench.facts, known.elsewhere(place)
-        plain = times_of_bench(facts, known.runs[elsewhere, BASE])
+    def _setting(self, ran: "Ran", place: "Place") -> Setting:
+        facts, elsewhere = self._bench.facts, ran.elsewhere(place)
+        plain = times_of_bench(facts, ran.runs[elsewhere, BASE])
         own = {
             name: times_of_bench(facts, run, plain)
-            for (at, name), run in known.runs.items()
+            for (at, name), run in ran.runs.items()
             if at == elsewhere and name != BASE
         }
-        speed = known.read_speed(place)
+        speed = ran.read_speed(place)
         roads = Roads(speed.bytes_per_s, speed.latency_s)
-        return Setting(known.slots(place), roads, plain, Load(1, self._bench.config.chunk), own)
+        return Setting(ran.slots(place), roads, plain, Load(1, self._bench.config.chunk), own)
 
     def _presets(self) -> list[Preset]:
         names = dict.fromkeys((*self._grid.presets, ORACLE))
         return [preset(name) for name in names]
 
-    def _known(self, row: Preset, slots: int) -> KnownOf:
+    def _known(self, row: Preset, slots: int) -> Known:
         """What is known of the model for one preset. Raises Refused where it lacks a profile."""
         bench = self._bench
-        learned = find_predictor(bench.folder, bench.facts)
-        parts = {} if learned is None else learned.parts
-        profile = None
-        if row.profiled:
-            profile = find_profile(bench.folder, bench.facts, bench.config.profile)
-        arrays = {kind: parts[kind].arrays for kind in row.learned if kind in parts}
-        facts = bench.facts
-        shape = (facts.layers, facts.experts_per_layer, facts.top_k)
-        routed = () if learned is None else tuple(learned.rows.tolist())
-        return KnownOf(Given(facts.name, *shape, routed, slots, profile, arrays), learned)
+        given = given_of(bench.folder, bench.facts, slots, row, bench.config)
+        return Known(given, self._learned)
+
+    @cached_property
+    def _learned(self) -> Learned | None:
+        """Read once: every preset asks for it in every cell."""
+        return find_predictor(self._bench.folder, self._bench.facts)
 
     def _trace(self) -> Trace:
         """The recorded routing of the texts, with the signals that the presets look at."""
