@@ -21,7 +21,7 @@ from retinue.policy.evict.recency import Recency
 from retinue.policy.miss.fetch import FetchAll
 from retinue.policy.policies import NoPredictor, Policies
 from retinue.policy.predict.next_gate import NextGate
-from retinue.types import Demand, Expert, FloatArray, IntArray, Want
+from retinue.types import Demand, Expert, FloatArray, IntArray, Phase, Want
 
 LAYERS, EXPERTS = 3, 6
 
@@ -53,7 +53,7 @@ class SlowLink(InstantLink):
         super().__init__(sizes)
         self.queue: list[SlowTicket] = []
         self.precisions: list[int] = []
-        self.now = 0.0
+        self.now = self.read_s = 0.0
 
     def submit(self, expert: Expert, slot: int, urgency: Urgency, precision: int) -> SlowTicket:
         super().submit(expert, slot, urgency, precision)
@@ -73,10 +73,14 @@ class SlowLink(InstantLink):
         first.state = TicketState.DONE
         self.queue.remove(first)
         self.now += 1.0
+        self.read_s += 1.0
         return 1.0
 
     def clock(self) -> float:
         return self.now
+
+    def busy(self) -> float:
+        return self.read_s
 
 
 class Noting:
@@ -328,3 +332,21 @@ def test_no_forecast_is_asked_for_while_it_does_not_pay(monkeypatch: pytest.Monk
     rig.attendance.begin_pass("prefill")
     rig.run(0, 5)
     assert ("forecast", 1) in noting.asked, "a prefill always looks ahead"
+
+
+def test_how_busy_the_link_is_while_tokens_are_decoded() -> None:
+    rig = Rig(9, link=SlowLink)
+
+    def run(computing_s: float, phase: Phase = "decode") -> float:
+        rig.attendance.begin_pass(phase)
+        rig.link.now += computing_s
+        for layer in range(LAYERS):
+            rig.run(layer, 0, 1)
+        return rig.cache.view().busy
+
+    assert run(0.0) == 1.0, "six reads of a second each, and nothing else"
+    assert run(1.0) == pytest.approx(0.9), "nothing is read"
+    assert run(1.0, "prefill") == pytest.approx(0.9)
+    for _ in range(99):
+        run(1.0)
+    assert run(1.0) < 0.01

@@ -190,6 +190,8 @@ def test_ranks_that_prove_wrong_are_not_read_ahead() -> None:
     assert forecasts[-1] == [1]
     changed = forecasts.index([1])
     assert forecasts == [[1, 3]] * changed + [[1]] * (10 - changed), "it keeps counting"
+    (want,) = proven.forecast(view(ahead=(Ahead(2, scores),), resident=resident, busy=0.0))
+    assert want.experts.tolist() == [1, 3], "a link that is idle has time for the unlikely"
     resident[2, 3] = True  # it costs no read, and is better not evicted
     (want,) = proven.forecast(view(ahead=(Ahead(2, scores),), resident=resident))
     assert want.experts.tolist() == [1, 3]

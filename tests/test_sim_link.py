@@ -56,6 +56,18 @@ def test_a_demand_waits_for_what_has_begun_and_for_nothing_else() -> None:
     assert link.now <= 2 * READERS + 1
 
 
+def test_the_time_in_which_it_reads() -> None:
+    link = link_of(MIB, Roads(MIB))
+    for index in range(2):
+        read(link, index)
+    link.advance(1.5)
+    assert link.busy() == 1.5
+    link.advance(3.0)
+    assert link.busy() == 2.0
+    link.wait([read(link, 2)], 9.0)
+    assert (link.busy(), link.now) == (3.0, 5.5)
+
+
 def test_large_reads_go_chunk_by_chunk() -> None:
     link = link_of(8 * READERS * CHUNK_BYTES, Roads(CHUNK_BYTES))
     ahead = read(link, 0, Urgency.NEXT_LAYER)

@@ -25,6 +25,7 @@ from retinue.policy.policies import Policies
 from retinue.types import Demand, FloatArray, IntArray, Phase, Want
 
 RECENT_STEPS = 4
+LATELY = 0.1  # what the last pass counts in how busy the link is
 # What a coming layer's router says of this layer's input, [tokens, experts]; None: nobody knows.
 ScoresOf = Callable[[int], FloatArray | None]
 
@@ -47,7 +48,7 @@ class Attendance:
         self.following = dict(pairwise(routed))
         self._watchers = policies.watchers
         self._payback = Payback() if policies.gated else None
-        self._begun_s = 0.0  # when the pass started that runs
+        self._begun_s = self._busy_s = 0.0  # the link's time when the pass started that runs
 
     def begin(self, prompt: Prompt) -> None:
         """A request has its first pass next."""
@@ -62,9 +63,11 @@ class Attendance:
     def begin_pass(self, phase: Phase) -> None:
         """A forward pass starts."""
         self.cache.begin_step(phase)
-        if self._payback is not None and phase == "decode":
-            self._payback.begin()
-            self._begun_s = self.cache.reads.link.clock()
+        if phase == "decode":
+            link = self.cache.reads.link
+            self._begun_s, self._busy_s = link.clock(), link.busy()
+            if self._payback is not None:
+                self._payback.begin()
 
     def attend(
         self,
@@ -91,9 +94,14 @@ class Attendance:
 
     def end_layer(self, layer: int) -> None:
         """All of a layer was computed; with the last one, a pass is as good as done."""
-        last = layer not in self.following and self.cache.phase == "decode"
-        if last and self._payback is not None:
-            self._payback.end(self.cache.reads.link.clock() - self._begun_s)
+        if layer in self.following or self.cache.phase != "decode":
+            return
+        reads = self.cache.reads
+        passed_s = reads.link.clock() - self._begun_s
+        if passed_s > 0:
+            reads.busy += LATELY * ((reads.link.busy() - self._busy_s) / passed_s - reads.busy)
+        if self._payback is not None:
+            self._payback.end(passed_s)
 
     def show(self, demand: Demand, route: Route | None = None) -> None:
         """Let those see it that watch."""

@@ -114,6 +114,10 @@ class Link(Protocol):
         """Seconds since some time in the past, on the clock that reads take their time on."""
         ...
 
+    def busy(self) -> float:
+        """Seconds so far in which at least one read was under way."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Sizes:

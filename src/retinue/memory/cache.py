@@ -117,6 +117,7 @@ class ExpertCache:
             precision=self.precision,
             costs=self.costs,
             kept=self.history.kept_share,
+            busy=self.reads.busy,
         )
 
     # --- the step

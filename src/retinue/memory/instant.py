@@ -74,3 +74,7 @@ class InstantLink:
     def clock(self) -> float:
         """No time passes."""
         return 0.0
+
+    def busy(self) -> float:
+        """No time passes."""
+        return 0.0

@@ -80,6 +80,10 @@ class DiskLink:
         """Seconds since some time in the past."""
         return time.perf_counter()
 
+    def busy(self) -> float:
+        """Seconds so far in which the mover read something."""
+        return self.mover.busy_s
+
     def views(self, layer: int, expert: int, slot: int) -> Views:
         """The parameters of the expert that is READY in `slot`."""
         key = Expert(layer, expert)

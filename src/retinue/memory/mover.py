@@ -101,14 +101,20 @@ class Mover:
         self._sequence = itertools.count()
         self._closing = False
         self.bytes_read = 0
-        self.busy_s = 0.0  # time in which at least one read was running
-        self._running, self._busy_since = 0, 0.0
+        self._busy_s, self._running, self._busy_since = 0.0, 0, 0.0
         self._threads = [
             threading.Thread(target=self._work, name=f"retinue-reader-{i}", daemon=True)
             for i in range(readers)
         ]
         for thread in self._threads:
             thread.start()
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds so far in which at least one read was running."""
+        with self._changed:
+            since = time.perf_counter() - self._busy_since if self._running else 0.0
+            return self._busy_s + since
 
     def submit(
         self,
@@ -233,7 +239,7 @@ class Mover:
             ticket.running -= 1
             self._running -= 1
             if self._running == 0:
-                self.busy_s += time.perf_counter() - self._busy_since
+                self._busy_s += time.perf_counter() - self._busy_since
             if ticket.state is TicketState.QUEUED:
                 if error is not None:
                     # The error first: others look at the state without the lock.

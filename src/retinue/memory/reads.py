@@ -27,6 +27,7 @@ class Reads:
         self.loading: dict[Expert, tuple[Ticket, int]] = {}
         self.draining: list[tuple[Ticket, int]] = []
         self.started = 0  # so far, those that were cancelled included
+        self.busy = 1.0  # the share of decoding's time in which the link reads, lately
         self._failed: dict[Expert, RetinueError] = {}
 
     @property

@@ -93,6 +93,7 @@ class View:
     precision: IntArray | None = None  # in which each expert is there, see `Precision`
     costs: Costs | None = None
     kept: float | None = None  # `kept_share`, from who counts along
+    busy: float = 1.0  # the share of decoding's time in which the link reads, lately
 
     @property
     def kept_share(self) -> float:

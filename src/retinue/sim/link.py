@@ -65,6 +65,7 @@ class SimulatedLink:
         self._ends: list[tuple[float, int, Read, int]] = []  # of chunks that have begun
         self._number = count()
         self._disk_at = self._bus_at = 0.0  # when they are through with what has begun
+        self._busy_s = self._busy_since = 0.0
 
     def submit(self, expert: Expert, slot: int, urgency: Urgency, precision: int) -> Ticket:
         """Queue a read."""
@@ -108,6 +109,10 @@ class SimulatedLink:
         """Simulated seconds since the start."""
         return self.now
 
+    def busy(self) -> float:
+        """Of them those in which a chunk was under way."""
+        return self._busy_s + (self.now - self._busy_since if self._ends else 0.0)
+
     def advance(self, seconds: float) -> None:
         """Let time pass, in which something else is done."""
         self.advance_to(self.now + seconds)
@@ -129,6 +134,8 @@ class SimulatedLink:
     def _begin(self) -> None:
         """Let idle readers take the most urgent chunks."""
         queue, at = self._queue, self.now
+        if not self._ends:
+            self._busy_since = at
         while self._idle and queue:
             urgency, _, read = queue[0]
             if not read.chunks or read.urgency != urgency or read.state is not TicketState.QUEUED:
@@ -160,6 +167,8 @@ class SimulatedLink:
         if read.state is TicketState.QUEUED and not (read.chunks or read.running):
             read.state = TicketState.DONE
         read.settled = read.state is not TicketState.QUEUED and not read.running
+        if not self._ends:
+            self._busy_s += self.now - self._busy_since
         if self._queue:
             self._begin()
         return read

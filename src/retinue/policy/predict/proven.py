@@ -3,9 +3,14 @@
 A cache keeps what is used, so an expert that is *absent* and named by a forecast is named wrongly
 far more often than the forecast as a whole is wrong: on a checkpoint of which a third was resident
 the next router's first choice was needed in 92 % of the cases in which it was absent, its third in
-49 %, its eighth in 14 %, where 40 % of all eighth choices were. A read for nothing takes the disk
-from the reads that are waited for. So of each rank it is counted how often an absent expert was
-needed, whether it was read or not, and only ranks that mostly prove right are passed on.
+49 %, its eighth in 14 %, where 40 % of all eighth choices were. So of each rank it is counted how
+often an absent expert was needed, whether it was read or not, and only ranks that prove right often
+enough are passed on.
+
+How often that is, the link says. With probability p a read ahead saves the time t of a read, else
+it takes t from the reads that are waited for, as far as the link has no time to spare: if it is
+busy for a share b of the time, that costs b t. So a rank is worth it from p = b / (1 + b) on: on a
+link that is never idle half of the reads have to be needed, on one that mostly is, few.
 
 No paper's; the fixed numbers of others (two experts in arXiv 2312.17238, a share of the summed
 probability in 2411.01433 and 2502.12224) are guesses at the same.
@@ -15,16 +20,15 @@ from retinue.policy.base import Predictor, Signal, View
 from retinue.types import Demand, Want
 
 PARTS = 16  # of a forecast, the likeliest first, that are counted apart
-LEAST = 0.5  # of a part's absent experts, that have to be needed
 FADE = 0.98  # what a case still counts after the next one of its part
 PRIOR = 4.0  # cases, all of them right, that each part begins with
 
 
 class Proven:
-    """The forecasts of `predictor`, while it decodes, without the ranks that mostly prove wrong."""
+    """The forecasts of `predictor`, while it decodes, without ranks that are not worth a read."""
 
-    def __init__(self, predictor: Predictor, least: float = LEAST) -> None:
-        self._predictor, self._least = predictor, least
+    def __init__(self, predictor: Predictor) -> None:
+        self._predictor = predictor
         self.needs: frozenset[Signal] = predictor.needs
         self.depth, self.speculative = predictor.depth, predictor.speculative
         self._right, self._cases = [PRIOR] * PARTS, [PRIOR] * PARTS
@@ -54,8 +58,9 @@ class Proven:
         places = [at for at, there in enumerate(resident) if not there]
         parts = [at * PARTS // count for at in places]
         self._open[want.layer] = view.step, want.experts[places].tolist(), parts
+        least = view.busy / (1 + view.busy)
         for at, part in zip(places, parts, strict=True):
-            resident[at] = self._right[part] >= self._least * self._cases[part]
+            resident[at] = self._right[part] >= least * self._cases[part]
         if all(resident):
             return want
         return Want(want.layer, want.experts[resident], want.scores[resident])
