@@ -21,7 +21,7 @@ from retinue.engine.reserve import reserve
 from retinue.engine.residents import Residents
 from retinue.engine.tasks import TaskIds
 from retinue.errors import Cancelled
-from retinue.memory import payback
+from retinue.memory import attendance, payback
 from retinue.memory.attendance import Turn
 from retinue.model.experts import ExpertHost
 from retinue.model.kv import Segment
@@ -279,8 +279,10 @@ def decoded(
 def test_the_replay_is_real_decoding(
     preset: str, share: str, olmoe: Path, profile: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Trials of doing without look-ahead go by measured times, of which a replay has none.
+    # Trials of doing without look-ahead, and how busy the link is, go by measured times, of which
+    # a replay has none.
     monkeypatch.setattr(payback, "FIRST", sys.maxsize)
+    monkeypatch.setattr(attendance, "LATELY", 0.0)
     if PRESETS[preset].learned:
         known = reserve_module.given_of
         monkeypatch.setattr(

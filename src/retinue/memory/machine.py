@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from retinue.errors import ReadError
 from retinue.memory.files import Reader
+from retinue.memory.tier import Tier
 
 PROBE_CHUNK_BYTES = 4 << 20
 PROBE_BYTES = 384 << 20
@@ -173,19 +174,27 @@ def _resident_elsewhere() -> int:
         return 0
 
 
-def measure_disk(files: Sequence[Path], *, seconds: float = 0.5, readers: int = 2) -> float:
-    """Bytes a second that direct reads of `files`, largest first, reach here."""
+def measure_disk(files: Sequence[Path], *, seconds: float = 0.5, readers: int = 4) -> float:
+    """Bytes a second that direct reads of `files`, largest first, reach here.
+
+    They go into slots like those of experts: into small pages, a disk that brings 3.7 GB/s brought
+    1.3. Takes 16 MiB of memory for a moment.
+    """
     file = max(files, key=lambda f: f.stat().st_size)
     blocks = file.stat().st_size // PROBE_CHUNK_BYTES
     if blocks < 2:
         return _measure_small(file)
     reader, lock = Reader(), threading.Lock()
     start_block = time.monotonic_ns() % blocks
+    tier = Tier(readers, PROBE_CHUNK_BYTES)
+    views = [tier.memory(slot) for slot in range(readers)]
+    for view in views:
+        view[:] = bytes(PROBE_CHUNK_BYTES)  # new pages are slow
     deadline, done, taken = time.perf_counter() + seconds, 0, 0
 
-    def work(buffer: mmap) -> None:
+    def work(view: memoryview) -> None:
         nonlocal done, taken
-        with memoryview(buffer) as view, suppress(ReadError):
+        with suppress(ReadError):
             while time.perf_counter() < deadline:
                 with lock:
                     block, taken = (start_block + taken) % blocks, taken + 1
@@ -194,9 +203,7 @@ def measure_disk(files: Sequence[Path], *, seconds: float = 0.5, readers: int = 
                     done += got
 
     started = time.perf_counter()
-    threads = [
-        threading.Thread(target=work, args=(mmap(-1, PROBE_CHUNK_BYTES),)) for _ in range(readers)
-    ]
+    threads = [threading.Thread(target=work, args=(view,)) for view in views]
     for thread in threads:
         thread.start()
     for thread in threads:

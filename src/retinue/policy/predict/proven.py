@@ -9,8 +9,9 @@ enough are passed on.
 
 How often that is, the link says. With probability p a read ahead saves the time t of a read, else
 it takes t from the reads that are waited for, as far as the link has no time to spare: if it is
-busy for a share b of the time, that costs b t. So a rank is worth it from p = b / (1 + b) on: on a
-link that is never idle half of the reads have to be needed, on one that mostly is, few.
+busy for a share b of the time, that costs b t. An idle link costs something too, c t: the cores
+serve it, and somebody has to leave. So a rank is worth it from p = (b + c) / (1 + b + c) on: on a
+link that is never idle more than half of the reads have to be needed, on one that is, a fifth.
 
 No paper's; the fixed numbers of others (two experts in arXiv 2312.17238, a share of the summed
 probability in 2411.01433 and 2502.12224) are guesses at the same.
@@ -20,6 +21,7 @@ from retinue.policy.base import Predictor, Signal, View
 from retinue.types import Demand, Want
 
 PARTS = 16  # of a forecast, the likeliest first, that are counted apart
+ASIDE = 0.25  # the c above
 FADE = 0.98  # what a case still counts after the next one of its part
 PRIOR = 4.0  # cases, all of them right, that each part begins with
 
@@ -58,7 +60,8 @@ class Proven:
         places = [at for at, there in enumerate(resident) if not there]
         parts = [at * PARTS // count for at in places]
         self._open[want.layer] = view.step, want.experts[places].tolist(), parts
-        least = view.busy / (1 + view.busy)
+        cost = view.busy + ASIDE
+        least = cost / (1 + cost)
         for at, part in zip(places, parts, strict=True):
             resident[at] = self._right[part] >= least * self._cases[part]
         if all(resident):
