@@ -6,11 +6,12 @@ from pathlib import Path
 import numpy as np
 
 from retinue.policy.base import Signal
-from retinue.policy.policies import Policies
+from retinue.policy.policies import AsIs, Policies
 from retinue.policy.preset import Given
 from retinue.policy.presets import preset
-from retinue.sim.candidates import foreseen, sizes_of
+from retinue.sim.candidates import sizes_of
 from retinue.sim.costs import Times
+from retinue.sim.foreseen import foreseen
 from retinue.sim.link import Roads
 from retinue.sim.passes import Load
 from retinue.sim.recorded import Recording
@@ -90,8 +91,8 @@ def setting(slots: int = 8, *, disk: float = 1e6, **fields: object) -> Setting:
 
 def replayed(recording: Recording, name: str, place: Setting) -> Outcome:
     """What preset `name` makes of it."""
-    row = preset(name)
-    future = foreseen(recording, place.load, place.slots) if row.replayed else None
+    row, sizes = preset(name), sizes_of(recording.head, AsIs.names, READ_BYTES)
+    future = foreseen(recording, place, sizes) if row.replayed else None
     return replay(recording, row.build(Given(slots=place.slots, future=future)), place)
 
 

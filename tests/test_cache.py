@@ -17,6 +17,15 @@ def want(layer: int, *experts: int) -> Want:
 # --- reading
 
 
+def test_an_expert_that_a_layer_does_not_have_is_not_read_ahead() -> None:
+    """Who asks for whole layers asks for as many experts as the largest one has."""
+    with Rig((2, 3), slots=4) as rig:
+        rig.begin("decode", 1)
+        rig.cache.want(want(0, 0, 1, 2), limit=9)
+        rig.settle()
+        assert (rig.resident(0), rig.tier.free) == ([0, 1], 2)
+
+
 def test_fetched_experts_are_there_with_their_bytes() -> None:
     with Rig((4, 4), slots=3) as rig:
         assert rig.load(1, 2, 0) == []

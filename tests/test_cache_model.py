@@ -101,7 +101,8 @@ class Run:
 
     def state(self) -> State:
         slot_of = self.cache.slot_of
-        return {Expert(*at): int(slot_of[tuple(at)]) for at in np.argwhere(slot_of != -1).tolist()}
+        held = np.argwhere((slot_of >= 0) | (slot_of == LOADING))
+        return {Expert(*at): int(slot_of[tuple(at)]) for at in held.tolist()}
 
     def some(self, layer: int, most: int = 6) -> list[int]:
         count = self.random.randint(0, min(most, ROWS[layer]))

@@ -16,7 +16,7 @@ from retinue.compare.live import turns
 from retinue.compare.measures import Seen, belady_points, change, times
 from retinue.compare.measures import loss_added as added
 from retinue.compare.page import report
-from retinue.compare.replayed import as_bench, fed
+from retinue.compare.replayed import Replays, as_bench, fed
 from retinue.compare.verdict import (
     DEMANDED,
     FASTER,
@@ -27,13 +27,17 @@ from retinue.compare.verdict import (
     spread,
     verdict,
 )
+from retinue.config import Config
 from retinue.engine.tasks import TaskIds
 from retinue.errors import UsageError
 from retinue.lab.base import Row
+from retinue.lab.bench import Bench
 from retinue.lab.ledger import Ledger
 from retinue.lab.markdown import markdown
 from retinue.lab.page import page
+from retinue.memory.home import sample_folder
 from retinue.model.scoring import LayerRouting
+from retinue.model.survey import survey
 from retinue.policy.presets import PRESETS
 from retinue.sim.changed import Rows, choice_of
 
@@ -46,6 +50,26 @@ def some_grid(*presets: str, runs: int = 5, experts: tuple[str, ...] = ("25%",))
 
 
 # --- what is measured
+
+
+def test_a_replay_knows_what_the_live_runs_know(tmp_path: Path) -> None:
+    """Also what a preset can do without, and which layers have experts."""
+    folder = sample_folder()
+    bench = Bench(
+        model="sample",
+        folder=folder,
+        facts=survey(folder),
+        config=Config(),
+        texts=(),
+        ledger=Ledger(tmp_path, {}),
+        say=print,
+    )
+    replays = Replays(bench, some_grid("auto"), tmp_path / "none.trace")
+    for row in PRESETS.values():
+        given = replays._known(row, 8).given
+        assert set(given.learned) == {*row.learned, *row.better_with}, row.name
+        assert given.routed == bench.facts.routed
+        assert (given.profile is not None) == row.profiled
 
 
 def test_the_presets_that_are_asked_for() -> None:

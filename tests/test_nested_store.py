@@ -144,6 +144,7 @@ def test_a_killed_derivation_leaves_nothing_that_counts(
     living.write_bytes(b"half")
     (tmp_path / "layer-001.experts").write_bytes(b"records without an index")
     (tmp_path / "layer-002.json").write_text("{half an ind")
+    (tmp_path / "layer-003.json").write_text('{"record": 64}')
     derive(tmp_path, layouts, reader, "tiny")
     assert not dead.exists()
     assert living.exists()
@@ -179,9 +180,13 @@ def test_a_file_that_was_cut_is_made_anew(layouts: list, reader: Reader, tmp_pat
 
 def test_an_index_of_another_model(layouts: list, reader: Reader, tmp_path: Path) -> None:
     derive(tmp_path, layouts, reader, "tiny")
-    (tmp_path / "layer-000.json").write_text(json.dumps({"record": 64, "checksums": []}))
-    with pytest.raises(CheckpointError, match="does not fit the model"):
-        NestedStore(tmp_path, layouts)
+    file = tmp_path / "layer-000.json"
+    good = json.loads(file.read_text())
+    short = [checksums[:2] for checksums in good["checksums"]]
+    for change in ({"record": 64}, {"checksums": []}, {"checksums": short}, {"record": None}):
+        file.write_text(json.dumps(good | change))
+        with pytest.raises(CheckpointError, match="does not fit the model"):
+            NestedStore(tmp_path, layouts)
 
 
 def test_a_disk_that_is_full(

@@ -195,6 +195,17 @@ def test_the_oracle_is_never_behind(
     assert ahead.hits + ahead.pending > plain.hits
 
 
+@pytest.mark.parametrize("batch", [2, 4])
+def test_the_oracle_knows_who_decodes_together(tmp_path: Path, batch: int) -> None:
+    """Ten slots hold what one token needs, but not two; what repeats then decides."""
+    requests = [chance(seed, 80 + 3 * seed, prompt=5) for seed in range(12)]
+    recording = Recording(trace_of(tmp_path / "a.trace", requests))
+    place = setting(10, load=Load(batch))
+    best, plain = (replayed(recording, name, place) for name in ("belady", "on-demand"))
+    assert best.decode.passes == plain.decode.passes
+    assert best.decode.misses < plain.decode.misses
+
+
 def test_the_future_by_hand() -> None:
     def demand(layer: int, *experts: int) -> Demand:
         ids = np.array(experts)

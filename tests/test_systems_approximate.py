@@ -281,6 +281,18 @@ def test_cache_prior_lifts_residents_by_a_part_of_the_range() -> None:
     assert CachePrior(0).exact
 
 
+@pytest.mark.parametrize("ruled_out", [-np.inf, 0.0])
+def test_cache_prior_leaves_groups_to_the_router(ruled_out: float) -> None:
+    """Families that choose groups first rule the others out: these have no logits to count."""
+    kept = np.exp(floats([0, -0.5, -1.0, -1.5]))
+    scores = [[*(kept / kept.sum() * 0.8).tolist(), ruled_out, ruled_out]]
+    resident = np.array([[False, False, False, True, True, True]])
+    found = CachePrior(0.75).rank(choice(scores), resident)
+    assert found is not None
+    assert best(found) == [[0, 3]], "the range is 1.5: -1.5 + 1.125 is above -0.5"
+    assert best(CachePrior(0.6).rank(choice(scores), resident)) == [[0, 1]]
+
+
 @pytest.mark.parametrize(
     ("resident", "served"),
     [

@@ -117,6 +117,12 @@ def with_set() -> PeriodicSet:
     return found
 
 
+def test_nobody_runs_and_somebody_leaves() -> None:
+    """As in the check of a model that was just loaded."""
+    said = UsedHere(SequenceUses()).priorities(ids(0, 1), ids(1, 2), view())
+    assert said.tolist() == [0, 0]
+
+
 EVICTORS: dict[str, Callable[[], Evictor]] = {
     "hobbit": lambda: Multidimensional(used_uses()),
     "edgemoe": lambda: FrequencyDistance(LAYERS, EXPERTS),

@@ -4,6 +4,7 @@ import json
 from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from retinue.memory.machine import (
 from retinue.memory.rates import remembered_rates
 from retinue.model.predictors import find_predictor
 from retinue.model.profiles import default_profile, find_profile
+from retinue.policy.predict.learned import Learned
 from retinue.policy.preset import Given, Preset
 from retinue.policy.profile import Profile
 from retinue.policy.recommended import Recommendation
@@ -58,17 +60,20 @@ class Known:
     def of(self, preset: Preset, slots: int) -> KnownOf:
         """For one preset with so much room. Raises Refused where it lacks a profile."""
         head = self._head
-        learned = None
-        if self.folder is not None and head.facts is not None:
-            learned = find_predictor(self.folder, head.facts)
-        parts = {} if learned is None else learned.parts
         profile = self.profile() if preset.profiled else None
         if preset.profiled and profile is None:
             raise Refused("needs a profile of the model: `--model MODEL` or `--profile FILE`")
-        kinds = (*preset.learned, *preset.better_with)
-        arrays = {kind: parts[kind].arrays for kind in kinds if kind in parts}
+        learned = self._learned
+        arrays = {} if learned is None else learned.arrays(preset.kinds)
         shape = (head.layers, head.experts, head.top_k, head.routed)
         return KnownOf(Given(head.model, *shape, slots, profile, arrays), learned)
+
+    @cached_property
+    def _learned(self) -> Learned | None:
+        """Read once: every preset asks for it in every cell."""
+        if self.folder is None or self._head.facts is None:
+            return None
+        return find_predictor(self.folder, self._head.facts)
 
     def profile(self) -> Profile | None:
         """The model's profile, if there is one. Raises UsageError for one that is damaged."""

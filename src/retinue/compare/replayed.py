@@ -7,19 +7,21 @@ reads are from a probe of the disk and the limit: so what a replay says of the o
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from retinue.compare.grid import BASE, DEFAULT, Budget, Disk, Grid
 from retinue.config import parse_size
+from retinue.engine.reserve import given_of
 from retinue.engine.tasks import TaskIds
 from retinue.engine.tracing import record, trace_head
 from retinue.lab.base import Row, number
 from retinue.lab.bench import Bench
 from retinue.memory.machine import known_speeds
 from retinue.model.predictors import find_predictor
-from retinue.model.profiles import find_profile
-from retinue.policy.preset import Given, Preset
+from retinue.policy.predict.learned import Learned
+from retinue.policy.preset import Preset
 from retinue.policy.presets import preset
 from retinue.sim.candidates import Known, candidates
 from retinue.sim.cells import ORACLE, Cell, Table
@@ -98,16 +100,13 @@ class Replays:
     def _known(self, row: Preset, slots: int) -> Known:
         """What is known of the model for one preset. Raises Refused where it lacks a profile."""
         bench = self._bench
-        learned = find_predictor(bench.folder, bench.facts)
-        parts = {} if learned is None else learned.parts
-        profile = None
-        if row.profiled:
-            profile = find_profile(bench.folder, bench.facts, bench.config.profile)
-        arrays = {kind: parts[kind].arrays for kind in row.learned if kind in parts}
-        facts = bench.facts
-        shape = (facts.layers, facts.experts_per_layer, facts.top_k)
-        routed = () if learned is None else tuple(learned.rows.tolist())
-        return Known(Given(facts.name, *shape, routed, slots, profile, arrays), learned)
+        given = given_of(bench.folder, bench.facts, slots, row, bench.config)
+        return Known(given, self._learned)
+
+    @cached_property
+    def _learned(self) -> Learned | None:
+        """Read once: every preset asks for it in every cell."""
+        return find_predictor(self._bench.folder, self._bench.facts)
 
     def _trace(self) -> Trace:
         """The recorded routing of the texts, with the signals that the presets look at."""

@@ -117,9 +117,7 @@ def given_of(folder: Path, facts: Facts, slots: int, chosen: Preset, config: Con
     Raises Refused where there is no profile that it needs, UsageError for one, or for something
     learnt, that is damaged. What was not learnt is refused by `Given.arrays`.
     """
-    kinds = (*chosen.learned, *chosen.better_with)
-    learned = find_predictor(folder, facts) if kinds else None
-    parts = {} if learned is None else learned.parts
+    learned = find_predictor(folder, facts) if chosen.kinds else None
     return Given(
         facts.name,
         facts.layers,
@@ -128,7 +126,7 @@ def given_of(folder: Path, facts: Facts, slots: int, chosen: Preset, config: Con
         facts.routed,
         slots=slots,
         profile=find_profile(folder, facts, config.profile) if chosen.profiled else None,
-        learned={kind: parts[kind].arrays for kind in kinds if kind in parts},
+        learned={} if learned is None else learned.arrays(chosen.kinds),
     )
 
 

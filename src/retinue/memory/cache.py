@@ -24,6 +24,7 @@ from retinue.policy.base import Ahead, Costs, Evictor, Route, View
 from retinue.types import Demand, Expert, FloatArray, IntArray, Phase, Want
 
 ABSENT, LOADING = -1, -2
+NONE = -3  # a layer with fewer experts than another has no such expert
 
 
 class ExpertCache:
@@ -41,9 +42,9 @@ class ExpertCache:
         self._slots = slots
         shape = sizes.there.shape
         layers, self.experts = shape
-        self.slot_of = np.full(shape, ABSENT, dtype=np.int32)
+        self.slot_of = np.where(sizes.there, ABSENT, NONE).astype(np.int32)
         # The same in plain lists, where one number costs less than one of an array.
-        self.rows = [[ABSENT] * self.experts for _ in range(layers)]
+        self.rows: list[list[int]] = self.slot_of.tolist()
         self.ready = np.zeros(shape, dtype=bool)
         self.precision = np.zeros(shape, dtype=np.int64)  # of what is READY or LOADING
         self.history = History(layers, self.experts)

@@ -133,6 +133,14 @@ class _Layer:
     checksums: list[list[int]]  # by expert and width
 
 
+@dataclass(frozen=True, slots=True)
+class _Contents:
+    """An index: bytes of each of the records, and checksums by expert and width."""
+
+    record: int
+    checksums: list[list[int]]
+
+
 class NestedStore:
     """Reads experts of lower precisions into slots, decoded to what the checkpoint has there.
 
@@ -145,7 +153,7 @@ class NestedStore:
         self._layouts = layouts
         self._layers: list[_Layer | None] = []
         for layer, form in enumerate(forms_of(layouts)):
-            self._layers.append(_open(folder, layer, form) if form else None)
+            self._layers.append(_open(folder, layer, form, len(layouts[layer])) if form else None)
         self._stages: queue.SimpleQueue[int] = queue.SimpleQueue()
         size = stage_bytes(layouts)
         self._tier = Tier(stages_of(size), size)
@@ -196,11 +204,11 @@ def stage_bytes(layouts: Layouts) -> int:
     return max(form.record_bytes for form in forms_of(layouts) if form)
 
 
-def _open(folder: Path, layer: int, form: NestedForm) -> _Layer:
+def _open(folder: Path, layer: int, form: NestedForm, experts: int) -> _Layer:
     index = _read_index(folder, layer)
-    if index is None or index["record"] != form.record_bytes:
+    if index is None or (index.record, len(index.checksums)) != (form.record_bytes, experts):
         raise _damaged(_index(folder, layer), "it does not fit the model")
-    return _Layer(form, _records(folder, layer), index["checksums"])
+    return _Layer(form, _records(folder, layer), index.checksums)
 
 
 def _is_whole(folder: Path, layer: int) -> bool:
@@ -212,13 +220,17 @@ def _is_whole(folder: Path, layer: int) -> bool:
         size = _records(folder, layer).stat().st_size
     except OSError:
         return False
-    return size == int(index["record"]) * len(index["checksums"])
+    return size == index.record * len(index.checksums)
 
 
-def _read_index(folder: Path, layer: int) -> dict[str, Any] | None:
+def _read_index(folder: Path, layer: int) -> _Contents | None:
+    """What the index of a layer says; None where there is none, or it is damaged."""
     try:
-        return dict(json.loads(_index(folder, layer).read_text(encoding="utf-8")))
-    except (OSError, ValueError):
+        content = json.loads(_index(folder, layer).read_text(encoding="utf-8"))
+        checksums = [[int(prefix) for prefix in record] for record in content["checksums"]]
+        whole = all(len(record) == len(WIDTHS) for record in checksums)
+        return _Contents(int(content["record"]), checksums) if whole else None
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 

@@ -87,6 +87,11 @@ class Preset:
     alone: str = ""
 
     @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of learned part that it uses, needed or not."""
+        return (*self.learned, *self.better_with)
+
+    @property
     def wants(self) -> tuple[str, ...]:
         """What it cannot do without, in words."""
         learned = tuple(f"a trained {kind}" for kind in self.learned)

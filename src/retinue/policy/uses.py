@@ -55,21 +55,23 @@ class SequenceUses:
 
     def recent(self, layers: IntArray, experts: IntArray) -> FloatArray:
         """R / T, from 0 for never to 1 for the last token; the mean over sequences."""
-        return self._mean([one.last[layers, experts] / one.tokens for one in self._live()])
+        return self._mean(layers, [one.last[layers, experts] / one.tokens for one in self._live()])
 
     def frequent(self, layers: IntArray, experts: IntArray) -> FloatArray:
         """F / T, the share of tokens that used the expert."""
-        return self._mean([one.uses[layers, experts] / one.tokens for one in self._live()])
+        return self._mean(layers, [one.uses[layers, experts] / one.tokens for one in self._live()])
 
     def demanding(self, layers: IntArray, experts: IntArray) -> FloatArray:
         """H / T, the share of tokens that used it in high precision."""
-        return self._mean([one.high[layers, experts] / one.tokens for one in self._live()])
+        return self._mean(layers, [one.high[layers, experts] / one.tokens for one in self._live()])
 
     def _live(self) -> list[_Sequence]:
         return list(self._sequences.values())
 
-    def _mean(self, found: list[Counts]) -> FloatArray:
-        return np.asarray(sum(found) / max(len(found), 1), dtype=np.float32)
+    def _mean(self, layers: IntArray, found: list[Counts]) -> FloatArray:
+        """Over sequences; 0 for each entry where none runs."""
+        whole = sum(found, np.zeros(len(layers)))
+        return np.asarray(whole / max(len(found), 1), dtype=np.float32)
 
     def _of(self, sequence: int, view: View, tokens: int) -> _Sequence:
         """The sequence, with the tokens of this pass counted once."""

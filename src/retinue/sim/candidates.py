@@ -12,15 +12,12 @@ import numpy as np
 from retinue.errors import Refused
 from retinue.memory.base import Sizes
 from retinue.policy.evict.belady import Future, future_of
-from retinue.policy.order.cohort import Cohort
 from retinue.policy.policies import Policies
 from retinue.policy.predict.forecasters import forecaster
 from retinue.policy.predict.learned import Learned
 from retinue.policy.preset import Given, Preset
 from retinue.policy.presets import PRESETS, preset
 from retinue.sim.fixed import Beforehand
-from retinue.sim.passes import Load, Passes
-from retinue.sim.recorded import Recording
 from retinue.trace import TraceHead
 
 # Of one weight in the nested store, scales included.
@@ -105,18 +102,6 @@ def _candidate(
     far = policies.predictor.depth > 1 and "next_scores" in needs
     notes = (RECORDED,) * (not row.exact) + (NEAR,) * far
     return Candidate(row, lambda slots: known(row, slots), frozenset(needs), notes)
-
-
-def foreseen(recording: Recording, load: Load, slots: int) -> Future:
-    """What will be needed, pass by pass, where nothing depends on the clock."""
-    assert not load.arrivals
-    head = recording.head
-    cohort = Cohort(layers=len(head.routed), experts=head.experts, top_k=head.top_k, slots=slots)
-    passes, demands = Passes(recording.requests, load, cohort), []
-    while (now := passes.next(0.0, lambda until: None)) is not None:
-        demands += recording.demands(now.parts)
-        passes.ran(now)
-    return future_of(demands, head.layers, head.experts)
 
 
 def sizes_of(head: TraceHead, names: Iterable[str], read_bytes: int) -> Sizes:

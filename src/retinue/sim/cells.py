@@ -4,8 +4,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from retinue.policy.policies import Policies
-from retinue.sim.candidates import Candidate, foreseen, sizes_of
+from retinue.policy.policies import AsIs, Policies
+from retinue.sim.candidates import Candidate, sizes_of
+from retinue.sim.foreseen import foreseen
 from retinue.sim.recorded import Recording
 from retinue.sim.replay import Outcome, Replay
 from retinue.sim.rows import Row, beside, row_of
@@ -75,7 +76,8 @@ class Table:
         head = self._recording.head
         future = None
         if candidate.preset.replayed:
-            future = foreseen(self._recording, setting.load, setting.slots)
+            sizes = sizes_of(head, AsIs.names, self._read_bytes)
+            future = foreseen(self._recording, setting, sizes)
         policies: Policies = candidate.build(setting.slots, future)
         if ring is not None:
             policies = replace(policies, ring=ring)

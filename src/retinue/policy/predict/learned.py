@@ -3,7 +3,7 @@
 It knows no files; `model/predictors.py` reads and writes them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -62,6 +62,10 @@ class Learned:
         whole = np.zeros((self.layers, self.experts))
         whole[self.rows] = shares
         return whole
+
+    def arrays(self, kinds: Iterable[str]) -> dict[str, Mapping[str, FloatArray]]:
+        """What was learnt of those of `kinds` that there are, by kind."""
+        return {kind: self.parts[kind].arrays for kind in kinds if kind in self.parts}
 
     def over(self, older: "Learned") -> "Learned":
         """This, and what `older` has besides.
