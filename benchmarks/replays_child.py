@@ -1,7 +1,8 @@
 """A live run on two disks, and what a replay predicts for the second from the first: JSON lines.
 
-The texts' routing is recorded first, with every expert in memory. Times of computing, and how late
-reads are, come from the run on the first disk; the replay knows nothing of the second run.
+The texts' routing is recorded first, with every expert in memory. Times of computing come from the
+run on the first disk, and how fast the second one reads from reading alone; the replay knows
+nothing of the second run.
 """
 
 import json
@@ -18,10 +19,11 @@ from retinue.engine.reserve import given_of
 from retinue.engine.tasks import TaskIds, as_ids, read_texts
 from retinue.engine.tracing import record, trace_head
 from retinue.memory.home import locate, sample_tasks
+from retinue.memory.read_speed import measure_reads
 from retinue.metrics import Costs
 from retinue.policy.presets import preset
 from retinue.sim.candidates import sizes_of
-from retinue.sim.costs import latency_of_bench, times_of_bench
+from retinue.sim.costs import times_of_bench
 from retinue.sim.link import Roads
 from retinue.sim.recorded import Recording
 from retinue.sim.replay import Outcome, Replay
@@ -39,7 +41,7 @@ def measure(options: Namespace) -> dict[str, Any]:
     first, second = (f"{limit}MB" for limit in options.read_limits)
     known, slots = _live(options, replace(config, preset=options.preset, read_limit=first))
     plain = known
-    if options.preset != PLAIN:  # how late reads are, only a run without look-ahead says
+    if options.preset != PLAIN:  # what looking ahead takes is what it takes beyond that
         plain, _ = _live(options, replace(config, preset=PLAIN, read_limit=first))
     measured, _ = _live(options, replace(config, preset=options.preset, read_limit=second))
     outcome = _replay(options, recording, (known, plain), slots)
@@ -83,18 +85,19 @@ def _replay(
 ) -> Outcome:
     head, row = recording.head, preset(options.preset)
     assert head.facts is not None
-    first, second = (1e6 * limit for limit in options.read_limits)
-    document, plain = (_document(each, first) for each in known)
-    latency_s = latency_of_bench(plain, head.facts, head.read_bytes)
-    assert latency_s is not None, "nothing was read"
-    roads = Roads(second, latency_s)
-    setting = Setting(slots, roads, times_of_bench(head.facts, document))
-    given = given_of(locate(options.model), head.facts, slots, row, Config())
+    folder, second = locate(options.model), 1e6 * options.read_limits[1]
+    speed = measure_reads(folder, head.read_bytes, limit=second)
+    roads = Roads(speed.bytes_per_s, speed.latency_s)
+    times = plain = times_of_bench(head.facts, _document(known[1]))
+    if options.preset != PLAIN:
+        times = times_of_bench(head.facts, _document(known[0]), plain)
+    setting = Setting(slots, roads, times)
+    given = given_of(folder, head.facts, slots, row, Config())
     sizes = sizes_of(head, ("as-is",), head.read_bytes)
     return Replay(recording, row.build(given), setting, sizes).run()
 
 
-def _document(known: Costs, disk: float) -> dict[str, float]:
+def _document(known: Costs) -> dict[str, float | None]:
     """What `retinue bench` would say of these runs."""
     decode, prompts, passes = known.decode, known.prefill, max(1, known.prefill.passes)
     return {
@@ -102,11 +105,14 @@ def _document(known: Costs, disk: float) -> dict[str, float]:
         "decode_s": decode.seconds,
         **{name: getattr(decode, name) for name in ("hits", "pending", "misses", "stall_s")},
         **{name: getattr(decode, name) for name in ("expert_s", "dense_s", "overhead_s")},
-        "disk_bytes_per_s": disk,
+        **decode.counts,
+        "call_s": decode.computing.slope,
+        "start_s": decode.starting.slope,
         "prompt_tokens": prompts.tokens / passes,
         "prefill_expert_s": prompts.expert_s / passes,
         "prefill_dense_s": prompts.dense_s / passes,
         "prefill_overhead_s": prompts.overhead_s / passes,
+        **{f"prefill_{name}": count / passes for name, count in prompts.counts.items()},
     }
 
 

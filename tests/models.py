@@ -229,6 +229,17 @@ def open_llm(model: str | Path, **settings: Any) -> LLM:
     return LLM(model, **({"memory": MEMORY, "threads": 1} | settings))
 
 
+def write_texts(file: Path, prompt: int, answer: int) -> Path:
+    """Eight texts of two tasks, of `prompt` tokens and `answer` more."""
+    rows = [
+        {"task": task, "prompt": prompt_of(prompt, at), "continuation": prompt_of(answer, at)}
+        for at in range(4)
+        for task in ("a", "b")
+    ]
+    file.write_text("\n".join(json.dumps(row) for row in rows))
+    return file
+
+
 def prompt_of(length: int, seed: int = 0, vocabulary: int = VOCABULARY) -> list[int]:
     random = torch.Generator().manual_seed(seed)
     return torch.randint(3, vocabulary, (length,), generator=random).tolist()

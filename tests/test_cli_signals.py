@@ -74,7 +74,7 @@ def test_terminated_in_mid_answer() -> None:
 def test_interrupted_in_mid_answer_with_json() -> None:
     with start(*LONG, "--json") as process:
         wait_for(process, b"loaded in")
-        time.sleep(1.0)
+        time.sleep(0.2)  # some tokens, on any machine far fewer than all
         done, elapsed = stop(process, signal.SIGINT)
     assert done.code == 1
     assert elapsed < 10

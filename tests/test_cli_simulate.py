@@ -149,7 +149,13 @@ def test_times_from_runs_of_bench(call: Call, traced: Path, tmp_path: Path) -> N
             "dense_s": 0.3,
             "overhead_s": overhead_s,
             "stall_s": 0.5,
-            "disk_bytes_per_s": 1e6,
+            "reads": 200,
+            "calls": 400,
+            "looks": 0 if preset == "on-demand" else 200,
+            "call_s": 5e-4,
+            "start_s": 1e-3,
+            "read_latency_s": 3e-4,
+            "reads_bytes_per_s": 2e6,
             "prompt_tokens": 11,
             "prefill_expert_s": 0.1,
             "prefill_dense_s": 0.2,
@@ -164,11 +170,12 @@ def test_times_from_runs_of_bench(call: Call, traced: Path, tmp_path: Path) -> N
     done = call(*words)
     assert done.code == 0, done.err
     times = done.document["times"]
-    assert times["expert_s"] == pytest.approx(0.6 / 600)
-    assert times["layer_s"] == pytest.approx(0.6 / 100 / 3)
-    # A third of the lookups missed; of two, 5/9 of the layers waited, 0.2 s for bytes alone.
-    waited, beside_s = 300 * 5 / 9, 0.6 * 2 / 3 * 5 / 9
-    assert done.document["latency_s"] == pytest.approx((0.5 + beside_s - 0.2) / waited)
+    # Of 0.6 s for 600 experts 400 calls took 0.2 s, and of 0.6 s for 300 layers 200 reads 0.2 s.
+    assert (times["call_s"], times["start_s"], times["ahead_s"]) == (5e-4, 1e-3, 0)
+    assert times["expert_s"] == pytest.approx(0.4 / 600)
+    assert times["layer_s"] == pytest.approx(0.4 / 300)
+    assert done.document["latency_s"] == 3e-4
+    assert done.document["disk_bytes_per_s"] == 1e6
     again = call(*words, "--bench", str(bench("auto", 3.3)))
     plain, slow = done.document["presets"], again.document["presets"]
     assert plain["on-demand"] == slow["on-demand"]

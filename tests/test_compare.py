@@ -16,7 +16,7 @@ from retinue.compare.live import turns
 from retinue.compare.measures import Seen, belady_points, change, times
 from retinue.compare.measures import loss_added as added
 from retinue.compare.page import report
-from retinue.compare.replayed import Replays, as_bench, fed
+from retinue.compare.replayed import Ran, Replays, as_bench, fed
 from retinue.compare.verdict import (
     DEMANDED,
     FASTER,
@@ -241,6 +241,26 @@ def test_a_live_row_as_a_bench_of_one_prompt() -> None:
     assert (found["prefill_dense_s"], found["prefill_expert_s"]) == (0.5, 1.5)
     assert found["prefill_overhead_s"] == 0.25
     assert found["hits"] == row["hits"]
+
+
+def test_times_come_from_the_nearest_other_place() -> None:
+    wanted = some_grid("on-demand", "auto", runs=1, experts=("12.5%", "25%", "50%"))
+    live = []
+    for experts, slots in (("12.5%", 5), ("25%", 10), ("50%", 20)):
+        for limit in (None, "100MB"):
+            place = {"experts": experts, "slots": slots, "read_limit": limit}
+            live += [*runs_of("on-demand", 10, **place), *runs_of("auto", 8, **place)]
+    known = Ran(live, wanted)
+    assert len(known.places) == 6
+    for place in known.places:
+        other = known.elsewhere(place)
+        assert other.disk == place.disk
+        assert {known.slots(place), known.slots(other)} in ({5, 10}, {10, 20})
+    alone = Ran(live[:4], wanted)  # one budget: then another disk, and else the place itself
+    assert [each.disk for each in alone.places] == [NATIVE, Disk("100MB")]
+    assert alone.elsewhere(alone.places[0]) == alone.places[1]
+    only = Ran(live[:2], wanted)
+    assert only.elsewhere(only.places[0]) == only.places[0]
 
 
 def test_a_replayed_routing_sees_the_inputs_that_it_asks_for() -> None:

@@ -291,9 +291,11 @@ def test_a_disk_a_hundred_times_slower_finishes(olmoe: Path) -> None:
     with models.open_llm(olmoe, experts="13%", read_limit="8MB", self_check=False) as llm:
         output = answers(llm)
     assert output.token_ids == expected
-    # 40 KB an expert, 5 ms each, and four slots of 32: most of two dozen lookups are waited for.
-    assert output.stats.stall_s > 0.04
-    assert output.stats.prefill_s > 0.1
+    # 40 KB an expert, 5 ms each, and four slots of 32. How much of that is waited for depends on
+    # how long computing takes; that it takes no less does not.
+    stats = output.stats
+    read_s = (stats.prefill_bytes_read + stats.bytes_read) / 8e6
+    assert stats.prefill_s + stats.decode_s > 0.9 * read_s > 0.1
 
 
 @pytest.mark.parametrize("preset", ["auto", "layer-stream"])

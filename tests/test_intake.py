@@ -7,9 +7,8 @@ import pytest
 
 from disk import FakeDisk, eventually, pattern
 from retinue.errors import CheckpointError
-from retinue.memory.base import TicketState, Urgency
+from retinue.memory.base import Extent, TicketState, Urgency
 from retinue.memory.intake import stages_of
-from retinue.memory.layout import Extent
 from retinue.memory.mover import Mover, Source
 
 EXTENT = Extent(Path("f"), 0, 4 * 4096, 4 * 4096, 0, direct=True)

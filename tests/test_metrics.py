@@ -1,6 +1,8 @@
 """Counters that add up: of passes, requests and the process."""
 
-from retinue.metrics import Costs, Metrics, PhaseCounters
+import pytest
+
+from retinue.metrics import Costs, Line, Metrics, PhaseCounters
 
 
 def counted(**fields: int) -> PhaseCounters:
@@ -45,3 +47,32 @@ def test_nothing_looked_up_is_no_miss() -> None:
     assert PhaseCounters().hit_rate == 1.0
     assert PhaseCounters().degraded_share == 0.0
     assert PhaseCounters(degraded_weight=1.0, routed_weight=4.0).degraded_share == 0.25
+
+
+def test_a_line_through_points() -> None:
+    first, second = Line(), Line()
+    for x in range(4):
+        (first if x % 2 else second).point(x, 3 + 2 * x)
+    assert first.slope == 2
+    first += second
+    assert first.slope == pytest.approx(2)
+    assert first.count == 4
+    assert Line().slope is None
+    same = Line()
+    for y in (1, 2, 3):
+        same.point(5, y)
+    assert same.slope is None
+
+
+def test_what_one_more_costs_is_learnt_from_passes() -> None:
+    metrics = Metrics()
+    for reads, calls in ((0, 1), (3, 2), (1, 5)):
+        now = metrics.begin("decode")
+        now.reads, now.calls = reads, calls
+        now.expert_s = 0.1 + 0.01 * calls
+        now.seconds = now.expert_s + 0.2 + 0.05 * reads
+        metrics.finish()
+    total = metrics.total.decode
+    assert total.counts == {"reads": 4, "calls": 8, "looks": 0}
+    assert total.starting.slope == pytest.approx(0.05)
+    assert total.computing.slope == pytest.approx(0.01)

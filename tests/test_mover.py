@@ -14,9 +14,8 @@ import pytest
 from disk import PATIENCE_S, FakeDisk, eventually, pattern
 from retinue.errors import CheckpointError, ReadError, RetinueError
 from retinue.memory import files
-from retinue.memory.base import TicketState, Urgency
+from retinue.memory.base import Extent, TicketState, Urgency
 from retinue.memory.files import Reader
-from retinue.memory.layout import Extent
 from retinue.memory.mover import Mover, Ticket
 
 CHUNK = 4096

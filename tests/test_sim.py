@@ -2,13 +2,13 @@
 
 import sys
 from collections import deque
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-import recordings
 from recordings import HEAD, LAYERS, READ_BYTES, TOP_K, chance, replayed, setting, trace_of
 from retinue.errors import UsageError
 from retinue.memory import payback
@@ -117,6 +117,30 @@ def test_times_by_hand(tmp_path: Path) -> None:
     assert decode.stall_s == pytest.approx(LAYERS * (2 * read_s - 1e-4))
     assert decode.expert_s == pytest.approx(LAYERS * 4 * 1e-4)
     assert decode.seconds == pytest.approx(decode.stall_s + decode.expert_s + decode.dense_s)
+
+
+def test_what_comes_in_pieces_by_hand(tmp_path: Path) -> None:
+    """Reads that are started one by one, and a call for each expert that comes alone."""
+    experts, weights = np.array([[[0, 1]] * 3] * 2), np.full((2, 3, 2), 0.5, np.float32)
+    trace = trace_of(tmp_path / "a.trace", [routed_of(HEAD, None, 0, experts, weights)])
+    times = Times(expert_s=1e-4, layer_s=2e-4, call_s=3e-4, start_s=5e-4, ahead_s=7e-5)
+    outcome = replayed(Recording(trace), "on-demand", setting(8, times=times))
+    decode, read_s = outcome.decode, READ_BYTES / 1e6
+    assert (decode.calls, decode.looks) == (LAYERS * (2 + 1), 0)
+    # Both reads are started first; one's expert is computed while the other is read.
+    cold = LAYERS * (2e-4 + 2 * 5e-4 + 2 * read_s + (3e-4 + 1e-4))
+    warm = LAYERS * (2e-4 + 3e-4 + 2 * 1e-4)
+    assert decode.seconds == pytest.approx(cold + warm)
+    assert decode.expert_s == pytest.approx(LAYERS * (3 * 3e-4 + 4 * 1e-4))
+
+
+def test_looking_ahead_takes_its_time(recording: Recording) -> None:
+    slow = replace(setting().times, ahead_s=1e-3)
+    plain = replayed(recording, "layer-stream", setting(16, disk=1e9))
+    found = replayed(recording, "layer-stream", setting(16, disk=1e9, times=slow))
+    assert found.decode.looks == plain.decode.looks > 0
+    more_s = found.decode.seconds - plain.decode.seconds
+    assert more_s == pytest.approx(1e-3 * found.decode.looks, rel=0.01)
 
 
 def least_recent(recording: Recording, slots: int) -> int:
@@ -230,7 +254,7 @@ def test_a_faster_disk_and_more_room_never_hurt(recording: Recording) -> None:
 
 
 def test_everything_in_memory_reads_everything_once(recording: Recording) -> None:
-    outcome = replayed(recording, "auto", setting(LAYERS * 8))
+    outcome = replayed(recording, "on-demand", setting(LAYERS * 8))
     used = {
         (layer, expert)
         for request in recording.requests
@@ -238,7 +262,7 @@ def test_everything_in_memory_reads_everything_once(recording: Recording) -> Non
         for expert in request.experts[:, layer].ravel().tolist()
     }
     whole = outcome.prefill.bytes_read + outcome.decode.bytes_read
-    assert whole >= len(used) * READ_BYTES
+    assert whole == len(used) * READ_BYTES
     assert outcome.decode.hit_rate > 0.9
 
 
@@ -266,4 +290,3 @@ def test_others_serve_and_that_shows(recording: Recording) -> None:
     assert outcome.prefill.bytes_read == 12 * READ_BYTES, "the set is read once"
     assert decode.misses > 0
     assert replayed(recording, "random", setting(24)).decode.degraded_share == 0
-    assert recordings.EXPERTS == 8

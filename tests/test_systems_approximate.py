@@ -336,6 +336,17 @@ def test_swapmoe_serves_from_what_was_important_lately() -> None:
 # --- what comes
 
 
+def test_a_trail_outlives_the_arrays_that_it_was_shown() -> None:
+    """The engine reuses its own from layer to layer."""
+    trail, shown = Trail(), route([[1, 4]], [[0.9, 0.1]], layer=1)
+    trail.observe(demand(shown), view(layer=1, route=shown))
+    shown.experts[:], shown.weights[:] = 0, 0
+    later = replace(shown, layer=2)
+    trail.observe(demand(later), view(layer=2, route=later))
+    assert [each.experts.tolist() for each in trail.routes] == [[[0, 0]], [[1, 4]]]
+    assert trail.routes[1].weights[0, 0] == pytest.approx(0.9)
+
+
 def test_edgemoe_looks_paths_up() -> None:
     trail = Trail()
     paths = PathDictionary(ARRAYS["edgemoe"], ROUTED, trail)

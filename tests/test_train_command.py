@@ -1,6 +1,5 @@
 """`retinue train-predictor` for learned parts: every kind, from texts and traces; the sample."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -31,14 +30,7 @@ def call(capsys: pytest.CaptureFixture[str]) -> Call:
 
 @pytest.fixture
 def texts(tmp_path: Path) -> Path:
-    rows = [
-        {"task": task, "prompt": models.prompt_of(8, at), "continuation": models.prompt_of(6, at)}
-        for at in range(4)
-        for task in ("a", "b")
-    ]
-    file = tmp_path / "texts.jsonl"
-    file.write_text("\n".join(json.dumps(row) for row in rows))
-    return file
+    return models.write_texts(tmp_path / "texts.jsonl", 8, 6)
 
 
 def test_every_kind_at_once(call: Call, olmoe: Path, texts: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from types import MappingProxyType
+from typing import Self
 
 import numpy as np
 
@@ -14,6 +15,39 @@ class Clock:
     """Seconds that one kind of work has taken so far, written by the engine thread."""
 
     seconds: float = 0.0
+
+
+@dataclass(slots=True)
+class Line:
+    """A straight line through points that come one by one: least squares, in sums that add up."""
+
+    count: int = 0
+    x: float = 0.0
+    y: float = 0.0
+    xx: float = 0.0
+    xy: float = 0.0
+
+    def point(self, x: float, y: float) -> None:
+        """One more."""
+        self.count += 1
+        self.x += x
+        self.y += y
+        self.xx += x * x
+        self.xy += x * y
+
+    def __iadd__(self, other: "Line") -> Self:
+        """The points of both."""
+        for item in fields(self):
+            setattr(self, item.name, getattr(self, item.name) + getattr(other, item.name))
+        return self
+
+    @property
+    def slope(self) -> float | None:
+        """What one more of x adds to y; None where x is always the same."""
+        spread = self.count * self.xx - self.x * self.x
+        if spread <= 1e-9 * self.count * self.xx:
+            return None
+        return (self.count * self.xy - self.x * self.y) / spread
 
 
 @dataclass(slots=True)
@@ -41,6 +75,11 @@ class PhaseCounters:
     # runs natively between them.
     dense_s: float = 0.0
     steps_s: list[float] = field(default_factory=list)
+    reads: int = 0  # that were started
+    calls: int = 0  # so many times, some experts of a layer that may lack some were computed
+    looks: int = 0  # layers from which somebody looked ahead
+    starting: Line = field(default_factory=Line)  # a pass's `overhead_s` by its `reads`
+    computing: Line = field(default_factory=Line)  # a pass's `expert_s` by its `calls`
 
     @property
     def hit_rate(self) -> float:
@@ -57,6 +96,11 @@ class PhaseCounters:
     def degraded_share(self) -> float:
         """The part of routing weight that another expert served; 0 where nothing was rerouted."""
         return self.degraded_weight / self.routed_weight if self.routed_weight else 0.0
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How often what a replay takes times of was done."""
+        return {"reads": self.reads, "calls": self.calls, "looks": self.looks}
 
     def add(self, other: "PhaseCounters", *, tokens: int | None = None) -> None:
         """Count `other` as well; `tokens` instead of its own, where a request had a part in it."""
@@ -206,6 +250,9 @@ class Metrics:
 
     def finish(self) -> None:
         """The pass succeeded. The total keeps no times of single steps: it would grow for ever."""
+        now = self.now
+        now.starting.point(now.reads, now.overhead_s)
+        now.computing.point(now.calls, now.expert_s)
         total = self.total.of(self.phase)
         total.add(self.now)
         total.steps_s.clear()

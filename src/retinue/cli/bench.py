@@ -21,6 +21,7 @@ from retinue.memory.budget import split
 from retinue.memory.home import locate
 from retinue.memory.machine import Speeds, cores, measure_disk, measure_memory
 from retinue.memory.rates import known_rates
+from retinue.memory.read_speed import measure_reads
 from retinue.model.survey import survey
 from retinue.types import Facts, SamplingParams, Stats
 
@@ -41,6 +42,7 @@ def execute(options: Namespace) -> int:
     threads = config.threads or cores()
     before = Speeds(measure_disk(files), measure_memory(threads=threads, at_most_bytes=room))
     before = before.limited(config.read_bytes_per_s)
+    reads = measure_reads(folder, facts.read_bytes, limit=config.read_bytes_per_s)
     rates = known_rates(threads, [compute_format(facts)], fresh=True, at_most_bytes=room)
     with LLM.from_config(folder, config) as llm:
         for text in llm.assembly.notes:
@@ -58,6 +60,7 @@ def execute(options: Namespace) -> int:
     )
     stats = with_bound(stats, facts, speeds)
     document = _document(options, config, stats, threads, prompt_tokens)
+    document |= reads.as_dict()
     document |= {"stored": facts.stored or facts.dtype, "resolved_preset": resolved}
     band = expected(facts, Machine(speeds, rates, threads), decode)
     if band is not None:

@@ -13,13 +13,9 @@ from retinue.config import Config, format_size, parse_size
 from retinue.engine.bands import compute_format
 from retinue.errors import Refused, UsageError
 from retinue.memory.home import find_here
-from retinue.memory.machine import (
-    cores,
-    known_speeds,
-    machine_name,
-    remembered_speeds,
-)
+from retinue.memory.machine import cores, machine_name, remembered_speeds
 from retinue.memory.rates import remembered_rates
+from retinue.memory.read_speed import ReadSpeed, measure_reads
 from retinue.model.predictors import find_predictor
 from retinue.model.profiles import default_profile, find_profile
 from retinue.policy.predict.learned import Learned
@@ -30,7 +26,7 @@ from retinue.sim.candidates import Known as KnownOf
 from retinue.sim.cells import Cell, Filled
 from retinue.sim.costs import (
     Times,
-    latency_of_bench,
+    read_speed_of,
     times_of_bench,
     times_of_profile,
     times_of_rates,
@@ -114,14 +110,18 @@ class Machine:
         benches = [document(Path(file)) for file in options.bench or ()]
         bench = benches[0] if benches else None
         place = known.folder or trace.file.resolve().parent
-        self.disks = _disks(options.disk, place, here=known.folder is not None)
+        given_whole = options.disk is not None and options.latency is not None
+        speed = None if given_whole else self._read_speed(known.folder, bench)
+        self.disks = _disks(options.disk, place, speed)
+        self.latency_s = _latency(options.latency, speed)
         times = {name: getattr(options, f"{name[:-2]}_time") for name in _TIMES}
         self.times = with_given(self._times(known, bench, options, config), **times)
         self.own = {
-            str(each.get("preset")): with_given(times_of_bench(self.facts, each), **times)
+            str(each.get("preset")): with_given(
+                times_of_bench(self.facts, each, self.times), **times
+            )
             for each in benches[1:]
         }
-        self.latency_s = self._latency(bench, options.latency)
         seconds = [options.latency, *times.values()]
         if wrong := [value for value in seconds if value is not None and value < 0]:
             raise UsageError(f"a time is out of range: `{wrong[0]}`", hint="seconds, 0 or more")
@@ -130,11 +130,11 @@ class Machine:
         """With a disk of `disk` bytes a second."""
         return Roads(disk, self.latency_s, self._bus)
 
-    def _latency(self, bench: Mapping[str, Any] | None, given: float | None) -> float:
-        found = given
-        if found is None and bench is not None:
-            found = latency_of_bench(bench, self.facts, self.read_bytes)
-        return LATENCY_S if found is None else found
+    def _read_speed(self, folder: Path | None, bench: Mapping[str, Any] | None) -> ReadSpeed | None:
+        """How fast experts are read: as `bench` says it, or measured where the model is here."""
+        if bench is not None and (found := read_speed_of(bench)) is not None:
+            return found
+        return None if folder is None else measure_reads(folder, self.read_bytes)
 
     def _times(
         self, known: Known, bench: Mapping[str, Any] | None, options: Namespace, config: Config
@@ -195,14 +195,21 @@ def _facts(trace: Trace, options: Namespace) -> Facts:
     return Facts(**numbers | known)  # type: ignore[arg-type]
 
 
-def _disks(text: str | None, place: Path, *, here: bool) -> list[float]:
+def _latency(given: float | None, speed: ReadSpeed | None) -> float:
+    if given is not None:
+        return given
+    return LATENCY_S if speed is None else speed.latency_s
+
+
+def _disks(text: str | None, place: Path, speed: ReadSpeed | None) -> list[float]:
     if text is not None:
         found = [float(parse_size(each.strip())) for each in text.split(",")]
         if min(found) < 1:
             raise UsageError(f"disk is out of range: `{text}`", hint="such as 300MB")
         return found
-    speeds = known_speeds(place) if here else remembered_speeds(place)
-    if speeds is None:
+    if speed is not None:
+        return [speed.bytes_per_s]
+    if (speeds := remembered_speeds(place)) is None:
         raise Refused(
             "nobody measured how fast this disk reads", hint="give `--disk 300MB`, or `--model`"
         )

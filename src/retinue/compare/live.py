@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 
 from retinue.compare.grid import Budget, Disk, Grid, never_live
+from retinue.config import parse_size
 from retinue.engine.llm import LLM
 from retinue.engine.request import Request, new_request
 from retinue.engine.tasks import TaskIds
@@ -16,6 +17,7 @@ from retinue.errors import Refused
 from retinue.lab.base import Row
 from retinue.lab.bench import Bench
 from retinue.memory.machine import forget_peak, resident_bytes
+from retinue.memory.read_speed import measure_reads
 from retinue.metrics import Costs, PhaseCounters
 from retinue.policy.presets import preset
 from retinue.types import SamplingParams
@@ -70,11 +72,13 @@ def _measured(bench: Bench, grid: Grid, turn: Turn) -> list[Row]:
     forget_peak()
     settings = asdict(turn.budget) | {"preset": turn.preset, "read_limit": turn.disk.limit}
     checked = bench.config.self_check and turn.run == 0 and turn.disk == grid.disks[0]
+    limit = None if turn.disk.limit is None else float(parse_size(turn.disk.limit))
+    speed = measure_reads(bench.folder, bench.facts.read_bytes, limit=limit)
     with bench.opened(**settings, self_check=checked) as llm:
         llm.fill()
         requests = [_run(bench, llm, text, grid.new_tokens) for text in bench.texts]
         found = _counted(llm, requests)
-    named = {"preset": row.name, "exact": row.exact, **asdict(turn.budget)}
+    named = {"preset": row.name, "exact": row.exact, **asdict(turn.budget), **speed.as_dict()}
     return [named | {"read_limit": turn.disk.limit, "run": turn.run} | found]
 
 
@@ -114,6 +118,10 @@ def _counted(llm: LLM, requests: list[Request]) -> Row:
         "prefill_expert_s": prefill.expert_s,
         "prefill_dense_s": prefill.dense_s,
         "prefill_overhead_s": prefill.overhead_s,
+        **decode.counts,
+        **{f"prefill_{name}": count for name, count in prefill.counts.items()},
+        "call_s": decode.computing.slope,
+        "start_s": decode.starting.slope,
         "read_while_busy_bytes_per_s": _rate(mover.bytes_read, mover.busy_s),
         "texts": len(requests),
         "prefill_bytes_read": prefill.bytes_read,

@@ -15,6 +15,7 @@ from retinue.lab.tables import said, table_of
 
 SIGNS = {FASTER: "▲", WITHIN: "=", SLOWER: "▼"}
 DEMANDED_SIGN = "▽"
+NEAR = 0.15  # of a replay's speed to the measured one
 
 CELL = (
     Column("preset", "preset"),
@@ -265,14 +266,24 @@ def _agreement(rows: Sequence[Row]) -> list[str]:
         for what, found in apart.items()
         if found is not None
     ]
-    return [f"Between replay and live, median over exact cells: {', '.join(words)}."]
+    speeds = _differences(rows, "decode_tokens_per_s")
+    near = sum(each <= NEAR for each in speeds)
+    return [
+        f"Between replay and live, median over exact cells: {', '.join(words)}. The speed of"
+        f" decoding is within {NEAR:.0%} in {near} of {len(speeds)} cells."
+    ]
 
 
 def _apart(rows: Sequence[Row], key: str, *, share: bool = True) -> Spread | None:
+    apart = _differences(rows, key, share=share)
+    return spread(apart) if apart else None
+
+
+def _differences(rows: Sequence[Row], key: str, *, share: bool = True) -> list[float]:
+    """How far the replay's number is from the measured one in each cell, in parts of this one."""
     pairs = [(number(row, key), number(row, f"simulated_{key}")) for row in rows]
     known = [(live, other) for live, other in pairs if live is not None and other is not None]
-    apart = [abs(other - live) / (live if share else 1) for live, other in known if live]
-    return spread(apart) if apart else None
+    return [abs(other - live) / (live if share else 1) for live, other in known if live]
 
 
 def _all(grid: Grid, cells: Sequence[Row]) -> Section:

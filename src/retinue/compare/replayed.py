@@ -1,14 +1,18 @@
 """What a replay of the same texts says of each cell, beside what was measured, and the oracle.
 
-The routing is recorded once, prompts and fed tokens as they ran live. How long computing takes
-comes from the live runs of `on-demand` at the same budget, for all presets alike, and how fast
-reads are from a probe of the disk and the limit: so what a replay says of the others is a forecast.
+The routing is recorded once, prompts and fed tokens as they ran live. How long computing, starting
+a read and looking ahead take comes from live runs elsewhere: of the preset itself and of
+`on-demand`, at the nearest other budget on the same disk, or else on the fastest other disk. How
+fast reads are comes from reading alone, just before each run at the place. So what a replay says of
+a cell knows nothing else of it, unless it is the only one.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from math import log
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from retinue.compare.grid import BASE, DEFAULT, Budget, Disk, Grid
@@ -16,16 +20,17 @@ from retinue.config import parse_size
 from retinue.engine.reserve import given_of
 from retinue.engine.tasks import TaskIds
 from retinue.engine.tracing import record, trace_head
+from retinue.errors import UsageError
 from retinue.lab.base import Row, number
 from retinue.lab.bench import Bench
-from retinue.memory.machine import known_speeds
+from retinue.memory.read_speed import ReadSpeed
 from retinue.model.predictors import find_predictor
 from retinue.policy.predict.learned import Learned
 from retinue.policy.preset import Preset
 from retinue.policy.presets import preset
 from retinue.sim.candidates import Known, candidates
 from retinue.sim.cells import ORACLE, Cell, Table
-from retinue.sim.costs import latency_of_bench, times_of_bench
+from retinue.sim.costs import read_speed_of, times_of_bench
 from retinue.sim.link import Roads
 from retinue.sim.passes import Load
 from retinue.sim.recorded import Recording
@@ -33,8 +38,62 @@ from retinue.sim.stage import Setting
 from retinue.trace import SIGNALS, Trace, TraceHead, TraceWriter, append
 
 NAME = "replay"
-LATENCY_S = 1e-4  # of a read, where the live runs say nothing of it
+COUNTS = ("reads", "calls", "looks")
 ASKED = {"scores", "next_scores"}  # signals of routers that may not be there to ask
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A budget on a disk."""
+
+    budget: Budget
+    disk: Disk
+
+
+class Ran:
+    """Live runs, by place and preset, as documents of `retinue bench`: of several the middle one.
+
+    `places` are those of the grid where `on-demand` ran.
+    """
+
+    def __init__(self, live: Sequence[Row], grid: Grid) -> None:
+        self.runs: dict[tuple[Place, str], dict[str, Any]] = {}
+        for place in (Place(budget, disk) for budget in grid.budgets for disk in grid.disks):
+            where = {**asdict(place.budget), "read_limit": place.disk.limit}
+            here = [row for row in live if where.items() <= row.items()]
+            for name in dict.fromkeys(str(row["preset"]) for row in here):
+                runs = [row for row in here if row["preset"] == name]
+                self.runs[place, name] = as_bench(_middle(runs))
+        self.places = [place for place, name in self.runs if name == BASE]
+
+    def slots(self, place: Place) -> int:
+        """Room for so many experts."""
+        return int(self.runs[place, BASE]["slots"])
+
+    def read_speed(self, place: Place) -> ReadSpeed:
+        """How fast reads were, as measured before each run at the place: medians."""
+        found = [read_speed_of(run) for (at, _), run in self.runs.items() if at == place]
+        speeds = [speed for speed in found if speed is not None]
+        if not speeds:
+            raise UsageError(
+                "the live runs are of an older version: they do not say how fast reads were",
+                hint="start again with `--fresh`",
+            )
+        return ReadSpeed(
+            median(speed.latency_s for speed in speeds),
+            median(speed.bytes_per_s for speed in speeds),
+        )
+
+    def elsewhere(self, place: Place) -> Place:
+        """The nearest other place, of the same disk if there is one."""
+        others = [other for other in self.places if other != place]
+        return min(others, key=lambda other: self._far(place, other), default=place)
+
+    def _far(self, place: Place, other: Place) -> tuple[bool, float, float]:
+        """Another disk is further away than another budget, and of disks the slower ones are."""
+        fast = float("inf") if other.disk.limit is None else float(parse_size(other.disk.limit))
+        share = abs(log(self.slots(other) / self.slots(place)))
+        return other.disk != place.disk, share, -fast
 
 
 class Replays:
@@ -51,47 +110,41 @@ class Replays:
         bench, entry = self._bench, self._bench.ledger.entry(NAME)
         entry.cells.clear()
         entry.left_out.clear()
-        base = [row for row in live if row["preset"] == BASE]
-        if base:
+        ran = Ran(live, self._grid)
+        if ran.places:
             trace = self._trace()
             able, reasons = candidates(self._presets(), trace.head, self._known, timed=False)
             entry.left_out = {name: f"not replayed: {why}" for name, why in reasons.items()}
             needs = sorted(frozenset().union(*(each.needs for each in able)))
             table = Table(Recording(trace, needs), able, trace.head.read_bytes)
-            for budget in self._grid.budgets:
-                for disk in self._grid.disks:
-                    bench.check()
-                    key = f"{budget.memory}, {budget.experts}, {disk.limit}"
-                    entry.cells[key] = self._cell(table, base, budget, disk)
+            for place in ran.places:
+                bench.check()
+                key = f"{place.budget.memory}, {place.budget.experts}, {place.disk.limit}"
+                entry.cells[key] = self._cell(table, ran, place)
             bench.say(f"{NAME}: {len(entry.cells)} places, {len(able)} presets")
         entry.done = True
         bench.ledger.keep(NAME)
 
-    def _cell(self, table: Table, base: Sequence[Row], budget: Budget, disk: Disk) -> list[Row]:
-        runs = [row for row in base if (row["memory"], row["experts"]) == _place(budget)]
-        runs = [row for row in runs if row["read_limit"] == self._grid.disks[0].limit] or runs
-        if not runs:
-            return []
-        setting = self._setting(_middle(runs), disk)
-        filled = table.fill(Cell(budget.label, setting), self._bench.check)
+    def _cell(self, table: Table, ran: "Ran", place: "Place") -> list[Row]:
+        filled = table.fill(Cell(place.budget.label, self._setting(ran, place)), self._bench.check)
         best = filled.oracle["hit_rate"] if filled.oracle is not None else None
-        where: Row = {**asdict(budget), "read_limit": disk.limit}
+        where: Row = {**asdict(place.budget), "read_limit": place.disk.limit}
         return [
             where | {"preset": name, "belady_hit_rate": best} | _numbers(found)
             for name, found in filled.rows.items()
         ]
 
-    def _setting(self, run: Row, disk: Disk) -> Setting:
-        facts = self._bench.facts
-        native = known_speeds(self._bench.folder).disk_bytes_per_s
-        rate = native if disk.limit is None else min(native, float(parse_size(disk.limit)))
-        document = as_bench(run) | {"disk_bytes_per_s": native}
-        latency = None
-        if run["read_limit"] is None:
-            latency = latency_of_bench(document, facts, facts.read_bytes)
-        roads = Roads(rate, LATENCY_S if latency is None else latency)
-        load = Load(1, self._bench.config.chunk)
-        return Setting(int(number(run, "slots") or 0), roads, times_of_bench(facts, document), load)
+    def _setting(self, ran: "Ran", place: "Place") -> Setting:
+        facts, elsewhere = self._bench.facts, ran.elsewhere(place)
+        plain = times_of_bench(facts, ran.runs[elsewhere, BASE])
+        own = {
+            name: times_of_bench(facts, run, plain)
+            for (at, name), run in ran.runs.items()
+            if at == elsewhere and name != BASE
+        }
+        speed = ran.read_speed(place)
+        roads = Roads(speed.bytes_per_s, speed.latency_s)
+        return Setting(ran.slots(place), roads, plain, Load(1, self._bench.config.chunk), own)
 
     def _presets(self) -> list[Preset]:
         names = dict.fromkeys((*self._grid.presets, ORACLE))
@@ -143,20 +196,25 @@ def fed(text: TaskIds, new_tokens: int) -> TaskIds:
 def as_bench(run: Row) -> dict[str, Any]:
     """A live row as `retinue bench` would say it: of one prompt, the mean of all."""
     texts = number(run, "texts") or 1.0
-    names = ("prefill_expert_s", "prefill_dense_s", "prefill_overhead_s")
+    seconds = ("expert_s", "dense_s", "overhead_s")
+    names = [f"prefill_{name}" for name in (*seconds, *COUNTS)]
     prompt = {name: (number(run, name) or 0.0) / texts for name in names}
     return {**run, **prompt, "prompt_tokens": (number(run, "prefill_tokens") or 0.0) / texts}
 
 
 def _middle(runs: Sequence[Row]) -> Row:
-    """The run of the median speed, or the slower one of the two in the middle."""
-    by_speed = sorted(runs, key=lambda row: number(row, "decode_tokens_per_s") or 0.0)
-    return by_speed[(len(by_speed) - 1) // 2]
+    """Of each phase the run of the median speed; of two the faster, as what disturbs makes slower.
+
+    The phases' keys are told apart by their beginning.
+    """
+
+    def middle(phase: str) -> Row:
+        by_speed = sorted(runs, key=lambda row: number(row, f"{phase}_tokens_per_s") or 0.0)
+        return by_speed[len(by_speed) // 2]
+
+    prefill = {key: each for key, each in middle("prefill").items() if key.startswith("prefill_")}
+    return middle("decode") | prefill
 
 
 def _numbers(row: dict[str, Any]) -> Row:
     return {key: value for key, value in row.items() if isinstance(value, (int, float))}
-
-
-def _place(budget: Budget) -> tuple[str, str | None]:
-    return budget.memory, budget.experts

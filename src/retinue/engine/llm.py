@@ -381,6 +381,10 @@ def _stats(assembly: "Assembly", request: Request) -> Stats:
         prefill_dense_s=prefill.dense_s,
         prefill_overhead_s=prefill.overhead_s,
         reused_tokens=request.reused,
+        **decode.counts,
+        **{f"prefill_{name}": count for name, count in prefill.counts.items()},
+        call_s=decode.computing.slope,
+        start_s=decode.starting.slope,
     )
 
 

@@ -205,7 +205,8 @@ class Turn:
         return ready if self._missing is None else ready[:1]
 
     def computed(self, experts: Sequence[int]) -> None:
-        """`experts` are done and may leave."""
+        """`experts` are done, in one call, and may leave."""
+        self._attendance.metrics.now.calls += 1
         self.left.difference_update(experts)
         self._lease.release(experts)
         if self._missing is not None:
@@ -279,6 +280,7 @@ class Turn:
         following = attendance.following.get(self._demand.layer) if depth else None
         if following is None:
             return
+        attendance.metrics.now.looks += 1
         near, ahead = following, list[Ahead]()
         while following is not None and len(ahead) < depth:
             ahead.append(Ahead(following, self._scores(following)))

@@ -7,6 +7,7 @@ simulated clock. Nothing here imports torch.
 from collections.abc import Collection
 from dataclasses import dataclass
 from enum import Enum, IntEnum
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -35,6 +36,22 @@ class TicketState(Enum):
     DONE = "done"
     FAILED = "failed"
     CANCELLED = "cancelled"
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """One read: `[start, stop)` of `file` goes to `offset` in the slot.
+
+    `direct` says that start, stop and offset are aligned, and that a direct read may be used;
+    bytes from `needed_stop` on are alignment, which the end of a file may lack.
+    """
+
+    file: Path
+    start: int
+    stop: int
+    needed_stop: int
+    offset: int
+    direct: bool
 
 
 class Ticket(Protocol):

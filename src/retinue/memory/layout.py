@@ -9,10 +9,10 @@ quantised checkpoint stores as weights and scales is a piece with a second one, 
 
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 
 import torch
 
+from retinue.memory.base import Extent
 from retinue.memory.checkpoint import TensorEntry
 from retinue.memory.files import ALIGNMENT
 from retinue.memory.formats import Format, Packed
@@ -51,22 +51,6 @@ class Piece:
     def weight_bytes(self) -> int:
         """Bytes that belong to the block; what lies between its elements does not."""
         return prod(self.shape) * self.entry.item_bytes
-
-
-@dataclass(frozen=True, slots=True)
-class Extent:
-    """One read: `[start, stop)` of `file` goes to `offset` in the slot.
-
-    `direct` says that start, stop and offset are aligned, and that a direct read may be used;
-    bytes from `needed_stop` on are alignment, which the end of a file may lack.
-    """
-
-    file: Path
-    start: int
-    stop: int
-    needed_stop: int
-    offset: int
-    direct: bool
 
 
 @dataclass(frozen=True, slots=True)

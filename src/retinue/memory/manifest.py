@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from retinue.errors import CheckpointError, Unsupported
+from retinue.memory.base import Extent
 from retinue.memory.checkpoint import Checkpoint, TensorEntry
 from retinue.memory.formats import Transposed
 from retinue.memory.grouped import GROUP, PRECISIONS, Grouped, grouped
-from retinue.memory.layout import TORCH_DTYPES, ExpertLayout, Extent, Piece, Window
+from retinue.memory.layout import TORCH_DTYPES, ExpertLayout, Piece, Window
 from retinue.memory.quantised import PackedEntry
 from retinue.memory.recode import Windows, grouped_window, plain_format
 

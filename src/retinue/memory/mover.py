@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Protocol
 
 from retinue.errors import CheckpointError, RetinueError
-from retinue.memory.base import CHUNK_BYTES, READERS, TicketState, Urgency
-from retinue.memory.layout import Extent
+from retinue.memory.base import CHUNK_BYTES, READERS, Extent, TicketState, Urgency
 
 
 class Source(Protocol):

@@ -1,4 +1,4 @@
-"""Where learnt predictors lie: a file that the user names, the cache folder, or the package.
+"""Where learnt predictors lie: the cache folder, or the package.
 
 A predictor is safe to delete: `retinue train-predictor` makes it again. The files hold plain
 arrays, and a line of JSON that says whose they are; nothing in them is ever executed.
@@ -31,18 +31,18 @@ def default_predictor(folder: Path) -> Path:
     return cache_folder() / f"predictor-{fingerprint(folder)}.npz"
 
 
-def find_predictor(folder: Path, facts: Facts, file: str | None = None) -> Learned | None:
-    """The predictor in `file`, or else what is remembered of the checkpoint or ships with it.
+def find_predictor(folder: Path, facts: Facts) -> Learned | None:
+    """What is remembered of the checkpoint in `folder`, or ships with it.
 
     What ships fills in what is not remembered. None where there is none. Raises UsageError for
     one that is damaged or another model's.
     """
-    places = [default_predictor(folder)] if file is None else [Path(file).expanduser()]
-    if file is None and folder.resolve() == sample_folder().resolve():
+    places = [default_predictor(folder)]
+    if folder.resolve() == sample_folder().resolve():
         places.append(sample_predictor())
     found: Learned | None = None
     for place in places:
-        if file is not None or place.is_file():
+        if place.is_file():
             learned = read_predictor(place)
             check_predictor(learned, facts, place)
             found = learned if found is None else found.over(learned)

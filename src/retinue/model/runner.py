@@ -69,6 +69,7 @@ class Runner:
         those with a cache of their own, which are lost).
         """
         read, used = self._mover.bytes_read, self._host.cache.used_bytes_read
+        started_reads = self._host.cache.reads.started
         dense = self._network.dense.seconds
         started = time.perf_counter()
         counters = self._metrics.begin(phase)
@@ -92,6 +93,7 @@ class Runner:
         counters.steps_s.append(counters.seconds)
         counters.dense_s = self._network.dense.seconds - dense
         counters.bytes_read = self._mover.bytes_read - read
+        counters.reads = self._host.cache.reads.started - started_reads
         counters.used_bytes_read = self._host.cache.used_bytes_read - used
         self._metrics.finish()
         return logits, counters

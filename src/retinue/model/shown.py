@@ -10,8 +10,6 @@ from retinue.policy.base import Route
 from retinue.policy.policies import Policies
 from retinue.types import FloatArray, IntArray
 
-SIGNALS = {"scores", "hidden", "token_ids"}  # those that a route carries
-
 
 class Shown:
     """Makes the routes of one pass after the other; `wanted` says whether anybody looks.
@@ -23,8 +21,7 @@ class Shown:
         self, policies: Policies, scores: Callable[[int, torch.Tensor], FloatArray | None]
     ) -> None:
         self._needs, self._scores = policies.needs, scores
-        exact = policies.thinning.exact and policies.precision.exact and policies.miss.exact
-        self.wanted = bool(policies.watchers or self._needs & SIGNALS) or not exact
+        self.wanted = policies.sees_tokens
         self._sequences: IntArray = np.zeros(0, dtype=np.int64)
         self._token_ids: Sequence[int] = ()
 

@@ -96,6 +96,9 @@ class NoPlacement:
         return np.zeros_like(stock.there)
 
 
+OF_ROUTES: frozenset[Signal] = frozenset({"scores", "hidden", "token_ids"})  # what a route carries
+
+
 @dataclass(frozen=True, slots=True)
 class Policies:
     """One answer per question: what a preset is made of.
@@ -134,3 +137,9 @@ class Policies:
         """The signals that any of the parts declares."""
         needs = self.predictor.needs | self.routing.needs | self.thinning.needs
         return needs.union(self.precision.needs, *(watcher.needs for watcher in self.watchers))
+
+    @property
+    def sees_tokens(self) -> bool:
+        """Whether anybody looks at what runs token by token."""
+        exact = self.thinning.exact and self.precision.exact and self.miss.exact
+        return bool(self.watchers or self.needs & OF_ROUTES) or not exact

@@ -1,8 +1,20 @@
 """The ranks of a token's experts: what each adds to those that the router preferred to it."""
 
+from functools import lru_cache
+
 import numpy as np
 
 from retinue.types import FloatArray, IntArray
+
+
+@lru_cache(maxsize=8)
+def each_row(count: int) -> IntArray:
+    """0 to `count` in a column, to index rows with `[count, k]` beside it.
+
+    `take_along_axis` does the same in four times the time, which is all there is where one token
+    decodes.
+    """
+    return np.arange(count)[:, None]
 
 
 def shares(experts: IntArray, weights: FloatArray, count: int) -> FloatArray:
@@ -20,9 +32,9 @@ def before(part: FloatArray) -> FloatArray:
 
     HOBBIT's score s_i (arXiv 2411.01433, section 3.2). Of ties the first ranks higher.
     """
-    order = np.argsort(-part, axis=1, kind="stable")
-    ranked = np.take_along_axis(part, order, axis=1)
-    sums = np.minimum(np.cumsum(ranked, axis=1) - ranked, 1)
+    order = each_row(len(part)), (-part).argsort(axis=1, kind="stable")
+    ranked = part[order]
+    sums = np.minimum(ranked.cumsum(axis=1) - ranked, 1)
     found = np.empty_like(part)
-    np.put_along_axis(found, order, np.maximum(sums, 0), axis=1)
+    found[order] = np.maximum(sums, 0)
     return found

@@ -32,8 +32,7 @@ class Attended:
         if policies.ring is not None:
             self.cache.division.give(round(policies.ring * slots))
         self._attendance = Attendance(self.cache, policies, head.routed, stage.metrics)
-        exact = policies.thinning.exact and policies.precision.exact and policies.miss.exact
-        self._shows = bool(policies.watchers or policies.needs) or not exact
+        self._shows = policies.sees_tokens
         self._changes = not (policies.routing.exact and policies.thinning.exact)
         self._phase: Phase = "prefill"
 
@@ -71,7 +70,10 @@ class Attended:
             stage.compute(demand, demand.experts.tolist(), tokens)
             return
         scores_of = self._scores_of(place, parts)
+        counters = stage.metrics.now
+        looks = counters.looks
         with attendance.attend(demand, tokens, route, scores_of) as turn:
+            stage.link.hold((counters.looks - looks) * stage.times.ahead_s)
             self._turn(turn, demand, tokens)
 
     def _turn(self, turn: Turn, demand: Demand, tokens: int) -> None:
@@ -84,7 +86,7 @@ class Attended:
                 continue
             if not exact:
                 self._count_worse(demand, ready)
-            stage.compute(demand, ready, tokens)
+            stage.compute(demand, ready, tokens, stage.times.call_s)
             turn.computed(ready)
         stage.link.advance_to(apart)
 

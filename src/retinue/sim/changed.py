@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from retinue.policy.base import BoolArray, Choice, Route, Routing, Thinning, View
+from retinue.policy.ranks import each_row
 from retinue.types import FloatArray, IntArray, Phase
 
 ULP = np.float32(1 + 2**-10)  # what rounding to fp16 may have taken from whom the router preferred
@@ -43,9 +44,9 @@ def choice_of(
     """
     scores = scores.copy()
     there = rows.experts < scores.shape[1]
-    ids = np.where(there, rows.experts, 0)
-    own = np.take_along_axis(scores, ids, axis=1)
-    np.put_along_axis(scores, ids, np.where(there, own * ULP, own), axis=1)
+    at = each_row(len(scores)), np.where(there, rows.experts, 0)
+    own = scores[at]
+    scores[at] = np.where(there, own * ULP, own)
     return Choice(layer, scores, rows.experts, rows.weights, hidden, phase=phase)
 
 
@@ -57,7 +58,7 @@ def reroute(routing: Routing, choice: Choice, resident: BoolArray) -> Served:
     if ranking is None:
         return Served(own, nothing)
     top_k = choice.experts.shape[1]
-    ids = np.argsort(-ranking, axis=1, kind="stable")[:, :top_k]
+    ids = (-ranking).argsort(axis=1, kind="stable")[:, :top_k]
     replaced = (choice.experts[:, :, None] != ids[:, None]).all(axis=2)
     same = ~replaced.any(axis=1)
     ids[same] = choice.experts[same]
@@ -81,11 +82,11 @@ def thin(thinning: Thinning, route: Route, view: View, rows: Rows) -> Served:
 
 def _weights(choice: Choice, ids: IntArray) -> FloatArray:
     """What the family would give the experts `ids` [tokens, k], as far as its weights tell."""
-    scores = np.take_along_axis(choice.scores, ids, axis=1)
+    scores = choice.scores[each_row(len(ids)), ids]
     sums = choice.weights.sum(axis=1, keepdims=True)
-    if np.ptp(sums) < SAME_SUM * sums.mean():
+    if len(sums) == 1 or sums.max() - sums.min() < SAME_SUM * sums.mean():
         whole = scores.sum(axis=1, keepdims=True)
     else:
         own = np.minimum(choice.experts, choice.scores.shape[1] - 1)
-        whole = np.take_along_axis(choice.scores, own, axis=1).sum(axis=1, keepdims=True)
+        whole = choice.scores[each_row(len(own)), own].sum(axis=1, keepdims=True)
     return np.asarray(scores * sums / np.where(whole > 0, whole, 1), dtype=np.float32)

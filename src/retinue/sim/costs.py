@@ -2,7 +2,8 @@
 
 They come from the command line, from a document of `retinue bench`, or from what is remembered of
 this machine. Every pass takes `pass_s`, every layer of it `layer_s` before its experts, and every
-expert `expert_s`; further tokens of a pass add to both.
+expert `expert_s`; further tokens of a pass add to both. What comes in pieces costs more: each call
+that computes experts, each read that is started, each look ahead.
 """
 
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ from typing import Any
 
 from retinue.errors import UsageError
 from retinue.memory.machine import Rate
+from retinue.memory.read_speed import ReadSpeed
 from retinue.policy.base import Costs
 from retinue.policy.measured import MachineCosts
 from retinue.sim.link import Roads
@@ -32,7 +34,11 @@ class Times:
     layer_s: float  # a layer besides its experts, for one token
     expert_token_s: float = 0.0  # each further token of an expert
     layer_token_s: float = 0.0  # each further token of a layer
+    held_s: float = 0.0  # of `layer_s`, the interpreter's own, in which readers get no turn
     pass_s: float = 0.0  # a pass besides its layers
+    call_s: float = 0.0  # each call that computes some experts of a layer that may lack some
+    start_s: float = 0.0  # the engine's own time for each read that it starts
+    ahead_s: float = 0.0  # looking ahead from one layer
     elsewhere_s: float | None = None
     source: str = "given"
 
@@ -84,53 +90,81 @@ def times_of_profile(facts: Facts, costs: MachineCosts, rate: Rate | None) -> Ti
     )
 
 
-def times_of_bench(facts: Facts, document: Mapping[str, Any]) -> Times:
+def times_of_bench(facts: Facts, document: Mapping[str, Any], plain: Times | None = None) -> Times:
     """From a document of `retinue bench` on this model. Raises UsageError for one that is none.
 
-    Stalls are left out: a replay has its own.
+    `plain` are those of a preset that does not look ahead: they say what reads and calls take, and
+    what the document's preset took beyond is its looking ahead. Stalls are left out: a replay has
+    its own.
     """
     try:
+        decode, prompt = _Phase.of(document), _Phase.of(document, "prefill_")
         tokens = float(document["decode_tokens_per_s"]) * float(document["decode_s"])
         looked_up = sum(int(document[name]) for name in ("hits", "pending", "misses"))
-        expert_s = float(document["expert_s"]) / looked_up
-        rest_s = float(document["dense_s"]) + float(document["overhead_s"])
-        layer_s = rest_s / tokens / facts.moe_layers
-        prompt = float(document["prompt_tokens"])
-        pairs = prompt * facts.moe_layers * facts.top_k
-        touched = min(pairs, float(facts.total_experts))
-        rows_s = float(document["prefill_expert_s"]) - touched * expert_s
-        dense_s = float(document["prefill_dense_s"]) + float(document["prefill_overhead_s"])
-        further_s = dense_s / facts.moe_layers - layer_s
+        prompt_tokens = float(document["prompt_tokens"])
+        call_s = decode.each(document, "call_s", decode.calls, decode.expert_s)
+        start_s = decode.each(document, "start_s", decode.reads, decode.rest_s)
+        if plain is not None:
+            call_s, start_s = plain.call_s, plain.start_s
+        layers = tokens * facts.moe_layers
+        expert_s = max(0.0, decode.expert_s - decode.calls * call_s) / looked_up
+        layer_s, ahead_s = max(0.0, decode.rest_s - decode.reads * start_s) / layers, 0.0
+        held_s = max(0.0, layer_s - float(document["dense_s"]) / layers)
+        if plain is not None and decode.looks:
+            ahead_s = max(0.0, layer_s - plain.layer_s) * layers / decode.looks
+            layer_s, held_s = min(layer_s, plain.layer_s), min(held_s, plain.held_s)
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise UsageError(
             f"not a document of `retinue bench` with some decoding: {error!r}",
             hint="write it with `retinue bench MODEL --json > FILE`",
         ) from error
+    pairs = prompt_tokens * facts.moe_layers * facts.top_k
+    touched = min(pairs, float(facts.total_experts))
+    rows_s = prompt.expert_s - touched * expert_s - prompt.calls * call_s
+    own_s = prompt.rest_s - prompt.reads * start_s - prompt.looks * ahead_s
+    further_s = own_s / facts.moe_layers - layer_s
     return Times(
         expert_s=expert_s,
         layer_s=layer_s,
         expert_token_s=max(0.0, rows_s / max(1.0, pairs - touched)),
-        layer_token_s=max(0.0, further_s / max(1.0, prompt - 1)),
+        layer_token_s=max(0.0, further_s / max(1.0, prompt_tokens - 1)),
+        held_s=held_s,
+        call_s=call_s,
+        start_s=start_s,
+        ahead_s=ahead_s,
         source="a run of `retinue bench`",
     )
 
 
-def latency_of_bench(document: Mapping[str, Any], facts: Facts, read_bytes: int) -> float | None:
-    """What a layer's reads took beyond their bytes in a run of `retinue bench`, in seconds.
+@dataclass(frozen=True, slots=True)
+class _Phase:
+    """What one phase of a run took, and how often: see `metrics.PhaseCounters`."""
 
-    From runs that read nothing ahead alone, such as of `on-demand`; None: it says nothing. Of a
-    layer that lacks experts, the others are computed while these are read.
-    """
-    hits, pending, misses = (int(document[name]) for name in ("hits", "pending", "misses"))
-    looked_up = hits + pending + misses
-    disk = document.get("disk_bytes_per_s")
-    if pending or not misses or not disk:
-        return None
-    layers = looked_up / facts.top_k  # of one token each
-    waiting = layers * (1 - (hits / looked_up) ** facts.top_k)
-    beside_s = float(document["expert_s"]) * hits / looked_up * waiting / layers
-    bytes_s = misses * read_bytes / float(disk)
-    return max(0.0, (float(document["stall_s"]) + beside_s - bytes_s) / waiting)
+    expert_s: float
+    rest_s: float
+    reads: float
+    calls: float
+    looks: float
+
+    @classmethod
+    def of(cls, document: Mapping[str, Any], prefix: str = "") -> "_Phase":
+        """From the keys that begin with `prefix`. An old document has no counts."""
+        rest_s = float(document[f"{prefix}dense_s"]) + float(document[f"{prefix}overhead_s"])
+        counts = (float(document.get(f"{prefix}{key}", 0)) for key in ("reads", "calls", "looks"))
+        return cls(float(document[f"{prefix}expert_s"]), rest_s, *counts)
+
+    def each(self, document: Mapping[str, Any], key: str, count: float, whole_s: float) -> float:
+        """What the document says of one of `count`, as far as it can be true of `whole_s`."""
+        found = document.get(key)
+        if found is None or not count:
+            return 0.0
+        return min(max(0.0, float(found)), whole_s / count)
+
+
+def read_speed_of(document: Mapping[str, Any]) -> ReadSpeed | None:
+    """What a document of `retinue bench` says of reads; None: it is an old one."""
+    found = document.get("read_latency_s"), document.get("reads_bytes_per_s")
+    return None if None in found else ReadSpeed(*map(float, found))  # type: ignore[arg-type]
 
 
 def with_given(times: Times, **given: float | None) -> Times:

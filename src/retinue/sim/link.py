@@ -3,7 +3,8 @@
 The queue is that of `memory/mover.py`: the most urgent read goes first, a chunk at a time, as many
 chunks at once as there are reader threads, so that a demand waits for chunks that have begun and
 for nothing else. A chunk waits for the disk to answer, then passes the disk, one after the other,
-and then the bus, where there is one.
+and then the bus, where there is one. Readers share the interpreter's lock with the engine: while
+that holds it, none of them takes a chunk, nor says that one is there.
 """
 
 import heapq
@@ -49,10 +50,13 @@ class Read:
 
 
 class SimulatedLink:
-    """Reads experts in no time of ours. `now` is its clock, which `advance` and `wait` move."""
+    """Reads experts in no time of ours. `now` is its clock; `advance`, `hold` and `wait` move it.
 
-    def __init__(self, roads: Roads, sizes: Sizes) -> None:
-        self._roads = roads
+    `start_s` is what whoever submits a read is busy with it.
+    """
+
+    def __init__(self, roads: Roads, sizes: Sizes, start_s: float = 0.0) -> None:
+        self._roads, self._start_s = roads, start_s
         self._sizes: list[list[list[int]]] = sizes.read_bytes.tolist()
         self.now = 0.0
         self.bytes_read = self.reads = 0
@@ -64,12 +68,11 @@ class SimulatedLink:
 
     def submit(self, expert: Expert, slot: int, urgency: Urgency, precision: int) -> Ticket:
         """Queue a read."""
+        self.hold(self._start_s)
         size = self._sizes[precision][expert.layer][expert.index]
         read = Read(-(-size // CHUNK_BYTES), size, urgency, next(self._number))
         heapq.heappush(self._queue, (urgency, read.sequence, read))
         self.reads += 1
-        if self._idle:
-            self._begin(self.now)
         return read
 
     def raise_urgency(self, ticket: Ticket, urgency: Urgency) -> None:
@@ -92,11 +95,11 @@ class SimulatedLink:
         started, limit = self.now, self.now + timeout_s
         if any(ticket.settled for ticket in tickets):
             return 0.0
-        awaited = set(map(id, tickets))
+        if self._queue:
+            self._begin()
         while self._ends and self._ends[0][0] <= limit:
-            self.now, _, read, size = heapq.heappop(self._ends)
-            self._end(read, size)
-            if read.settled and id(read) in awaited:
+            read = self._end()
+            if read.settled and read in tickets:
                 return self.now - started
         self.now = limit
         return timeout_s
@@ -113,14 +116,19 @@ class SimulatedLink:
         """The same, until `until`; nothing if that has passed."""
         if until <= self.now:
             return
+        if self._queue:
+            self._begin()
         while self._ends and self._ends[0][0] <= until:
-            self.now, _, read, size = heapq.heappop(self._ends)
-            self._end(read, size)
+            self._end()
         self.now = until
 
-    def _begin(self, at: float) -> None:
+    def hold(self, seconds: float) -> None:
+        """Let time pass in which readers get no turn: what was begun goes on, and nothing else."""
+        self.now += seconds
+
+    def _begin(self) -> None:
         """Let idle readers take the most urgent chunks."""
-        queue = self._queue
+        queue, at = self._queue, self.now
         while self._idle and queue:
             urgency, _, read = queue[0]
             if not read.chunks or read.urgency != urgency or read.state is not TicketState.QUEUED:
@@ -142,11 +150,16 @@ class SimulatedLink:
         self._bus_at = max(self._bus_at, self._disk_at) + size / roads.bus_bytes_per_s
         return self._bus_at
 
-    def _end(self, read: Read, size: int) -> None:
+    def _end(self) -> Read:
+        """The next chunk ends, or has ended in the meantime; its reader takes another one."""
+        ended, _, read, size = heapq.heappop(self._ends)
+        self.now = max(self.now, ended)
         self.bytes_read += size
         self._idle += 1
         read.running -= 1
         if read.state is TicketState.QUEUED and not (read.chunks or read.running):
             read.state = TicketState.DONE
         read.settled = read.state is not TicketState.QUEUED and not read.running
-        self._begin(self.now)
+        if self._queue:
+            self._begin()
+        return read

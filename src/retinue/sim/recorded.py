@@ -94,6 +94,10 @@ class Recording:
 
     def signal(self, name: str, parts: Sequence[Part], place: int) -> FloatArray | None:
         """A signal of the parts' tokens in the layer at `place` of the routed: [tokens, ...]."""
+        if len(parts) == 1:
+            (part,) = parts
+            known = self.requests[part.request].signals.get(name)
+            return None if known is None else known[part.start : part.stop, place]
         found = [
             self.requests[part.request].signals[name][part.start : part.stop, place]
             for part in parts
@@ -101,7 +105,7 @@ class Recording:
         ]
         if len(found) < len(parts):
             return None
-        return found[0] if len(found) == 1 else np.concatenate(found)
+        return np.concatenate(found)
 
     def token_ids(self, parts: Sequence[Part]) -> IntArray:
         """The parts' token ids: [tokens]; empty where they were not recorded."""

@@ -103,7 +103,8 @@ class Replay:
         link.advance(times.pass_s)
         layer_s = times.layer(tokens)
         for place, demand in enumerate(self._recording.demands(now.parts)):
-            link.advance(layer_s)
+            link.advance(layer_s - times.held_s)
+            link.hold(times.held_s)
             layers.layer(place, demand, now.parts, tokens)
         layers.end_pass()
         counters.passes, counters.tokens = 1, tokens

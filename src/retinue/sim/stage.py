@@ -39,16 +39,21 @@ class Stage:
     def __init__(self, recording: Recording, setting: Setting, sizes: Sizes) -> None:
         self.recording, self.setting, self.sizes = recording, setting, sizes
         self.times, self.metrics = setting.times, Metrics()
-        self.link = SimulatedLink(setting.roads, sizes)
+        self.link = SimulatedLink(setting.roads, sizes, setting.times.start_s)
 
     @property
     def costs(self) -> Costs:
         """What policies may see of the times."""
         return self.times.shown(self.setting.roads, int(self.sizes.read_bytes[0].max()))
 
-    def compute(self, demand: Demand, experts: Sequence[int], tokens: int) -> None:
-        """Let the time pass that `experts` of `demand` take in a pass over `tokens` tokens."""
-        seconds = len(experts) * self.times.expert_s
+    def compute(
+        self, demand: Demand, experts: Sequence[int], tokens: int, call_s: float = 0.0
+    ) -> None:
+        """Let the time pass that `experts` of `demand` take in a pass over `tokens` tokens.
+
+        `call_s` is what a call takes whatever it computes.
+        """
+        seconds = call_s + len(experts) * self.times.expert_s
         if tokens > 1:
             at = np.searchsorted(demand.experts, experts)
             seconds += int((demand.tokens[at] - 1).sum()) * self.times.expert_token_s

@@ -13,12 +13,13 @@ from itertools import product
 
 import numpy as np
 
+from retinue.policy.precision.by_share import HIGH_UP_TO
 from retinue.policy.ranks import before, shares
+from retinue.policy.thin.missing_tail import SKIP_ABOVE
 from retinue.train.examples import Example
 from retinue.types import FloatArray, IntArray
 
 STEPS = 4  # of a weight, from 0 to 1
-HIGH, SKIP = 0.6, 0.9  # the paper's T1 and T2
 LOW_COST = 0.25
 ROOM = 0.25  # of the experts
 TOKENS = 3000  # that are replayed, evenly from all texts
@@ -87,12 +88,12 @@ class _Caches:
     def use(self, row: int, ids: IntArray, scores: FloatArray) -> FloatArray:
         """A token's experts in one layer; returns what each cache has to pay: [caches]."""
         at = row * self._experts + ids
-        high = scores <= HIGH
+        high = scores <= HIGH_UP_TO
         self._last[at] = self.tokens
         self._uses[at] += 1
         self._demands[at] += high
         missing = ~self._there[:, at] | (high & ~self._high[:, at])
-        missing &= ~((scores > SKIP) & ~self._there[:, at])
+        missing &= ~((scores > SKIP_ABOVE) & ~self._there[:, at])
         new = missing & ~self._there[:, at]
         self._make_room(row, at, new.sum(axis=1))
         self._there[:, at] |= missing

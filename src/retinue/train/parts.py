@@ -8,6 +8,7 @@ import numpy as np
 from retinue.model.predictors import kept
 from retinue.policy.predict.learned import Part, Worth
 from retinue.policy.preset import Arrays
+from retinue.policy.watch.expert_maps import DISTANCE
 from retinue.trace import TraceHead
 from retinue.train import adapmoe, edgemoe, expertflow, hobbit, perceptrons, stores
 from retinue.train.descent import Course
@@ -162,7 +163,7 @@ def _fmoe(task: Task, examples: Examples) -> Mapping[str, FloatArray]:
 
 
 def _judge_fmoe(task: Task, arrays: Arrays, held: Examples) -> Worth:
-    distance = min(stores.DISTANCE, arrays["maps"].shape[1])
+    distance = min(DISTANCE, arrays["maps"].shape[1])
     said = [top(stores.nearest_map(arrays, one, distance), task.top_k) for one in held]
     return judged(np.concatenate(said), drawn_of(held, task.experts).chosen)
 

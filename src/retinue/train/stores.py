@@ -8,13 +8,12 @@ import numpy.typing as npt
 
 from retinue.policy.predict.shares import shares_of
 from retinue.policy.preset import Arrays
+from retinue.policy.watch.expert_maps import CAPACITY, DISTANCE
 from retinue.train.examples import Example
 from retinue.types import FloatArray
 
 MATRICES = 120  # the smallest capacity of MoE-Infinity's paper
-MAPS = 1000  # as in fMoE's paper
 MAPS_BYTES = 16 << 20  # of them in fp32: large models get fewer
-DISTANCE = 3  # layers between a search and what it is for; the paper's for Mixtral
 NEAR = 1e-9
 
 
@@ -50,7 +49,7 @@ def fmoe(examples: Sequence[Example], seed: int, most: int | None = None) -> dic
     RDY = d/L cos(embeddings) + (1 - d/L) cos(maps), with d = 3 layers.
     """
     if most is None:
-        most = max(2, min(MAPS, MAPS_BYTES // (4 * examples[0].prompt_scores.size)))
+        most = max(2, min(CAPACITY, MAPS_BYTES // (4 * examples[0].prompt_scores.size)))
     random = np.random.default_rng(seed)
     first = [examples[at] for at in random.permutation(len(examples))[: max(1, most // 2)]]
     maps, embeddings = _answers(examples)

@@ -5,7 +5,8 @@ w_lru R/T + w_lfu F/T + w_lhu H/T + w_fld (1 - ((l_i - l_t + l_n) mod l_n) / l_n
 leaves, with R the token of the last use, F the uses, H those in high precision, all in this
 sequence of T tokens, l_i the expert's layer, l_t the one that runs, l_n their number. The weights
 add up to 1 and are searched offline; equal ones where nobody did. Deviations: one set of slots for
-both precisions; the layer that runs counts as the farthest, since what it needs is pinned.
+both precisions; the layer that runs counts as the farthest, since what it needs is pinned; the
+distance is counted forward, so that what is due next stays, where the text we read has l_t - l_i.
 """
 
 from collections.abc import Sequence

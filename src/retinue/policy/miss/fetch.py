@@ -23,7 +23,7 @@ class FetchAll:
 
 def heaviest_first(demand: Demand, resident: npt.NDArray[np.bool_]) -> IntArray:
     """The experts of the demand that are not resident, by their summed routing weight."""
-    missing = np.flatnonzero(~resident)
+    (missing,) = (~resident).nonzero()
     if len(missing) > 1:
-        missing = missing[np.argsort(-demand.weight[missing], kind="stable")]
+        missing = missing[(-demand.weight[missing]).argsort(kind="stable")]
     return demand.experts[missing]

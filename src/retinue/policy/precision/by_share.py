@@ -38,7 +38,7 @@ class ByShare:
 
     def pick_ahead(self, want: Want, view: View) -> IntArray:
         """The same by the forecast's scores, as if one token had them."""
-        chosen = np.minimum(want.scores, np.inf)[None, :]
+        chosen = want.scores[None, :]
         ids = np.arange(chosen.shape[1])[None, :]
         return self._low(before(shares(ids, chosen, chosen.shape[1]))[0])
 

@@ -29,6 +29,7 @@ class ByToken:
     def __init__(self, capacities: tuple[float, float, float] = CAPACITIES) -> None:
         self._steps = np.cumsum([1 - sum(capacities), *capacities[:-1]])
         self._seen: dict[int, deque[float]] = {}
+        self._bounds: dict[int, FloatArray] = {}  # by layer, of what has been seen
         self.exact = not sum(capacities)
 
     def pick(self, demand: Demand, view: View) -> IntArray:
@@ -49,12 +50,26 @@ class ByToken:
 
     def _see(self, layer: int, part: FloatArray) -> None:
         self._seen.setdefault(layer, deque(maxlen=SEEN)).extend(part[-SEEN:].tolist())
+        self._bounds.pop(layer, None)
 
     def _width(self, layer: int, part: FloatArray) -> IntArray:
         """0 for the largest parts, as far as the capacities go, and so on."""
-        seen = self._seen.get(layer) or part.tolist()  # a layer's first pass goes by itself
-        if self.exact or not seen:
+        if self.exact or not len(part):
             return np.zeros(len(part), dtype=np.int64)
-        bounds = np.quantile(np.array(seen), np.clip(1 - self._steps, 0, 1))
-        bounds[self._steps < 1e-9] = np.inf  # of what has no capacity nothing is read
+        bounds = self._bounds.get(layer)
+        if bounds is None:
+            seen = self._seen.get(layer)
+            bounds = self._quantiles(np.array(seen) if seen else part)
+            if seen:  # a layer's first pass goes by itself
+                self._bounds[layer] = bounds
         return np.asarray((part[:, None] < bounds).sum(axis=1), dtype=np.int64)
+
+    def _quantiles(self, seen: FloatArray) -> FloatArray:
+        """Where the steps lie in `seen`, which is not empty."""
+        ordered = np.sort(seen)
+        places = np.clip(1 - self._steps, 0, 1) * (len(ordered) - 1)
+        low = places.astype(np.int64)
+        high = np.minimum(low + 1, len(ordered) - 1)
+        bounds = ordered[low] + (places - low) * (ordered[high] - ordered[low])
+        bounds[self._steps < 1e-9] = np.inf  # of what has no capacity nothing is read
+        return np.asarray(bounds)

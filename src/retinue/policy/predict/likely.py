@@ -19,7 +19,7 @@ def likely(layer: int, scores: FloatArray, count: int) -> Want:
     count = min(count, experts)
     if len(scores) == 1:
         weight = scores[0]
-        best = np.argsort(-weight, kind="stable")[:count]
+        best = (-weight).argsort(kind="stable")[:count]
         best = best[weight[best] > 0]
         return Want(layer, best, weight[best])
     chosen = np.argpartition(scores, experts - count, axis=1)[:, experts - count :]

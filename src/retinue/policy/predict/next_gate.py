@@ -13,7 +13,7 @@ import numpy as np
 
 from retinue.policy.base import Signal, View
 from retinue.policy.predict.likely import likely
-from retinue.types import Demand, IntArray, Want
+from retinue.types import Demand, Want
 
 
 class NextGate:
@@ -25,14 +25,14 @@ class NextGate:
 
     def __init__(self) -> None:
         # By layer: the step, and what was forecast in it; of that, what was not needed.
-        self._forecast: dict[int, tuple[int, IntArray]] = {}
-        self._mistakes: dict[int, tuple[int, IntArray]] = {}
+        self._forecast: dict[int, tuple[int, list[int]]] = {}
+        self._mistakes: dict[int, tuple[int, set[int]]] = {}
 
     def observe(self, demand: Demand, view: View) -> None:
         """See which experts of its forecast for this layer and step were not needed."""
-        step, experts = self._forecast.get(demand.layer, (-1, demand.experts))
+        step, experts = self._forecast.get(demand.layer, (-1, []))
         if step == view.step:
-            self._mistakes[demand.layer] = step, np.setdiff1d(experts, demand.experts)
+            self._mistakes[demand.layer] = step, set(experts).difference(demand.experts.tolist())
 
     def forecast(self, view: View) -> list[Want]:
         """The top-k of each token at each coming layer, the most probable in sum first."""
@@ -46,9 +46,10 @@ class NextGate:
         return [self._without_mistakes(want, view.step) for want in wants]
 
     def _without_mistakes(self, want: Want, now: int) -> Want:
-        self._forecast[want.layer] = now, want.experts
-        step, mistakes = self._mistakes.get(want.layer, (-1, want.experts))
-        if step != now - 1:
+        experts = want.experts.tolist()
+        self._forecast[want.layer] = now, experts
+        step, mistakes = self._mistakes.get(want.layer, (-1, set()))
+        if step != now - 1 or not mistakes:
             return want
-        likely = ~np.isin(want.experts, mistakes)
+        likely = np.array([expert not in mistakes for expert in experts], dtype=bool)
         return Want(want.layer, want.experts[likely], want.scores[likely])

@@ -1,5 +1,7 @@
 """The way of a pass's tokens so far: what they used in the last two layers with experts."""
 
+from dataclasses import replace
+
 from retinue.policy.base import Prompt, Route, Signal, View
 from retinue.types import Demand
 
@@ -28,4 +30,6 @@ class Trail:
             return
         if self.routes and self.routes[0].layer >= route.layer:  # the next pass has begun
             self.routes = []
-        self.routes = [route, *self.routes[:1]]
+        # A copy: the engine writes the next layer's choice where it had this one's.
+        kept = replace(route, experts=route.experts.copy(), weights=route.weights.copy())
+        self.routes = [kept, *self.routes[:1]]

@@ -9,6 +9,7 @@ prompts the routers choose as ever.
 import numpy as np
 
 from retinue.policy.base import BoolArray, Choice, Signal
+from retinue.policy.ranks import each_row
 from retinue.types import FloatArray
 
 
@@ -24,17 +25,16 @@ class BestResident:
 
     def rank(self, choice: Choice, resident: BoolArray) -> FloatArray | None:
         """The router's own order, without the missing experts beyond the first `kept`."""
-        there = np.take_along_axis(resident, choice.experts, axis=1)
-        own = np.take_along_axis(choice.scores, choice.experts, axis=1)
-        order = np.argsort(-own, axis=1, kind="stable")
-        missing = np.take_along_axis(~there, order, axis=1)
+        rows = each_row(len(choice.experts))
+        there, own = resident[rows, choice.experts], choice.scores[rows, choice.experts]
+        order = rows, (-own).argsort(axis=1, kind="stable")
+        missing = ~there[order]
         dropped = np.zeros_like(missing)
-        np.put_along_axis(dropped, order, missing & (missing.cumsum(axis=1) > self._kept), axis=1)
+        dropped[order] = missing & (missing.cumsum(axis=1) > self._kept)
         if choice.phase == "prefill" or not dropped.any():
             return None
         lowest, highest = np.finfo(np.float32).min, np.float32(np.inf)
         # What is kept comes first, then the residents, then who was chosen but is too far away.
         ranking = np.where(resident, np.maximum(choice.scores, lowest), -highest)
-        fallback = np.where(dropped, lowest, highest)
-        np.put_along_axis(ranking, choice.experts, fallback, axis=1)
+        ranking[rows, choice.experts] = np.where(dropped, lowest, highest)
         return np.asarray(ranking, dtype=np.float32)

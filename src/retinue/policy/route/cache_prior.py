@@ -11,6 +11,7 @@ choose as ever, as in the paper; of equals who was chosen stays.
 import numpy as np
 
 from retinue.policy.base import BoolArray, Choice, Signal
+from retinue.policy.ranks import each_row
 from retinue.types import FloatArray
 
 LAMBDA = 0.3
@@ -36,10 +37,11 @@ class CachePrior:
         if choice.phase == "prefill":
             return None
         ranking = np.where(resident, logits + self._weight * average, logits)
-        own = np.take_along_axis(ranking, choice.experts, axis=1)
-        np.put_along_axis(ranking, choice.experts, np.nextafter(own, np.float32(np.inf)), axis=1)
-        first = np.argsort(-choice.scores, axis=1, kind="stable")[:, : self._kept]
-        np.put_along_axis(ranking, first, np.float32(np.inf), axis=1)
+        rows = each_row(len(ranking))
+        own = rows, choice.experts
+        ranking[own] = np.nextafter(ranking[own], np.float32(np.inf))
+        first = (-choice.scores).argsort(axis=1, kind="stable")[:, : self._kept]
+        ranking[rows, first] = np.float32(np.inf)
         return np.asarray(ranking, dtype=np.float32)
 
     def _average(self, layer: int, logits: FloatArray) -> float:
