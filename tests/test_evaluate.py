@@ -23,7 +23,7 @@ from retinue.engine.tasks import TaskIds
 from retinue.errors import Cancelled
 from retinue.memory import attendance, payback
 from retinue.memory.attendance import Turn
-from retinue.model.experts import ExpertHost
+from retinue.model.arrival import Arrival
 from retinue.model.kv import Segment
 from retinue.model.profiles import read_profile, write_profile
 from retinue.policy.measured import Damage, Sensitivity
@@ -164,18 +164,18 @@ def test_forecasters_are_told_what_a_server_tells_them(
     """Of each text the prompt alone, and the same sets: as when the prompts are served."""
     told: list[tuple[str | None, np.ndarray]] = []
     placed: list[np.ndarray] = []
-    plain_observe, plain_place = Residents.observe, ExpertHost.place
+    plain_observe, plain_place = Residents.observe, Arrival.place
 
     def observe(self: Residents, task: str | None, used: np.ndarray) -> None:
         told.append((task, used.copy()))
         plain_observe(self, task, used)
 
-    def place(self: ExpertHost, wanted: np.ndarray, popularity: np.ndarray) -> int:
+    def place(self: Arrival, wanted: np.ndarray, popularity: np.ndarray) -> int:
         placed.append(wanted.copy())
         return plain_place(self, wanted, popularity)
 
     monkeypatch.setattr(Residents, "observe", observe)
-    monkeypatch.setattr(ExpertHost, "place", place)
+    monkeypatch.setattr(Arrival, "place", place)
     settings = {"preset": "emoe", "experts": "50%", "profile": profile, "period": None}
     seen = []
     for serve in (False, True):

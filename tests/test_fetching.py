@@ -287,6 +287,7 @@ def reset(llm: LLM) -> None:
     with residents.away():
         pass
     residents.begin([Running(None)])
+    llm.assembly.host.arrival.settle()
     agree(llm)
 
 

@@ -99,7 +99,7 @@ class Rig:
                     there=lambda: self.cache.slot_of >= 0, expect=self.expected.append
                 ),
             ),
-            place=self.cache.place,
+            arrival=SimpleNamespace(place=self.cache.place, settle=lambda: None),
         )
         tables = Tables(SHAPE, profile(), forecast or self.forecast)
         there = np.ones(SHAPE, dtype=bool)

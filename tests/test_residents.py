@@ -133,12 +133,15 @@ def test_requests_of_several_tasks_share_the_slots(olmoe: Path, profile: Path) -
     with open_llm(olmoe, profile, "popular-by-task", experts="50%") as llm:
         residents = llm.assembly.residents
         assert residents is not None
+        settle = llm.assembly.host.arrival.settle  # as the pass would that comes next
         residents.begin(running("low", "high"))
+        settle()
         assert resident(llm) == [0, 1, 6, 7]
         read = residents.bytes_read
         residents.begin(running("high", "low"))  # the same, whatever the order
         assert residents.bytes_read == read
         residents.begin(running("high", "high", "high", "low"))
+        settle()
         assert resident(llm) == [4, 5, 6, 7]
 
 
@@ -316,13 +319,13 @@ def test_an_answer_is_served_by_what_its_own_prompt_used(olmoe: Path, profile: P
         sets = []
         residents = llm.assembly.residents
         assert residents is not None
-        place = llm.assembly.host.place
+        place = llm.assembly.host.arrival.place
 
         def noted(wanted: np.ndarray, popularity: np.ndarray) -> int:
             sets.append(wanted.copy())
             return place(wanted, popularity)
 
-        llm.assembly.host.place = noted  # type: ignore[method-assign]
+        llm.assembly.host.arrival.place = noted  # type: ignore[method-assign]
         told: list[np.ndarray] = []
         observe = residents.observe
 

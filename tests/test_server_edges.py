@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import signal
+import socket
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -99,6 +100,25 @@ def test_other_methods() -> None:
         refused(client.options("/v1/completions"), 405)
         response = client.head("/health")
         assert (response.status_code, response.content) == (405, b"")
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "application/json"])
+def test_a_body_that_is_no_http_ends_the_connection_quietly(
+    kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Before an answer it is one; behind an answer there is no room for another."""
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: here\r\nContent-Type: {kind}\r\n"
+    with ready() as it, it.client() as client:
+        address = (client.base_url.host, client.base_url.port)
+        with socket.create_connection(address, timeout=WAIT_S) as connection:
+            connection.sendall(f"{head}Transfer-Encoding: chunked\r\n\r\n3\r\n{{ }}\r\n".encode())
+            if kind == "text/plain":
+                assert connection.recv(12).endswith(b"415")
+            connection.sendall(b"no number\r\n")
+            rest = b"".join(iter(lambda: connection.recv(4096), b""))
+        assert (b" 400 " in rest) == (kind == "application/json")
+        assert complete(client).status_code == 200
+    assert not [record for record in caplog.records if record.exc_info]
 
 
 def test_bodies_of_unknown_length_do_not_keep_their_room() -> None:

@@ -243,10 +243,9 @@ class Metrics:
         self.phase, self.now = phase, PhaseCounters()
         return self.now
 
-    def charge(self, *, bytes_read: int, seconds: float) -> None:
+    def charge(self, seconds: float) -> None:
         """Count what had to be done before the pass that has just succeeded."""
         for counters in (self.now, self.total.of(self.phase)):
-            counters.bytes_read += bytes_read
             counters.seconds += seconds
 
     def finish(self) -> None:

@@ -146,12 +146,13 @@ class Engine:
         # A pass stops in its middle if nobody wants it any more.
         host.stop = lambda: all(request.cancelled.is_set() for request in requests)
         try:
-            started = self.scheduler.clock()
+            started, refreshed_s = self.scheduler.clock(), host.metrics.refresh_s
             read = self._begin()
             begun_s = self.scheduler.clock() - started
             logits, counters = self._runner.run([segment for _, segment in parts], phase)
-            self.scheduler.passed(phase, counters, read, begun_s)
-            host.metrics.charge(bytes_read=read, seconds=begun_s)
+            refreshed_s = host.metrics.refresh_s - refreshed_s
+            self.scheduler.passed(phase, counters, read, refreshed_s)
+            host.metrics.charge(begun_s)
         except Cancelled:
             for request in requests:
                 self._end(request, State.CANCELLED)
@@ -178,7 +179,7 @@ class Engine:
         return None
 
     def _begin(self) -> int:
-        """Say what runs next; returns the bytes that were read for it."""
+        """Say what runs next; returns the bytes that its pass reads before it serves."""
         running = self.scheduler.running
         read = self._runner.host.begin([_running(each) for each in running])
         for each in running:

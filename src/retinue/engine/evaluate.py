@@ -188,6 +188,7 @@ def _restricted(
     residents = assembly.residents
     assert residents is not None
     residents.begin([_running(texts[0], new=False)])  # the first placement is not the pass's
+    assembly.host.arrival.settle()
     before = residents.bytes_read
     scored, used = [], dict[str, Usage]()
     for text in texts:
@@ -212,6 +213,7 @@ def _answered(
     residents = assembly.residents
     assert residents is not None
     residents.begin([_running(texts[0], new=False)])
+    assembly.host.arrival.settle()
     read = -residents.bytes_read
     found, used, missed, fetched = [], dict[str, Usage](), 0, 0
     for text in texts:

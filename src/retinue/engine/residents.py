@@ -137,13 +137,14 @@ class Residents:
         """Load the first set, and let it serve from now on."""
         running = [Running(task, prompt_tokens=1)]
         self._change(running, self._key(running))
+        self._host.arrival.settle()
         self._host.changes.active = True
         self._host.begin, self._host.observe = self.begin, self.observe
 
     def begin(self, running: Sequence[Running]) -> int:
-        """These requests run next: load their set where it is another.
+        """These requests run next: choose their set where it is another, which their pass reads.
 
-        Returns the bytes read. Raises the error of a read that failed.
+        Returns the bytes of that.
         """
         if self._placed is not None and running == self._settled:
             return 0
@@ -202,13 +203,12 @@ class Residents:
         return sorted(each, key=lambda one: (str(one.task), one.prompt_tokens, one.answer_tokens))
 
     def _change(self, running: Sequence[Running], key: list[Running]) -> None:
-        self._placed = None  # should a read fail, the next step tries again
         cache, placed = self._host.cache, self._host.changes.books.there()
         # Not what the cache holds: that is the plain model's after `away`, and half a set after a
         # read that failed, in which a layer may have fewer experts than a token needs.
         stock = Stock(cache.slots, cache.top_k, self._there, placed)
         wanted = self._placement.place(stock, running, self._tables)
-        self.bytes_read += self._host.place(wanted, self._popularity(running))
+        self.bytes_read += self._host.arrival.place(wanted, self._popularity(running))
         self._placed = key
 
     def _popularity(self, running: Sequence[Running]) -> Shares:

@@ -145,11 +145,11 @@ class Scheduler:
         self._last = work.phase
         return work if work.parts else None
 
-    def passed(self, phase: Phase, cost: PhaseCounters, read: int, begun_s: float) -> None:
-        """See what a pass has cost, without the `read` bytes and `begun_s` seconds before it."""
+    def passed(self, phase: Phase, cost: PhaseCounters, read: int, refreshed_s: float) -> None:
+        """See what a pass has cost, and its new set: `read` bytes, waited for `refreshed_s`."""
         self.order.passed(phase, cost)
         if read:
-            self.order.loaded(read, begun_s)
+            self.order.loaded(read, refreshed_s)
 
     def share(self, request: "Request") -> None:
         """Let others share what `request` has computed so far."""

@@ -287,10 +287,6 @@ class ExpertCache:
         self._make_room(count, spare_expected=spare_expected)
         return True
 
-    def unask(self) -> None:
-        """Nobody has asked for what was read since: it is of no use yet, and of none lost."""
-        self._fresh.clear()
-
     def cancel_all(self) -> None:
         """Cancel every read; after a failed or cancelled step."""
         self._cancel(lambda *_: True)
@@ -367,9 +363,10 @@ class ExpertCache:
     def _settle(self, key: Expert, slot: int, done: bool) -> None:
         if done:
             self._set(key, slot)
-            self.reads.count(key, self._read_bytes[int(self.precision[key])][key[0]][key[1]])
+            size = self._read_bytes[int(self.precision[key])][key[0]][key[1]]
+            if not self.reads.count(key, size):
+                self._fresh.add(key)  # but what came with a new set: no step has asked for that
             self.ready[key] = True
-            self._fresh.add(key)
             self._lacking[key.layer] -= 1
             self.resident += 1
             return

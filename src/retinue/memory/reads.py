@@ -26,6 +26,8 @@ class Reads:
         self._counts = {reason: [[0, 0] for _ in range(layers)] for reason in REASONS}
         self.loading: dict[Expert, tuple[Ticket, int]] = {}
         self.draining: list[tuple[Ticket, int]] = []
+        self._placing = False
+        self._of_sets: set[Expert] = set()  # of those under way
         self.started = 0  # so far, those that were cancelled included
         self.busy = 1.0  # the share of decoding's time in which the link reads, lately
         self._failed: dict[Expert, RetinueError] = {}
@@ -44,22 +46,29 @@ class Reads:
         """Read `key` into `slot`."""
         self.started += 1
         self._failed.pop(key, None)
+        if self._placing:
+            self._of_sets.add(key)
+        else:
+            self._of_sets.discard(key)  # of a read that was cancelled
         self.loading[key] = (self.link.submit(key, slot, urgency, precision), slot)
 
     @contextmanager
     def placing(self) -> Iterator[None]:
-        """Within, what is read counts as read for a new set."""
-        before, self.reason = self.reason, "refresh"
+        """What is started within counts as read for a new set, whenever it ends."""
+        self._placing = True
         try:
             yield
         finally:
-            self.reason = before
+            self._placing = False
 
-    def count(self, key: Expert, read_bytes: int) -> None:
-        """`key` was read to the end."""
-        counts = self._counts[self.reason][key.layer]
+    def count(self, key: Expert, read_bytes: int) -> bool:
+        """`key` was read to the end; returns whether that was for a new set."""
+        of_set = key in self._of_sets
+        self._of_sets.discard(key)
+        counts = self._counts["refresh" if of_set else self.reason][key.layer]
         counts[0] += 1
         counts[1] += read_bytes
+        return of_set
 
     def hurry(self, key: Expert, urgency: Urgency) -> None:
         """Move the read of `key`, which is under way, to the front."""

@@ -18,8 +18,8 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from retinue.errors import Cancelled
 from retinue.memory.attendance import Attendance, Turn, demand_of
 from retinue.memory.cache import ExpertCache
-from retinue.memory.placing import place
 from retinue.metrics import Metrics
+from retinue.model.arrival import Arrival
 from retinue.model.changes import Changes, distinct
 from retinue.model.exchange import Exchange
 from retinue.model.expert_map import ExpertsModule
@@ -29,8 +29,8 @@ from retinue.model.routing import Router, probabilities
 from retinue.model.shown import Shown
 from retinue.model.token_work import TokenWork
 from retinue.model.work import NativeWork, ViewsOf, Work
-from retinue.policy.base import BoolArray, Prompt, Route, Running
-from retinue.policy.miss.book import Served, Shares
+from retinue.policy.base import Prompt, Route, Running
+from retinue.policy.miss.book import Served
 from retinue.policy.policies import Policies
 from retinue.types import Demand, FloatArray, IntArray, Phase
 
@@ -69,6 +69,7 @@ class ExpertHost:
         order = [found.layer for found in modules]
         self.attendance = Attendance(cache, policies, order, metrics)
         self.changes = Changes(routers, modules, cache, policies, metrics)
+        self.arrival = Arrival(self.attendance, self.changes.books)
         self._needs = policies.needs
         self.shown = Shown(policies, self.scores)
         self._lowers = not policies.precision.exact
@@ -122,18 +123,6 @@ class ExpertHost:
         """
         return self.scores(self.attendance.following.get(layer, -1), hidden)
 
-    def place(self, wanted: BoolArray, popularity: Shares) -> int:
-        """Make exactly `wanted` [layers, experts] resident, between passes; returns bytes read.
-
-        popularity: what is known of each one's share of routing weight; broadcasts to `wanted`.
-        Raises the error of a read that failed, and Cancelled when `stop` says so: both leave the
-        books as they are, and the next pass brings the cache back to them.
-        """
-        self.changes.books.astray = True
-        read = place(self.cache, wanted, self.stop)
-        self.changes.books.place(wanted, popularity)
-        return read
-
     def enter(self, sequence: int, task: str | None, token_ids: Sequence[int]) -> None:
         """The request of that number has its first pass next."""
         embedding = None
@@ -155,21 +144,20 @@ class ExpertHost:
     ) -> None:
         """A forward pass over `token_ids` starts, with `rows[i]` of the request `sequences[i]`.
 
-        Brings the cache back to where the books stand, should the last pass have failed. Raises
-        the error of a read that failed.
+        Raises Cancelled when nobody wants it any more.
         """
         self.shown.begin_pass(rows, sequences, token_ids)
         changes = self.changes
         changes.begin_pass(phase, rows)
         self.attendance.lowers = changes.active
         self.attendance.begin_pass(phase)
-        if changes.restricted and changes.books.astray:
-            place(self.cache, changes.books.there(), self.stop)
-            changes.books.astray = False
+        if changes.restricted:
+            self.arrival.begin_pass()
 
     def end_pass(self, *, succeeded: bool) -> None:
         """The pass has ended. One that failed changes neither books nor, in effect, the cache."""
         self.changes.end_pass(succeeded=succeeded)
+        self.arrival.end_pass(succeeded=succeeded)
         if not succeeded:
             self.cache.cancel_all()
 
@@ -196,6 +184,7 @@ class ExpertHost:
             raise Cancelled("the request was cancelled")
         if self.watch is not None:
             self.watch(layer, hidden, index, weights)
+        self.arrival.await_layer(layer)
         cache, changes = self.cache, self.changes
         settled = cache.holds_everything and cache.has_all(layer) and not self._lowers
         kernel = self.kernels.get(layer)

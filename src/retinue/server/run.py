@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import h11
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from retinue.config import DEFAULT_BATCH, Config, parse_size
 from retinue.server.app import Server, create_app
@@ -68,7 +70,7 @@ async def serve(server: Server, listening: Callable[[str], None]) -> None:
             create_app(server),
             host=config.host,
             port=config.port,
-            http="h11",
+            http=_Connection,
             loop="asyncio",
             ws="none",
             lifespan="off",
@@ -93,6 +95,17 @@ async def serve(server: Server, listening: Callable[[str], None]) -> None:
         bridge.leave()
         await ended
     server.texts.shutdown()
+
+
+class _Connection(H11Protocol):
+    """What cannot be read any more is answered where there is still room for an answer."""
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse what is not HTTP; behind or within another answer nothing can be said of it."""
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            super().send_400_response(msg)
+        else:
+            self.transport.close()
 
 
 class _Http(uvicorn.Server):

@@ -51,6 +51,7 @@ class Fixed:
         self._running: dict[int, Running] = {}
         self._used: dict[int, FloatArray] = {}  # by the prompts that are being read
         self._placed: list[Running] | None = None
+        self._coming: list[tuple[int, Ticket]] = []  # what a new set lacks, by layer
         self._phase: Phase = "prefill"
 
     def begin(self, request: int) -> None:
@@ -92,6 +93,7 @@ class Fixed:
     def end_pass(self) -> None:
         """A pass has ended: what the prompts that are done used is learnt."""
         self._books.commit()
+        self._coming.clear()
 
     def finish(self) -> None:
         """The replay is over."""
@@ -118,7 +120,13 @@ class Fixed:
         counters.missed += int(book.missed.sum())
         counters.fetched += len(book.fetched)
         self._learn(layer, rows, parts)
+        self._await(layer)
         self._compute(demand_of(layer, *served.rows, recording.head.experts), book.fetched, tokens)
+
+    def _await(self, layer: int) -> None:
+        """Wait for what a new set brings to `layer`."""
+        while tickets := [t for at, t in self._coming if at == layer and not t.settled]:
+            self._stage.metrics.now.stall_s += self._stage.link.wait(tickets, WAIT_S)
 
     def _compute(self, demand: Demand, fetched: IntArray, tokens: int) -> None:
         """Compute what is there, then what is read, as it comes."""
@@ -171,13 +179,14 @@ class Fixed:
         return sorted(each, key=lambda one: (str(one.task), one.prompt_tokens, one.answer_tokens))
 
     def _change(self, running: Sequence[Running]) -> None:
-        """Place another set, and wait for it."""
+        """Place another set, and start to read it."""
         head, before = self._stage.recording.head, self._books.there()
         stock = Stock(self._stage.setting.slots, head.top_k, self._there, before)
         wanted = self._placement.place(stock, running, self._tables)
-        tickets = [self._read(*key) for key in np.argwhere(wanted & ~before).tolist()]
-        while waiting := [ticket for ticket in tickets if not ticket.settled]:
-            self._stage.link.wait(waiting, WAIT_S)
+        self._coming = [
+            (layer, self._read(layer, expert))
+            for layer, expert in np.argwhere(wanted & ~before).tolist()
+        ]
         self._books.place(wanted, self._popularity(running))
 
     def _popularity(self, running: Sequence[Running]) -> Shares:
