@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from benchmarks.results import Document
+from benchmarks.soak_library import Library, Lost
 
 MODEL, MEMORY, QUEUE, CONTEXT = "sample", "900MiB", 40, 512
 MOST_BODY = 1 << 16
@@ -29,15 +30,15 @@ MARKS = (0.25, 0.5, 1.0)  # of the time: when the server is weighed
 Reply = tuple[int, bytes]
 
 
-class Lost(Exception):
-    """The server closed, or said nothing, where it owed an answer."""
-
-
 class Client:
-    """One connection at a time, kept while the server keeps it. Plain streams: HTTP/1.1 by hand."""
+    """What is right is asked through the `openai` client; what is not, by hand over plain streams.
+
+    By hand it has one connection at a time, kept while the server keeps it.
+    """
 
     def __init__(self, port: int, seed: int, seen: Counter[str]) -> None:
         self._port, self._random, self._seen = port, random.Random(seed), seen
+        self._library = Library(port)
         self._reader: asyncio.StreamReader | None = None
         self._writer: asyncio.StreamWriter | None = None
 
@@ -49,6 +50,7 @@ class Client:
             if outcome.startswith("429"):
                 await asyncio.sleep(self._random.uniform(0.2, 1.0))
         self.close()
+        await self._library.close()
 
     async def once(self, kind: "Kind") -> str:
         """One request; returns and counts what came of it."""
@@ -70,28 +72,23 @@ class Client:
     # --- kinds of requests; each says what came of it
 
     async def _whole(self) -> str:
-        status, body = await self._post(self._body())
-        return _checked(status, body)
+        return await self._library.ask(self._body())
 
     async def _several(self) -> str:
-        status, body = await self._post(self._body(n=2, logprobs=2, temperature=1.0))
-        return _checked(status, body, answers=2)
+        return await self._library.ask(self._body(n=2, logprobs=2, temperature=1.0))
 
     async def _chat(self) -> str:
         said = [{"role": "user", "content": self._text()}]
-        body = {"model": MODEL, "messages": said, "max_tokens": self._random.randrange(1, 24)}
-        status, found = await self._post(body, "/v1/chat/completions")
-        return _checked(status, found)
+        tokens = self._random.randrange(1, 24)
+        return await self._library.ask({"model": MODEL, "messages": said, "max_tokens": tokens})
 
     async def _stream(self) -> str:
-        status, body = await self._post(self._body(stream=True))
-        if status != 200:
-            return _checked(status, body)
-        if body.endswith(b"data: [DONE]\n\n"):
-            return "200"
-        if b'"error"' in body.splitlines()[-2]:
-            return "200, an error at its end"
-        raise Lost("a stream that only stops")
+        return await self._library.ask(self._body(stream=True))
+
+    async def _leave_midway(self) -> str:
+        """Leave after a few events."""
+        body = self._body(stream=True, max_tokens=200)
+        return await self._library.ask(body, leave_after=self._random.randrange(1, 12))
 
     async def _slow(self) -> str:
         """Read a stream late: the server must not wait for it."""
@@ -104,20 +101,6 @@ class Client:
         """Leave before the answer."""
         await self._send(self._body(stream=self._random.random() < 0.5, max_tokens=200))
         await asyncio.sleep(self._random.uniform(0.0, 1.0))
-        self.close()
-        return "left"
-
-    async def _leave_midway(self) -> str:
-        """Leave after a few events."""
-        await self._send(self._body(stream=True, max_tokens=200))
-        assert self._reader is not None
-        head = (await self._reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower()
-        if int(head.split()[1]) != 200:
-            await self._rest(head)
-            return head.split()[1]
-        for _ in range(self._random.randrange(1, 12)):
-            if not await self._reader.readline():
-                raise Lost("closed")
         self.close()
         return "left"
 
@@ -144,7 +127,7 @@ class Client:
 
     async def _wrong(self) -> str:
         fields = ({"model": "x"}, {"n": 99}, {"tools": []}, {"prompt": ""}, {"max_tokens": 10**6})
-        return _checked(*await self._post(self._body() | self._random.choice(fields)))
+        return await self._library.ask(self._body() | self._random.choice(fields))
 
     async def _look(self) -> str:
         path = self._random.choice(("/health", "/metrics", "/v1/experts", "/v1/state", "/nothing"))
@@ -168,10 +151,6 @@ class Client:
         body["max_tokens"] = self._random.randrange(1, 24)
         task = self._random.choice((*TASKS, f"unheard-{self._random.randrange(10**6)}"))
         return body | {"task": task} | fields
-
-    async def _post(self, body: object, path: str = "/v1/completions") -> Reply:
-        await self._send(body, path)
-        return await self._receive()
 
     async def _send(self, body: object, path: str = "/v1/completions") -> None:
         await self._write_body(json.dumps(body).encode(), path)
@@ -236,15 +215,6 @@ def _head(length: int | None, path: str = "/v1/completions") -> bytes:
     size = "Transfer-Encoding: chunked" if length is None else f"Content-Length: {length}"
     kind = "Content-Type: application/json; charset=utf-8"
     return f"POST {path} HTTP/1.1\r\nHost: x\r\n{kind}\r\n{size}\r\n\r\n".encode()
-
-
-def _checked(status: int, body: bytes, answers: int = 1) -> str:
-    """The status, if the body is what belongs to it."""
-    document = json.loads(body)
-    if status == 200:
-        assert len(document["choices"]) == answers
-        return "200"
-    return f"{status} {document['error']['code']}"
 
 
 # --- the server
