@@ -30,6 +30,18 @@ def traced(tmp_path: Path) -> Path:
     return trace_of(tmp_path / "a.trace", requests, ("scores", "next_scores")).file
 
 
+@pytest.fixture
+def profile(tmp_path: Path) -> Path:
+    """A profile of the traced model, which knows no expert as better than another."""
+    file = tmp_path / "profile.json"
+    zeros = [[0] * 8] * 3
+    counts = {"texts": 1, "tokens": 1, "popularity": {"choices": zeros, "weight": zeros}}
+    head = {"format": "retinue-profile", "version": 1, "model": "by-chance"}
+    shape = {"layers": 3, "experts": 8, "top_k": 2, "tasks": {"a": counts}}
+    file.write_text(json.dumps(head | shape))
+    return file
+
+
 def test_every_preset_that_the_trace_can_replay(call: Call, traced: Path) -> None:
     done = call("simulate", traced, "--experts", "40%", *TIMES, "--json")
     assert done.code == 0, done.err
@@ -51,6 +63,20 @@ def test_every_preset_that_the_trace_can_replay(call: Call, traced: Path) -> Non
             assert row["degraded_share"] == 0
             assert rows["belady"]["misses"] <= row["misses"] + row["pending"], name
     assert "over belady" in done.err
+
+
+def test_a_second_place_that_computes(call: Call, traced: Path, profile: Path) -> None:
+    """Where a second place computes faster than the disk reads, Fiddler sends all misses there."""
+    names = ("--presets", "fiddler,freetoken,on-demand", "--profile", profile)
+    asked = ("simulate", traced, "--experts", "40%", *TIMES, *names, "--json")
+    alone = call(*asked).document["presets"]
+    quick = call(*asked, "--elsewhere-time", "1e-4").document["presets"]
+    slow = call(*asked, "--elsewhere-time", "100").document["presets"]
+    for name in ("fiddler", "freetoken"):
+        assert quick[name]["bytes_read_per_token"] < alone[name]["bytes_read_per_token"]
+        assert quick[name]["decode_tokens_per_s"] > alone[name]["decode_tokens_per_s"]
+    assert slow["fiddler"] == alone["fiddler"], "nothing is sent where that takes longer"
+    assert quick["on-demand"] == alone["on-demand"] == slow["on-demand"]
 
 
 def test_a_trace_without_signals(call: Call, tmp_path: Path) -> None:
@@ -210,9 +236,7 @@ def test_it_needs_no_torch(traced: Path) -> None:
     assert json.loads(done.stdout.splitlines()[-1])["presets"]
 
 
-def test_what_is_best_is_remembered(
-    call: Call, traced: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_what_is_best_is_remembered(call: Call, traced: Path, profile: Path) -> None:
     words = ("simulate", traced, "--experts", "40%", *TIMES, "--recommend", "--json")
     done = call(*words)
     assert done.code == 0, done.err
@@ -221,12 +245,6 @@ def test_what_is_best_is_remembered(
     assert PRESETS[advice["preset"]].exact
     assert advice["margin"] >= 0
     assert advice["share"] == pytest.approx(9 / 24)
-    profile = tmp_path / "profile.json"
-    zeros = [[0] * 8] * 3
-    counts = {"texts": 1, "tokens": 1, "popularity": {"choices": zeros, "weight": zeros}}
-    head = {"format": "retinue-profile", "version": 1, "model": "by-chance"}
-    shape = {"layers": 3, "experts": 8, "top_k": 2, "tasks": {"a": counts}}
-    profile.write_text(json.dumps(head | shape))
     done = call(*words, "--profile", profile)
     assert done.code == 0, done.err
     assert f"written to {profile}" in done.err
