@@ -11,7 +11,7 @@ import pytest
 
 from disk import ids
 from retinue.errors import Cancelled
-from retinue.memory.attendance import Attendance, Turn, demand_of
+from retinue.memory.attendance import Attendance, Turn, asked, demand_of
 from retinue.memory.base import Sizes, TicketState, Urgency
 from retinue.memory.cache import ExpertCache
 from retinue.memory.instant import DoneTicket, InstantLink, NumberedSlots
@@ -350,3 +350,10 @@ def test_how_busy_the_link_is_while_tokens_are_decoded() -> None:
     for _ in range(99):
         run(1.0)
     assert run(1.0) < 0.01
+
+
+@pytest.mark.parametrize(("tokens", "stride"), [(1, 1), (64, 1), (65, 2), (230, 4), (2048, 32)])
+def test_long_prompts_are_foreseen_by_some_of_their_tokens(tokens: int, stride: int) -> None:
+    chosen = list(range(tokens))[asked(tokens)]
+    assert len(chosen) <= 64
+    assert chosen[:2] == [0, stride][: len(chosen)]

@@ -25,9 +25,16 @@ from retinue.policy.policies import Policies
 from retinue.types import Demand, FloatArray, IntArray, Phase, Want
 
 RECENT_STEPS = 4
+MOST_ASKED = 64  # tokens of a pass; what more of a prompt choose, these have mostly named
 LATELY = 0.1  # what the last pass counts in how busy the link is
-# What a coming layer's router says of this layer's input, [tokens, experts]; None: nobody knows.
+# What a coming layer's router says of this layer's input, [asked tokens, experts]; None: nobody
+# knows. Who is asked for is `asked` of the pass's tokens.
 ScoresOf = Callable[[int], FloatArray | None]
+
+
+def asked(tokens: int) -> slice:
+    """Of a pass over `tokens` tokens those by which coming layers are foreseen, evenly spread."""
+    return slice(None, None, -(-tokens // MOST_ASKED))
 
 
 class Attendance:

@@ -16,7 +16,7 @@ from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from retinue.errors import Cancelled
-from retinue.memory.attendance import Attendance, Turn, demand_of
+from retinue.memory.attendance import Attendance, Turn, asked, demand_of
 from retinue.memory.cache import ExpertCache
 from retinue.metrics import Metrics
 from retinue.model.arrival import Arrival
@@ -247,8 +247,9 @@ class ExpertHost:
         return self._timed(work.result), low
 
     def _turn(self, demand: Demand, hidden: torch.Tensor, route: Route | None) -> Turn:
+        tokens = len(hidden)
         return self.attendance.attend(
-            demand, len(hidden), route, lambda coming: self.scores(coming, hidden)
+            demand, tokens, route, lambda coming: self.scores(coming, hidden[asked(tokens)])
         )
 
     def _compute(self, turn: Turn, layer: int, work: Work | TokenWork) -> set[int]:

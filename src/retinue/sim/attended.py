@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from retinue.memory.attendance import Attendance, Turn, demand_of
+from retinue.memory.attendance import Attendance, Turn, asked, demand_of
 from retinue.memory.cache import ExpertCache
 from retinue.memory.instant import NumberedSlots
 from retinue.policy.base import Route
@@ -96,7 +96,8 @@ class Attended:
         following = recording.head.routed[place + 1 : place + 2]
 
         def scores(layer: int) -> FloatArray | None:
-            return recording.signal("next_scores", parts, place) if layer in following else None
+            said = recording.signal("next_scores", parts, place) if layer in following else None
+            return None if said is None else said[asked(len(said))]
 
         return scores
 
