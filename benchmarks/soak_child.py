@@ -19,6 +19,7 @@ from benchmarks.soak_library import Library, Lost
 
 MODEL, MEMORY, QUEUE, CONTEXT = "sample", "900MiB", 40, 512
 MOST_BODY = 1 << 16
+KEPT_S = 2.0  # a connection that is idle for longer may be one that the server is about to end
 PATIENCE_S = 120.0  # for one answer: who waits longer counts it as lost
 TASKS = ("dialogue", "python_code", "english_prose", None)
 DEADLINES = """
@@ -39,6 +40,7 @@ class Client:
     def __init__(self, port: int, seed: int, seen: Counter[str]) -> None:
         self._port, self._random, self._seen = port, random.Random(seed), seen
         self._library = Library(port)
+        self._used = 0.0  # when the connection was used last
         self._reader: asyncio.StreamReader | None = None
         self._writer: asyncio.StreamWriter | None = None
 
@@ -159,6 +161,9 @@ class Client:
         await self._write(_head(len(body), path) + body)
 
     async def _write(self, data: bytes) -> None:
+        if time.monotonic() - self._used > KEPT_S:
+            self.close()
+        self._used = time.monotonic()
         if self._writer is None or self._writer.is_closing():
             opened = await asyncio.open_connection("127.0.0.1", self._port)
             self._reader, self._writer = opened
