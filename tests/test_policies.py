@@ -210,6 +210,16 @@ def test_a_rank_that_proves_right_again_is_read_again() -> None:
     assert found[-1] == [1, 3]
 
 
+def test_what_is_never_right_is_not_asked_for_at_all() -> None:
+    proven = Proven(NextGate())
+    scores = np.array([[0.1, 0.5, 0.0, 0.3, 0.1, 0.0]], dtype=np.float32)
+    for step in range(20):
+        facts = view(ahead=(Ahead(2, scores),), step=step)
+        wants = proven.forecast(facts)
+        proven.observe(needs(5), facts)
+    assert wants == []
+
+
 def test_forecasts_count_for_their_own_step_and_for_decoding_alone() -> None:
     proven = Proven(NextGate())
     scores = np.array([[0.1, 0.5, 0.0, 0.3, 0.1, 0.0]], dtype=np.float32)

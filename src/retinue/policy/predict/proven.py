@@ -51,7 +51,10 @@ class Proven:
     def forecast(self, view: View) -> list[Want]:
         """What the predictor says, without what is not worth a read."""
         wants = self._predictor.forecast(view)
-        return wants if view.phase == "prefill" else [self._tried(want, view) for want in wants]
+        if view.phase == "prefill":
+            return wants
+        tried = [self._tried(want, view) for want in wants]
+        return [want for want in tried if len(want.experts)]
 
     def _tried(self, want: Want, view: View) -> Want:
         """The forecast without those who are absent and whose part proves wrong."""
