@@ -102,8 +102,8 @@ def _plain_weight(
     weights = [p for p in module.parameters() if p.ndim == 2]
     if len(weights) != 1 or weights[0].dtype != hidden.dtype:
         return None
-    product = functional.linear(hidden, weights[0])
-    same = product.dtype == logits.dtype and product.equal(logits) and bool(product.any())
+    plain = functional.linear(hidden, weights[0])
+    same = plain.dtype == logits.dtype and plain.equal(logits) and bool(plain.any())
     return weights[0] if same else None
 
 

@@ -36,10 +36,9 @@ class Runner:
     ) -> None:
         self._network, self._host, self._mover, self._metrics = network, host, mover, metrics
         self._model, self._store, self._steps = network.model, store, steps
-        self._threads = torch.get_num_threads()
         # What is left to torch in a prepared step is too small to share between threads.
         native = network.model.dtype == torch.bfloat16 and len(host.kernels) == host.layers
-        self._step_threads = 1 if native else self._threads
+        self._step_threads = 1 if native else torch.get_num_threads()
 
     @property
     def host(self) -> ExpertHost:
