@@ -221,6 +221,14 @@ def test_a_damaged_memory_is_measured_again(checkpoint: Path, tmp_path: Path, co
     assert known_speeds(checkpoint) == Speeds(101.0, 7.0)
 
 
+def test_speeds_of_another_way_of_measuring_are_forgotten(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert known_speeds(checkpoint) == Speeds(100.0, 7.0)
+    monkeypatch.setattr(machine, "PROBE", machine.PROBE + 1)
+    assert known_speeds(checkpoint) == Speeds(101.0, 7.0)
+
+
 def test_speeds_that_cannot_be_remembered_are_known_all_the_same(
     checkpoint: Path, tmp_path: Path
 ) -> None:

@@ -25,6 +25,7 @@ from retinue.memory.tier import Tier
 
 PROBE_CHUNK_BYTES = 4 << 20
 PROBE_BYTES = 384 << 20
+PROBE = 2  # raise it when speeds are measured in another way: what was remembered is then forgotten
 _NO_LIMIT = 1 << 60
 
 
@@ -314,4 +315,4 @@ def remembered_speeds(folder: Path) -> Speeds | None:
 
 
 def _store(folder: Path) -> Path:
-    return cache_folder() / f"speeds-{folder.stat().st_dev}-{cores()}.json"
+    return cache_folder() / f"speeds-{PROBE}-{folder.stat().st_dev}-{cores()}.json"
