@@ -31,7 +31,7 @@ extern "C" {
 #endif
 #pragma GCC visibility push(default)
 
-#define RETINUE_ABI 1  // changes with anything below
+#define RETINUE_ABI 2  // changes with anything below, or in step.h
 
 enum { RETINUE_OK = 0, RETINUE_BAD_ARGUMENT = 1, RETINUE_OUT_OF_MEMORY = 2 };
 enum { RETINUE_BF16 = 0, RETINUE_INT8 = 1, RETINUE_INT4 = 2 };               // of weights

@@ -303,15 +303,21 @@ int32_t run(const retinue_instruction& i) {
                               static_cast<int32_t>(i.a.type), i.sizes[0], i.c.at, i.out.at);
     if (i.operation == RETINUE_ATTEND)
         return retinue_attend(static_cast<const retinue_attention*>(i.b.at));
+    if (i.operation == RETINUE_EXPERTS)
+        return retinue_run_layer(static_cast<const retinue_layer*>(i.b.at));
     return compute(i) ? RETINUE_OK : RETINUE_BAD_ARGUMENT;
 }
 
 }  // namespace
 
-extern "C" int32_t retinue_evaluate(const retinue_instruction* instructions, int64_t count) {
+extern "C" int32_t retinue_evaluate(const retinue_instruction* instructions, int64_t count,
+                                    int64_t* done) {
     try {
-        for (int64_t n = 0; n < count; ++n)
-            if (const int32_t error = run(instructions[n]); error != RETINUE_OK) return error;
+        for (*done = 0; *done < count; ++*done) {
+            const int32_t error = run(instructions[*done]);
+            if (error == RETINUE_ABSENT) return RETINUE_OK;
+            if (error != RETINUE_OK) return error;
+        }
         return RETINUE_OK;
     } catch (...) {  // nothing else is thrown than what says that memory is lacking
         return RETINUE_OUT_OF_MEMORY;

@@ -63,6 +63,7 @@ enum {
     RETINUE_PUT,           // out[n, b [n, k]] = a [n, k]
     RETINUE_PRODUCT = 128,  // out = retinue_linear of a; b: a retinue_matrix, c: its bias or null
     RETINUE_ATTEND,         // b: a retinue_attention
+    RETINUE_EXPERTS,        // b: a retinue_layer
 };
 
 typedef struct {
@@ -104,8 +105,34 @@ typedef struct {
 // Store the new keys and values, and attend. F32 and BF16.
 int32_t retinue_attend(const retinue_attention* attention);
 
-// Run the instructions one after the other.
-int32_t retinue_evaluate(const retinue_instruction* instructions, int64_t count);
+// One layer's routed experts, in slots of `slot_bytes` from `slab` on. It runs if `enabled` is not 0
+// and all that were chosen are there; then ids are noted, and who keeps the books reads them.
+// hidden and out [tokens, shape.hidden] of shape.type, index [tokens, shape.k], weights the same of
+// `weights_type`; an id of `experts` or more is none.
+typedef struct {
+    retinue_experts_shape shape;
+    int32_t tokens, experts, weights_type;
+    const int32_t* enabled;
+    const int32_t* slots;    // [experts]; below 0: it is not there
+    const int64_t* offsets;  // [experts][6]: codes and scales of gate, up and down within a slot
+    const uint8_t* slab;
+    int64_t slot_bytes;
+    const void* hidden;
+    const int64_t* index;
+    const void* weights;
+    void* out;
+    int64_t* noted;          // [tokens, shape.k], the ids
+    int64_t* ran;            // set to 1
+    double* seconds;         // that it took, added
+} retinue_layer;
+
+// Run the layer; RETINUE_ABSENT, and nothing was done, where it is not to be run here.
+enum { RETINUE_ABSENT = 3 };
+int32_t retinue_run_layer(const retinue_layer* layer);
+
+// Run the instructions one after the other. `done` is how many ran: fewer than `count` where a
+// layer was not to be run here, which is no error.
+int32_t retinue_evaluate(const retinue_instruction* instructions, int64_t count, int64_t* done);
 
 #pragma GCC visibility pop
 #ifdef __cplusplus

@@ -12,7 +12,7 @@ ADD, SUB, MUL, DIV, POW, MAXIMUM, MINIMUM = range(32, 39)
 EQUAL, UNEQUAL, LESS, AT_MOST, GREATER, AT_LEAST, AND, OR = range(39, 47)
 WHERE = 64
 SUM_OF, MEAN_OF, MAX_OF, MIN_OF, SOFTMAX, TOPK, ROWS, PICK, PUT = range(96, 105)
-PRODUCT, ATTEND = 128, 129
+PRODUCT, ATTEND, EXPERTS = 128, 129, 130
 
 OPERAND = np.dtype([("at", "u8"), ("strides", "i8", 4), ("type", "i8")])
 INSTRUCTION = np.dtype(
@@ -49,5 +49,26 @@ ATTENTION = np.dtype(
         ("keys", "u8"),
         ("values", "u8"),
         ("out", "u8"),
+    ]
+)
+LAYER = np.dtype(
+    [
+        ("shape", "i4", 6),
+        ("tokens", "i4"),
+        ("experts", "i4"),
+        ("weights_type", "i4"),
+        ("reserved", "i4"),
+        ("enabled", "u8"),
+        ("slots", "u8"),
+        ("offsets", "u8"),
+        ("slab", "u8"),
+        ("slot_bytes", "i8"),
+        ("hidden", "u8"),
+        ("index", "u8"),
+        ("weights", "u8"),
+        ("out", "u8"),
+        ("noted", "u8"),
+        ("ran", "u8"),
+        ("seconds", "u8"),
     ]
 )

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-ABI = 1
+ABI = 2
 LIBRARY = Path(__file__).resolve().parents[1] / "libretinue.so"
 LANES, GROUP = 16, 32
 SWITCH = "RETINUE_NATIVE"
@@ -72,6 +72,11 @@ class ExpertsShape:
     inner: int
     k: int
     _c: _Shape = field(init=False, repr=False, compare=False)
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """As the library has it: format, type, activation, hidden, inner, k."""
+        return tuple(getattr(self._c, item[0]) for item in _Shape._fields_)
 
     def __post_init__(self) -> None:
         numbers = (self.hidden, self.inner, self.k)
@@ -208,9 +213,14 @@ class Native:
         )
         return out
 
-    def evaluate(self, instructions: int, count: int) -> None:
-        """Run the instructions at that address, which `memory/evaluator.py` describes."""
-        _check(self._c.retinue_evaluate(instructions, count))
+    def evaluate(self, instructions: int, count: int) -> int:
+        """Run the instructions at that address, which `memory/evaluator.py` describes.
+
+        Returns how many ran: fewer than `count` before experts that are not to be run there.
+        """
+        done = ctypes.c_int64()
+        _check(self._c.retinue_evaluate(instructions, count, ctypes.byref(done)))
+        return done.value
 
     def encode(self, x: torch.Tensor, format: Format) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes and scales, as bytes, of x [rows, columns] whose columns are neighbours."""
@@ -299,6 +309,6 @@ _ARGUMENTS: dict[str, list[type]] = {
     "retinue_experts": [ctypes.POINTER(_Shape), _I, _P, _P, _P, _P, _P],
     "retinue_sum": [_P, _P, _L, _I, _I, _I, _P],
     "retinue_encode": [_P, _L, _I, _I, _I, _I, _P, _P],
-    "retinue_evaluate": [_P, _L],
+    "retinue_evaluate": [_P, _L, ctypes.POINTER(_L)],
     "retinue_decode": [ctypes.POINTER(Matrix), _I, _P],
 }

@@ -36,8 +36,15 @@ class Attention:
 
 
 @dataclass(frozen=True, slots=True)
+class Experts:
+    """An EXPERTS that the library runs where all that were chosen are resident."""
+
+    operation: Operation
+
+
+@dataclass(frozen=True, slots=True)
 class Torch:
-    """An operation that torch runs, or the experts."""
+    """An operation that torch runs, or experts that the library cannot."""
 
     operation: Operation
 
@@ -50,14 +57,14 @@ class Routed:
     again: tuple["Item", ...]
 
 
-Item = Instruction | Product | Attention | Torch | Routed
+Item = Instruction | Product | Attention | Experts | Torch | Routed
 
 
 def is_large(item: Item) -> bool:
     """Whether it is a product, experts or a policy: those cost what they cost."""
     if isinstance(item, Torch):
         return item.operation.function in (*PRODUCTS, EXPERTS)
-    return isinstance(item, (Product, Routed))
+    return isinstance(item, (Product, Experts, Routed))
 
 
 def row_stride(ref: Ref) -> int | None:

@@ -24,6 +24,7 @@ from retinue.model.changes import Changes, distinct
 from retinue.model.exchange import Exchange
 from retinue.model.expert_map import ExpertsModule
 from retinue.model.kernels import ExpertKernel
+from retinue.model.passage import Passage
 from retinue.model.restriction import Rerouted
 from retinue.model.routing import Router, probabilities
 from retinue.model.shown import Shown
@@ -70,6 +71,7 @@ class ExpertHost:
         self.attendance = Attendance(cache, policies, order, metrics)
         self.changes = Changes(routers, modules, cache, policies, metrics)
         self.arrival = Arrival(self.attendance, self.changes.books)
+        self.passage = Passage(modules, self.kernels, cache, metrics)
         self._needs = policies.needs
         self.shown = Shown(policies, self.scores)
         self._lowers = not policies.precision.exact
@@ -146,11 +148,16 @@ class ExpertHost:
 
         Raises Cancelled when nobody wants it any more.
         """
+        if self.stop():
+            raise Cancelled("the request was cancelled")
         self.shown.begin_pass(rows, sequences, token_ids)
         changes = self.changes
         changes.begin_pass(phase, rows)
         self.attendance.lowers = changes.active
         self.attendance.begin_pass(phase)
+        looked_at = self.watch is not None or self.shown.wanted or self.attendance.watched
+        changed = self._lowers or changes.reroutes or changes.thins
+        self.passage.allow(not looked_at and not changed)
         if changes.restricted:
             self.arrival.begin_pass()
 

@@ -8,6 +8,7 @@ shows it there. All else is run by torch, which takes every family.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,7 +44,7 @@ class ExpertKernel:
     """
 
     def __init__(self, library: Native, shape: ExpertsShape, offsets: IntArray, tier: Tier) -> None:
-        self._library, self._offsets = library, offsets
+        self._library, self._offsets = library, np.ascontiguousarray(offsets, dtype=np.int64)
         self._shapes = {shape.k: shape}
         self._shape = shape
         self._base, self._slot_bytes = tier.slab.data_ptr(), tier.slot_bytes
@@ -108,6 +109,13 @@ class ExpertKernel:
         groups = _COUNTING[: len(ranks) + 1], torch.from_numpy(ranks)
         shape, parts = self._of(len(rows)), self._parts(experts, slots)
         self._library.experts(shape, parts, groups, hidden, rows)
+
+    def describe(self, table: Any, k: int) -> None:
+        """Write into `table`, an `evaluator.LAYER`, what it says of the experts and their slots."""
+        table["shape"] = self._of(k).numbers
+        table["experts"] = len(self._offsets)
+        table["offsets"] = self._offsets.ctypes.data
+        table["slab"], table["slot_bytes"] = self._base, self._slot_bytes
 
     def _parts(self, experts: Sequence[int] | IntArray, slots: IntArray) -> torch.Tensor:
         """The addresses of codes and scales of gate, up and down: [experts, 6]."""

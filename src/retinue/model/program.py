@@ -25,6 +25,7 @@ from retinue.metrics import Clock
 from retinue.model.again import repeated
 from retinue.model.arena import (
     Attention,
+    Experts,
     Item,
     Product,
     Routed,
@@ -38,6 +39,7 @@ from retinue.model.grouped_linear import GroupedLinear
 from retinue.model.instruction import TYPES, Instruction, Operand
 from retinue.model.kv import Pool
 from retinue.model.lower import lower
+from retinue.model.passage import Noted, Passage
 from retinue.model.record import (
     ATTEND,
     EXPERTS,
@@ -74,7 +76,8 @@ class Memory:
 class Program:
     """`run` computes one step: its inputs are where they were recorded, `logits` is its answer.
 
-    `clock` counts its time but for the experts'.
+    `clock` counts its time but for the experts'. `passage` says which experts may run natively,
+    for so many `tokens`.
     """
 
     def __init__(
@@ -83,8 +86,12 @@ class Program:
         library: Native,
         memory: Memory,
         clock: Clock,
+        passage: Passage | None = None,
+        tokens: int = 1,
     ) -> None:
         self._clock, self._experts = clock, Clock()
+        self._noted = Noted(passage, tokens) if passage is not None else None
+        self._tables: dict[int, Any] = {}  # of experts that run natively, by their item's identity
         self._constants, self._library = recording.constants, library
         self._numbers: dict[float, int] = {}
         self._keep: list[Any] = []
@@ -106,15 +113,24 @@ class Program:
     def run(self) -> None:
         """Compute. Raises what experts raise; the next run begins anew."""
         started, self._experts.seconds = time.perf_counter(), 0.0
+        if self._noted is not None:
+            self._noted.forget()
         for call in self._calls:
             call()
+        self._catch_up()
         self._clock.seconds += time.perf_counter() - started - self._experts.seconds
+
+    def _catch_up(self) -> None:
+        if self._noted is not None:
+            self._experts.seconds += self._noted.tell()
 
     # --- what runs natively
 
     def _items(self, operation: Operation) -> Sequence[Item]:
         if operation.function == ATTEND:
             return [Attention(operation)]
+        if operation.function == EXPERTS:
+            return [self._experts_item(operation)]
         if operation.function == GROUPED:
             (given,), (out,) = operation.args, operation.outputs
             tokens = math.prod(given.shape[:-1])
@@ -130,6 +146,21 @@ class Program:
                 if operand.number is not None:
                     self._numbers.setdefault(operand.number, len(self._numbers))
         return lowered
+
+    def _experts_item(self, operation: Operation) -> Experts | Torch:
+        hidden, index, weights = operation.args
+        rows = all(
+            row_stride(ref) == ref.shape[-1] for ref in (*operation.args, operation.outputs[0])
+        )
+        known = index.dtype == torch.int64 and {hidden.dtype, weights.dtype} <= TYPES.keys()
+        if self._noted is None or not rows or not known:
+            return Torch(operation)
+        table = self._noted.add(operation.module, index.shape[-1])
+        if table is None:
+            return Torch(operation)
+        item = Experts(operation)
+        self._tables[id(item)] = table
+        return item
 
     def _routed(self, before: Sequence[Operation], operation: Operation) -> Routed:
         again = repeated(before, operation)
@@ -199,15 +230,32 @@ class Program:
 
     def _native(self, items: Sequence[Any], memory: Memory) -> Call:
         table = np.zeros(len(items), dtype=layout.INSTRUCTION)
-        for row, item in zip(table, items, strict=True):
+        instead: dict[int, Call] = {}
+        for at, (row, item) in enumerate(zip(table, items, strict=True)):
             if isinstance(item, Instruction):
                 self._fill(row, item)
             elif isinstance(item, Product):
                 self._fill_product(row, item)
+            elif isinstance(item, Experts):
+                self._fill_experts(row, item)
+                instead[at] = self._torch(item.operation)
             else:
                 self._fill_attention(row, item.operation, memory)
         self._keep.append(table)
-        return partial(self._library.evaluate, table.ctypes.data, len(table))
+        if not instead:
+            return partial(self._library.evaluate, table.ctypes.data, len(table))
+        return partial(self._run_native, table, instead)
+
+    def _run_native(self, table: Any, instead: Mapping[int, Call]) -> None:
+        """Run the instructions of `table`, and `instead` of those that stop before they ran."""
+        address, size, at = table.ctypes.data, table.itemsize, 0
+        while True:
+            at += self._library.evaluate(address + at * size, len(table) - at)
+            if at == len(table):
+                return
+            self._catch_up()
+            instead[at]()
+            at += 1
 
     def _fill(self, row: Any, item: Instruction) -> None:
         row["operation"], row["dimensions"] = item.operation, len(item.sizes)
@@ -239,6 +287,14 @@ class Program:
         row["b"]["at"] = ctypes.addressof(matrix)
         row["c"]["at"] = bias
         row["out"]["at"] = self._at(item.out)
+
+    def _fill_experts(self, row: Any, item: Experts) -> None:
+        table, (hidden, index, weights) = self._tables[id(item)], item.operation.args
+        table["hidden"], table["index"], table["weights"] = map(self._at, (hidden, index, weights))
+        table["weights_type"] = TYPES[weights.dtype]
+        table["out"] = self._at(item.operation.outputs[0])
+        row["operation"], row["dimensions"] = layout.EXPERTS, 1
+        row["b"]["at"] = table.ctypes.data
 
     def _fill_attention(self, row: Any, operation: Operation, memory: Memory) -> None:
         query, key, value = operation.args

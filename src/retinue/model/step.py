@@ -17,6 +17,7 @@ from retinue.memory import evaluator as layout
 from retinue.memory import native
 from retinue.metrics import Clock
 from retinue.model.kv import Pool, Segment, Store, window_left
+from retinue.model.passage import Passage
 from retinue.model.program import Memory, Program, Spans
 from retinue.model.record import record
 
@@ -29,7 +30,8 @@ class Steps:
     """The prepared steps of one model, by the number of sequences; made when first needed.
 
     `say` is told once why steps run unprepared, if they do. `reason`, if it is given, is why none
-    can be prepared. `clock` counts the time of steps but for their experts.
+    can be prepared. `clock` counts the time of steps but for their experts. `passage` says which
+    experts may run within a step.
     """
 
     def __init__(
@@ -39,8 +41,9 @@ class Steps:
         say: Callable[[str], None],
         reason: str = "",
         clock: Clock | None = None,
+        passage: Passage | None = None,
     ) -> None:
-        self._clock = clock or Clock()
+        self._clock, self._passage = clock or Clock(), passage
         self._model, self._store, self._say = model, store, say
         self._steps: dict[int, Step | None] = {}
         self._library = native.library()
@@ -73,7 +76,8 @@ class Steps:
         if count not in self._steps and not self._off:
             try:
                 assert self._library is not None
-                step = Step(self._model, self._store, count, self._library, self._clock)
+                clock, passage = self._clock, self._passage
+                step = Step(self._model, self._store, count, self._library, clock, passage)
                 self._steps[count] = step
                 if step.native_share < LEAST_NATIVE:
                     raise Unsupported(f"only {step.native_share:.0%} of its operations are known")
@@ -91,7 +95,13 @@ class Step:
     """The prepared step of `count` sequences."""
 
     def __init__(
-        self, model: Any, store: Store, count: int, library: native.Native, clock: Clock
+        self,
+        model: Any,
+        store: Store,
+        count: int,
+        library: native.Native,
+        clock: Clock,
+        passage: Passage | None,
     ) -> None:
         self._store = store
         self._tokens = torch.zeros(1, count, dtype=torch.int64)
@@ -101,7 +111,8 @@ class Step:
         self._spans: dict[int | None, Spans] = {}
         recording = record(model, store, self._tokens, self._positions)
         pools = {n: layer for n, layer in enumerate(store.layers) if isinstance(layer, Pool)}
-        self._program = Program(recording, library, Memory(pools, self._spans_of), clock)
+        memory = Memory(pools, self._spans_of)
+        self._program = Program(recording, library, memory, clock, passage, count)
         self.native_share = self._program.native_share
 
     def run(self, segments: Items[Segment]) -> torch.Tensor:

@@ -1,0 +1,107 @@
+"""Layers that run within the native step: allowed beforehand, told to the books afterwards.
+
+Where every expert is in memory and nobody looks, a layer asks nothing of Python but to be counted.
+So the library runs such layers on its own, notes who was chosen, and the books hear of it at the
+end of the step, or before the next layer that Python runs.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from retinue.memory import evaluator
+from retinue.memory.cache import ExpertCache
+from retinue.metrics import Metrics
+from retinue.model.expert_map import ExpertsModule
+from retinue.model.kernels import ExpertKernel
+
+
+class Passage:
+    """Which layers of one model may be run so, and whether the pass that runs allows it.
+
+    It belongs to the engine's thread.
+    """
+
+    def __init__(
+        self,
+        modules: Sequence[ExpertsModule],
+        kernels: Mapping[int, ExpertKernel],
+        cache: ExpertCache,
+        metrics: Metrics,
+    ) -> None:
+        self._layers = {id(found.module): found.layer for found in modules}
+        self._kernels, self._cache, self._metrics = kernels, cache, metrics
+        self._allowed = np.zeros(1, dtype=np.int32)
+
+    def allow(self, allowed: bool) -> None:
+        """Let layers of the coming pass run so, or not."""
+        self._allowed[0] = allowed and self._cache.resident == self._cache.total
+
+    def describe(self, module: nn.Module | None, table: Any, k: int) -> int | None:
+        """Fill in `table`, an `evaluator.LAYER`, what lasts; returns the layer's number.
+
+        None where there is no kernel for it.
+        """
+        layer = self._layers.get(id(module))
+        kernel = None if layer is None else self._kernels.get(layer)
+        if layer is None or kernel is None:
+            return None
+        kernel.describe(table, k)
+        table["enabled"] = self._allowed.ctypes.data
+        table["slots"] = self._cache.slot_of[layer].ctypes.data
+        return layer
+
+    def count(self, layer: int, chosen: Sequence[int]) -> None:
+        """A layer ran whose tokens chose these; ids of no expert are none."""
+        ids = {expert for expert in chosen if expert < self._cache.experts}
+        experts = np.array(sorted(ids), dtype=np.int64)
+        self._metrics.count(layer, len(experts))
+        self._cache.mark_used(layer, experts)
+        self._cache.use(layer, experts)
+
+    def spend(self, seconds: float) -> None:
+        """That took so long."""
+        self._metrics.now.expert_s += seconds
+
+
+class Noted:
+    """What the layers of one program note: `tables[n]` is the n-th of those that may run so."""
+
+    def __init__(self, passage: Passage, tokens: int) -> None:
+        self._passage, self._tokens = passage, tokens
+        self._layers: list[int] = []
+        self._rows: list[tuple[Any, ...]] = []  # table, noted, ran
+        self._seconds = np.zeros(1)
+
+    def add(self, module: nn.Module | None, k: int) -> Any | None:
+        """A table for `module` without its tensors' places; None: there is no kernel."""
+        table = np.zeros(1, dtype=evaluator.LAYER)
+        layer = self._passage.describe(module, table, k)
+        if layer is None:
+            return None
+        noted, ran = np.zeros(self._tokens * k, dtype=np.int64), np.zeros(1, dtype=np.int64)
+        table["tokens"] = self._tokens
+        table["noted"], table["ran"] = noted.ctypes.data, ran.ctypes.data
+        table["seconds"] = self._seconds.ctypes.data
+        self._layers.append(layer)
+        self._rows.append((table, noted, ran))
+        return table
+
+    def forget(self) -> None:
+        """A step begins; one that failed may have left something."""
+        self._seconds[0] = 0.0
+        for _, _, ran in self._rows:
+            ran[0] = 0
+
+    def tell(self) -> float:
+        """Let the books know of what ran since they heard last; returns the seconds it took."""
+        for layer, (_, noted, ran) in zip(self._layers, self._rows, strict=True):
+            if ran[0]:
+                ran[0] = 0
+                self._passage.count(layer, noted.tolist())
+        seconds = float(self._seconds[0])
+        self._seconds[0] = 0.0
+        self._passage.spend(seconds)
+        return seconds
