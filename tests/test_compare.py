@@ -214,7 +214,7 @@ def test_recall_of_the_next_gate() -> None:
     """Two tokens, top 2 of 4: the first names both, the second one of the one that there is."""
     scores = np.array([[0.4, 0.1, 0.3, 0.2], [0.1, 0.2, 0.3, 0.4]], np.float32)
     none = np.zeros((2, 2), np.int64)
-    now = LayerRouting(1, none, np.ones((2, 2), np.float32), next_scores=scores)
+    now = LayerRouting(1, none, np.ones((2, 2), np.float32), ahead={"next_scores": scores})
     chosen = np.array([[0, 2], [2, 4]])  # 4 means none
     after = LayerRouting(3, chosen, np.ones((2, 2), np.float32))
     assert foretold([now, after], 4) == {3: (3, 3)}

@@ -9,16 +9,30 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from recordings import HEAD, LAYERS, READ_BYTES, TOP_K, chance, replayed, setting, trace_of
+from recordings import (
+    HEAD,
+    LAYERS,
+    READ_BYTES,
+    TOP_K,
+    chance,
+    replay,
+    replayed,
+    setting,
+    trace_of,
+)
 from retinue.errors import UsageError
 from retinue.memory import payback
+from retinue.policy.base import View
 from retinue.policy.evict.belady import future_of
+from retinue.policy.evict.recency import Recency
+from retinue.policy.miss.fetch import FetchAll
+from retinue.policy.policies import Policies
 from retinue.sim.costs import Times
 from retinue.sim.passes import Load, Passes
 from retinue.sim.recorded import Part, Recording
 from retinue.sim.rows import beside, row_of
 from retinue.trace import routed_of
-from retinue.types import Demand
+from retinue.types import Demand, Want
 
 
 @pytest.fixture
@@ -51,6 +65,41 @@ def test_demands_by_hand(tmp_path: Path) -> None:
     (second, *_) = recording.demands([Part(0, 1, 2)])
     assert (second.experts.tolist(), second.tokens.tolist()) == ([1], [1])
     assert recording.pairs == 6
+
+
+class Seer:
+    """Notes what coming layers' routers say, by the layer that runs."""
+
+    needs, depth, speculative = frozenset({"next_scores"}), 2, False
+
+    def __init__(self) -> None:
+        self.seen: dict[int, list[tuple[int, list[float] | None]]] = {}
+
+    def observe(self, demand: Demand, view: View) -> None:
+        pass
+
+    def forecast(self, view: View) -> list[Want]:
+        said = [(a.layer, None if a.scores is None else a.scores[0].tolist()) for a in view.ahead]
+        self.seen[view.layer] = said
+        return []
+
+
+@pytest.mark.parametrize("further", [True, False])
+def test_looks_see_as_far_as_the_trace(further: bool, tmp_path: Path) -> None:
+    request = chance(3, 2, prompt=1)
+    second = request.signals["scores"][:, 2:] / 2
+    signals = {**request.signals, "second_scores": second}
+    names = ("scores", "next_scores", "second_scores")[: 2 + further]
+    trace = trace_of(tmp_path / "a.trace", [replace(request, signals=signals)], names)
+    seer = Seer()
+    replay(Recording(trace, names), Policies(Recency(), seer, FetchAll()), setting(slots=4))
+    (read,) = trace.requests(names)
+    near = read.signals["next_scores"][1]
+    far = read.signals["second_scores"][1, 0].tolist() if further else None
+    assert seer.seen == {
+        0: [(1, near[0].tolist()), (2, far)],
+        1: [(2, near[1].tolist())],
+    }
 
 
 def test_equal_weights_go_by_the_order_of_the_router(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from retinue.compare.grid import BASE, DEFAULT, Budget, Disk, Grid
 from retinue.config import parse_size
 from retinue.engine.reserve import given_of
 from retinue.engine.tasks import TaskIds
-from retinue.engine.tracing import record, trace_head
+from retinue.engine.tracing import ASKED, record, trace_head
 from retinue.errors import UsageError
 from retinue.lab.base import Row, number
 from retinue.lab.bench import Bench
@@ -39,7 +39,6 @@ from retinue.trace import SIGNALS, Trace, TraceHead, TraceWriter, append
 
 NAME = "replay"
 COUNTS = ("reads", "calls", "looks")
-ASKED = {"scores", "next_scores"}  # signals of routers that may not be there to ask
 
 
 @dataclass(frozen=True, slots=True)

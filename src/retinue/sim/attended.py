@@ -16,6 +16,7 @@ from retinue.policy.policies import Policies
 from retinue.sim.changed import Rows, choice_of, reroute, thin
 from retinue.sim.recorded import Part
 from retinue.sim.stage import Stage
+from retinue.trace import AHEAD
 from retinue.types import Demand, FloatArray, Phase
 
 
@@ -91,12 +92,12 @@ class Attended:
         stage.link.advance_to(apart)
 
     def _scores_of(self, place: int, parts: Sequence[Part]) -> Callable[[int], FloatArray | None]:
-        """What is recorded of a coming layer's router: of the next one alone."""
+        """What is recorded of a coming layer's router."""
         recording = self._stage.recording
-        following = recording.head.routed[place + 1 : place + 2]
+        signals = dict(zip(recording.head.routed[place + 1 :], AHEAD, strict=False))
 
         def scores(layer: int) -> FloatArray | None:
-            said = recording.signal("next_scores", parts, place) if layer in following else None
+            said = recording.signal(signals[layer], parts, place) if layer in signals else None
             return None if said is None else said[asked(len(said))]
 
         return scores
