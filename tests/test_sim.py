@@ -152,7 +152,7 @@ def test_nobody_starts_before_it_came(recording: Recording) -> None:
 
 
 def test_times_by_hand(tmp_path: Path) -> None:
-    """Everything cold, then everything there: reads one after the other, computing beside them."""
+    """Everything cold, then everything there: two reads side by side, then both are computed."""
     experts, weights = np.array([[[0, 1]] * 3] * 2), np.full((2, 3, 2), 0.5, np.float32)
     trace = trace_of(tmp_path / "a.trace", [routed_of(HEAD, None, 0, experts, weights)])
     times = Times(expert_s=1e-4, layer_s=2e-4, pass_s=5e-4)
@@ -160,27 +160,27 @@ def test_times_by_hand(tmp_path: Path) -> None:
     decode, read_s = outcome.decode, READ_BYTES / 1e6
     assert (decode.hits, decode.pending, decode.misses) == (LAYERS * 2, 0, LAYERS * 2)
     assert decode.bytes_read == LAYERS * 2 * READ_BYTES
-    cold = LAYERS * (2e-4 + 2 * read_s + 1e-4)  # one is computed while the other is read
+    cold = LAYERS * (2e-4 + 2 * read_s + 2 * 1e-4)
     warm = LAYERS * (2e-4 + 2 * 1e-4)
     assert decode.seconds == pytest.approx(2 * 5e-4 + cold + warm)
-    assert decode.stall_s == pytest.approx(LAYERS * (2 * read_s - 1e-4))
+    assert decode.stall_s == pytest.approx(LAYERS * 2 * read_s)
     assert decode.expert_s == pytest.approx(LAYERS * 4 * 1e-4)
     assert decode.seconds == pytest.approx(decode.stall_s + decode.expert_s + decode.dense_s)
 
 
-def test_what_comes_in_pieces_by_hand(tmp_path: Path) -> None:
-    """Reads that are started one by one, and a call for each expert that comes alone."""
+def test_what_is_counted_costs_by_hand(tmp_path: Path) -> None:
+    """Reads that are started one by one, and a layer that lacks an expert."""
     experts, weights = np.array([[[0, 1]] * 3] * 2), np.full((2, 3, 2), 0.5, np.float32)
     trace = trace_of(tmp_path / "a.trace", [routed_of(HEAD, None, 0, experts, weights)])
-    times = Times(expert_s=1e-4, layer_s=2e-4, call_s=3e-4, start_s=5e-4, ahead_s=7e-5)
+    times = Times(expert_s=1e-4, layer_s=2e-4, late_s=3e-4, start_s=5e-4, ahead_s=7e-5)
     outcome = replayed(Recording(trace), "on-demand", setting(8, times=times))
     decode, read_s = outcome.decode, READ_BYTES / 1e6
-    assert (decode.calls, decode.looks) == (LAYERS * (2 + 1), 0)
-    # Both reads are started first; one's expert is computed while the other is read.
-    cold = LAYERS * (2e-4 + 2 * 5e-4 + 2 * read_s + (3e-4 + 1e-4))
-    warm = LAYERS * (2e-4 + 3e-4 + 2 * 1e-4)
+    assert (decode.lacking, decode.looks) == (LAYERS, 0)
+    # Both reads are started first, come side by side, and are computed together.
+    cold = LAYERS * (2e-4 + 2 * 5e-4 + 2 * read_s + 3e-4 + 2 * 1e-4)
+    warm = LAYERS * (2e-4 + 2 * 1e-4)
     assert decode.seconds == pytest.approx(cold + warm)
-    assert decode.expert_s == pytest.approx(LAYERS * (3 * 3e-4 + 4 * 1e-4))
+    assert decode.expert_s == pytest.approx(LAYERS * (3e-4 + 4 * 1e-4))
 
 
 def test_looking_ahead_takes_its_time(recording: Recording) -> None:

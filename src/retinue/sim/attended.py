@@ -72,12 +72,14 @@ class Attended:
             return
         scores_of = self._scores_of(place, parts)
         counters = stage.metrics.now
-        looks = counters.looks
+        looks, lacking = counters.looks, counters.lacking
         with attendance.attend(demand, tokens, route, scores_of) as turn:
-            stage.link.hold((counters.looks - looks) * stage.times.ahead_s)
-            self._turn(turn, demand, tokens)
+            stage.link.advance((counters.looks - looks) * stage.times.ahead_s)
+            late_s = (counters.lacking - lacking) * stage.times.late_s
+            self._turn(turn, demand, tokens, late_s)
 
-    def _turn(self, turn: Turn, demand: Demand, tokens: int) -> None:
+    def _turn(self, turn: Turn, demand: Demand, tokens: int, late_s: float) -> None:
+        """`late_s` passes with the first experts, while others are read."""
         stage, exact = self._stage, self._policies.precision.exact
         apart = stage.start_elsewhere(demand, turn.elsewhere)
         while turn.left:
@@ -87,7 +89,8 @@ class Attended:
                 continue
             if not exact:
                 self._count_worse(demand, ready)
-            stage.compute(demand, ready, tokens, stage.times.call_s)
+            stage.compute(demand, ready, tokens, late_s)
+            late_s = 0.0
             turn.computed(ready)
         stage.link.advance_to(apart)
 
