@@ -87,7 +87,7 @@ def _replay(
     assert head.facts is not None
     folder, second = locate(options.model), 1e6 * options.read_limits[1]
     speed = measure_reads(folder, head.read_bytes, limit=second)
-    roads = Roads(speed.bytes_per_s, speed.latency_s)
+    roads = Roads(speed.bytes_per_s, speed.latency_s, in_turn=True)
     times = plain = times_of_bench(head.facts, _document(known[1]))
     if options.preset != PLAIN:
         times = times_of_bench(head.facts, _document(known[0]), plain)
@@ -106,7 +106,7 @@ def _document(known: Costs) -> dict[str, float | None]:
         **{name: getattr(decode, name) for name in ("hits", "pending", "misses", "stall_s")},
         **{name: getattr(decode, name) for name in ("expert_s", "dense_s", "overhead_s")},
         **decode.counts,
-        "call_s": decode.computing.slope,
+        "late_s": decode.computing.slope,
         "start_s": decode.starting.slope,
         "prompt_tokens": prompts.tokens / passes,
         "prefill_expert_s": prompts.expert_s / passes,

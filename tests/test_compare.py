@@ -16,7 +16,7 @@ from retinue.compare.live import turns
 from retinue.compare.measures import Seen, belady_points, change, times
 from retinue.compare.measures import loss_added as added
 from retinue.compare.page import report
-from retinue.compare.replayed import Ran, Replays, as_bench, fed
+from retinue.compare.replayed import Replays
 from retinue.compare.verdict import (
     DEMANDED,
     FASTER,
@@ -28,7 +28,6 @@ from retinue.compare.verdict import (
     verdict,
 )
 from retinue.config import Config
-from retinue.engine.tasks import TaskIds
 from retinue.errors import UsageError
 from retinue.lab.base import Row
 from retinue.lab.bench import Bench
@@ -39,7 +38,6 @@ from retinue.memory.home import sample_folder
 from retinue.model.scoring import LayerRouting
 from retinue.model.survey import survey
 from retinue.policy.presets import PRESETS
-from retinue.sim.changed import Rows, choice_of
 
 QUARTER, NATIVE = Budget("1GiB", "25%"), Disk(None)
 
@@ -214,7 +212,7 @@ def test_recall_of_the_next_gate() -> None:
     """Two tokens, top 2 of 4: the first names both, the second one of the one that there is."""
     scores = np.array([[0.4, 0.1, 0.3, 0.2], [0.1, 0.2, 0.3, 0.4]], np.float32)
     none = np.zeros((2, 2), np.int64)
-    now = LayerRouting(1, none, np.ones((2, 2), np.float32), next_scores=scores)
+    now = LayerRouting(1, none, np.ones((2, 2), np.float32), ahead={"next_scores": scores})
     chosen = np.array([[0, 2], [2, 4]])  # 4 means none
     after = LayerRouting(3, chosen, np.ones((2, 2), np.float32))
     assert foretold([now, after], 4) == {3: (3, 3)}
@@ -222,53 +220,6 @@ def test_recall_of_the_next_gate() -> None:
     assert foretold([now, other], 4) == {3: (1, 4)}
     assert recall([{"named": 3, "used": 3}, {"named": 1, "used": 5}]) == 0.5
     assert recall([]) is None
-
-
-# --- the replay
-
-
-def test_the_replay_has_the_tokens_that_ran() -> None:
-    """Of four tokens that follow, one comes with the prompt's pass and two or all are fed."""
-    text = TaskIds("a", [1, 2, 3, 4, 5, 6], 4)
-    assert fed(text, 2) == TaskIds("a", [1, 2, 3, 4], 2)
-    assert fed(text, 9) == TaskIds("a", [1, 2, 3, 4, 5], 3)
-
-
-def test_a_live_row_as_a_bench_of_one_prompt() -> None:
-    row = runs_of("on-demand", 10, texts=4, prefill_dense_s=2.0, prefill_expert_s=6.0)[0]
-    found = as_bench(row | {"prefill_tokens": 40, "prefill_overhead_s": 1.0})
-    assert found["prompt_tokens"] == 10
-    assert (found["prefill_dense_s"], found["prefill_expert_s"]) == (0.5, 1.5)
-    assert found["prefill_overhead_s"] == 0.25
-    assert found["hits"] == row["hits"]
-
-
-def test_times_come_from_the_nearest_other_place() -> None:
-    wanted = some_grid("on-demand", "auto", runs=1, experts=("12.5%", "25%", "50%"))
-    live = []
-    for experts, slots in (("12.5%", 5), ("25%", 10), ("50%", 20)):
-        for limit in (None, "100MB"):
-            place = {"experts": experts, "slots": slots, "read_limit": limit}
-            live += [*runs_of("on-demand", 10, **place), *runs_of("auto", 8, **place)]
-    known = Ran(live, wanted)
-    assert len(known.places) == 6
-    for place in known.places:
-        other = known.elsewhere(place)
-        assert other.disk == place.disk
-        assert {known.slots(place), known.slots(other)} in ({5, 10}, {10, 20})
-    alone = Ran(live[:4], wanted)  # one budget: then another disk, and else the place itself
-    assert [each.disk for each in alone.places] == [NATIVE, Disk("100MB")]
-    assert alone.elsewhere(alone.places[0]) == alone.places[1]
-    only = Ran(live[:2], wanted)
-    assert only.elsewhere(only.places[0]) == only.places[0]
-
-
-def test_a_replayed_routing_sees_the_inputs_that_it_asks_for() -> None:
-    """Such as `pre-gated`, whose gates read the layer's input."""
-    rows = Rows(np.array([[0, 1]]), np.array([[0.6, 0.4]], np.float32))
-    scores, hidden = np.array([[0.6, 0.4, 0.0]], np.float32), np.ones((1, 5), np.float32)
-    assert choice_of(1, rows, scores, "decode", hidden).hidden is hidden
-    assert choice_of(1, rows, scores, "decode").hidden is None
 
 
 # --- claims

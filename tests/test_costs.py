@@ -6,27 +6,27 @@ from hypothesis import strategies as st
 
 from jobs import Waiting, decoding
 from retinue.metrics import PhaseCounters
-from retinue.policy.costs import LEAST, CostModel, Lengths, Line
+from retinue.policy.costs import LEAST, CostModel, FadingLine, Lengths
 from retinue.policy.measured import MachineCosts
 
 
 @given(st.floats(0, 10), st.floats(0, 1), st.integers(2, 50))
 def test_a_line_is_found(base: float, slope: float, step: int) -> None:
-    line = Line()
+    line = FadingLine()
     for x in range(1, 40):
         line.observe(x * step, base + slope * x * step)
     assert line.at(7 * step) == pytest.approx(base + slope * 7 * step, rel=1e-3, abs=1e-3)
 
 
 def test_a_line_says_nothing_at_first() -> None:
-    line = Line()
+    line = FadingLine()
     for count in range(1, 20):
         line.observe(count, 1.0)
         assert line.known == (count >= LEAST + 2), count  # the first ones have faded a little
 
 
 def test_a_line_never_falls_and_never_begins_below_zero() -> None:
-    falling, steep = Line(), Line()
+    falling, steep = FadingLine(), FadingLine()
     for x in range(1, 20):
         falling.observe(x, 30.0 - x)
         steep.observe(x, max(0.0, 5.0 * x - 20))
@@ -36,14 +36,14 @@ def test_a_line_never_falls_and_never_begins_below_zero() -> None:
 
 
 def test_always_the_same_number_of_tokens_costs_in_proportion() -> None:
-    line = Line()
+    line = FadingLine()
     for _ in range(10):
         line.observe(8, 4.0)
     assert line.at(16) == pytest.approx(8.0)
 
 
 def test_one_outlier_moves_a_line_a_little() -> None:
-    line = Line()
+    line = FadingLine()
     for x in range(1, 30):
         line.observe(x, 1.0)
     line.observe(10, 1000.0)
@@ -51,7 +51,7 @@ def test_one_outlier_moves_a_line_a_little() -> None:
 
 
 def test_a_line_follows_when_the_machine_changes() -> None:
-    line = Line()
+    line = FadingLine()
     for seconds in (1.0, 5.0):
         for at in range(100):
             line.observe(1 + at % 10, seconds)

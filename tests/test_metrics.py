@@ -56,23 +56,31 @@ def test_a_line_through_points() -> None:
     assert first.slope == 2
     first += second
     assert first.slope == pytest.approx(2)
-    assert first.count == 4
+    assert first.weight == 4
+    assert first.spread == pytest.approx(5.0), "1.5, 0.5, 0.5 and 1.5 from the mean, squared"
+    assert Line().spread == 0
     assert Line().slope is None
     same = Line()
     for y in (1, 2, 3):
         same.point(5, y)
     assert same.slope is None
+    falling = Line()
+    for x in range(3):
+        falling.point(x, 9 - x)
+    assert falling.slope == 0, "more work never takes less time"
 
 
 def test_what_one_more_costs_is_learnt_from_passes() -> None:
     metrics = Metrics()
-    for reads, calls in ((0, 1), (3, 2), (1, 5)):
+    for reads, lacking in ((0, 1), (3, 2), (1, 5)):
         now = metrics.begin("decode")
-        now.reads, now.calls = reads, calls
-        now.expert_s = 0.1 + 0.01 * calls
+        now.reads = reads
+        for layer in range(6):
+            metrics.count(layer, 1, misses=layer < lacking)
+        now.expert_s = 0.1 + 0.01 * lacking
         now.seconds = now.expert_s + 0.2 + 0.05 * reads
         metrics.finish()
     total = metrics.total.decode
-    assert total.counts == {"reads": 4, "calls": 8, "looks": 0}
+    assert total.counts == {"reads": 4, "lacking": 8, "looks": 0}
     assert total.starting.slope == pytest.approx(0.05)
     assert total.computing.slope == pytest.approx(0.01)

@@ -16,18 +16,21 @@ from retinue.errors import Refused, UsageError
 from retinue.memory.home import sample_folder
 from retinue.model.predictors import default_predictor, kept, read_predictor, write_predictor
 from retinue.model.survey import survey
-from retinue.policy.parts.kinds import KINDS, misfit
+from retinue.policy.parts.kinds import KINDS, WIDTHS, misfit
 from retinue.policy.policies import Policies
 from retinue.policy.predict.learned import Learned, Part
 from retinue.policy.predict.network import Network, shapes
 from retinue.policy.preset import Arrays, Given, Preset
 
 ROWS = (0, 1, 2, 3)
-LENGTHS = {"rows": len(ROWS), "experts": models.EXPERTS}
+LENGTHS = {"rows": len(ROWS), "experts": models.EXPERTS, "hidden": 20, "vocabulary": 21}
+
+
+LENGTHS_OF_BITS = (len(ROWS), models.EXPERTS)
 
 
 def arrays_of(kind: str, seed: int = 0) -> Arrays:
-    """Arrays of the right shape; each free length is another one."""
+    """Arrays of the right shape, ids in their range; each free length is another one."""
     random = np.random.default_rng(seed)
     lengths = dict(LENGTHS)
     made = {}
@@ -37,6 +40,12 @@ def arrays_of(kind: str, seed: int = 0) -> Arrays:
             for said in shape
         ]
         made[name] = random.standard_normal(sizes).astype(np.float32)
+        if name in KINDS[kind].whole:
+            least, below = KINDS[kind].whole[name]
+            made[name] = random.integers(least, LENGTHS[below], sizes).astype(np.float32)
+    if kind == "edgemoe":
+        made["bits"] = random.choice(WIDTHS, LENGTHS_OF_BITS).astype(np.float32)
+        made["keys"][:, 0] = random.integers(0, len(ROWS), len(made["keys"]))
     return kept(made)
 
 
@@ -100,6 +109,41 @@ def test_an_array_of_another_shape_is_noticed(kind: str) -> None:
             assert misfit(kind, changed, len(ROWS), models.EXPERTS), (name, what)
         lacking = {key: value for key, value in right.items() if key != name}
         assert misfit(kind, lacking, len(ROWS), models.EXPERTS)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "at", "value"),
+    [
+        ("promoe", "stride", 0, 0),
+        ("promoe", "stride", 0, len(ROWS)),
+        ("promoe", "stride", 0, 1.5),
+        ("edgemoe", "ids", (0, 0), models.EXPERTS),
+        ("edgemoe", "ids", (0, 0), -2),
+        ("edgemoe", "keys", (0, 2), models.EXPERTS),
+        ("edgemoe", "keys", (0, 0), -1),
+        ("edgemoe", "keys", (0, 0), len(ROWS)),
+        ("edgemoe", "bits", (0, 0), 5),
+    ],
+)
+def test_what_names_nothing_is_noticed(kind: str, name: str, at: Any, value: float) -> None:
+    changed = {key: array.copy() for key, array in arrays_of(kind).items()}
+    changed[name][at] = value
+    found = misfit(kind, changed, len(ROWS), models.EXPERTS)
+    assert found is not None
+    assert f"`{name}` of {kind}" in found
+
+
+def test_kinds_of_one_model_have_one_width(tmp_path: Path) -> None:
+    made, file = learned("promoe", "read-me"), tmp_path / "parts.npz"
+    write_predictor(made, file)
+    read_predictor(file)
+    wide = dict(made.parts["read-me"].arrays)
+    wide["read"] = np.zeros((LENGTHS["hidden"] + 1, wide["read"].shape[1]), np.float32)
+    parts = {**made.parts, "read-me": Part(wide, {})}
+    assert misfit("read-me", wide, len(ROWS), models.EXPERTS) is None, "by itself it may be right"
+    write_predictor(replace(made, parts=parts), file)
+    with pytest.raises(UsageError, match="the arrays of read-me do not fit the model"):
+        read_predictor(file)
 
 
 @pytest.mark.parametrize(

@@ -9,16 +9,30 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from recordings import HEAD, LAYERS, READ_BYTES, TOP_K, chance, replayed, setting, trace_of
+from recordings import (
+    HEAD,
+    LAYERS,
+    READ_BYTES,
+    TOP_K,
+    chance,
+    replay,
+    replayed,
+    setting,
+    trace_of,
+)
 from retinue.errors import UsageError
 from retinue.memory import payback
+from retinue.policy.base import View
 from retinue.policy.evict.belady import future_of
+from retinue.policy.evict.recency import Recency
+from retinue.policy.miss.fetch import FetchAll
+from retinue.policy.policies import Policies
 from retinue.sim.costs import Times
 from retinue.sim.passes import Load, Passes
 from retinue.sim.recorded import Part, Recording
 from retinue.sim.rows import beside, row_of
 from retinue.trace import routed_of
-from retinue.types import Demand
+from retinue.types import Demand, Want
 
 
 @pytest.fixture
@@ -51,6 +65,41 @@ def test_demands_by_hand(tmp_path: Path) -> None:
     (second, *_) = recording.demands([Part(0, 1, 2)])
     assert (second.experts.tolist(), second.tokens.tolist()) == ([1], [1])
     assert recording.pairs == 6
+
+
+class Seer:
+    """Notes what coming layers' routers say, by the layer that runs."""
+
+    needs, depth, speculative = frozenset({"next_scores"}), 2, False
+
+    def __init__(self) -> None:
+        self.seen: dict[int, list[tuple[int, list[float] | None]]] = {}
+
+    def observe(self, demand: Demand, view: View) -> None:
+        pass
+
+    def forecast(self, view: View) -> list[Want]:
+        said = [(a.layer, None if a.scores is None else a.scores[0].tolist()) for a in view.ahead]
+        self.seen[view.layer] = said
+        return []
+
+
+@pytest.mark.parametrize("further", [True, False])
+def test_looks_see_as_far_as_the_trace(further: bool, tmp_path: Path) -> None:
+    request = chance(3, 2, prompt=1)
+    second = request.signals["scores"][:, 2:] / 2
+    signals = {**request.signals, "second_scores": second}
+    names = ("scores", "next_scores", "second_scores")[: 2 + further]
+    trace = trace_of(tmp_path / "a.trace", [replace(request, signals=signals)], names)
+    seer = Seer()
+    replay(Recording(trace, names), Policies(Recency(), seer, FetchAll()), setting(slots=4))
+    (read,) = trace.requests(names)
+    near = read.signals["next_scores"][1]
+    far = read.signals["second_scores"][1, 0].tolist() if further else None
+    assert seer.seen == {
+        0: [(1, near[0].tolist()), (2, far)],
+        1: [(2, near[1].tolist())],
+    }
 
 
 def test_equal_weights_go_by_the_order_of_the_router(tmp_path: Path) -> None:
@@ -103,7 +152,7 @@ def test_nobody_starts_before_it_came(recording: Recording) -> None:
 
 
 def test_times_by_hand(tmp_path: Path) -> None:
-    """Everything cold, then everything there: reads one after the other, computing beside them."""
+    """Everything cold, then everything there: two reads side by side, then both are computed."""
     experts, weights = np.array([[[0, 1]] * 3] * 2), np.full((2, 3, 2), 0.5, np.float32)
     trace = trace_of(tmp_path / "a.trace", [routed_of(HEAD, None, 0, experts, weights)])
     times = Times(expert_s=1e-4, layer_s=2e-4, pass_s=5e-4)
@@ -111,27 +160,27 @@ def test_times_by_hand(tmp_path: Path) -> None:
     decode, read_s = outcome.decode, READ_BYTES / 1e6
     assert (decode.hits, decode.pending, decode.misses) == (LAYERS * 2, 0, LAYERS * 2)
     assert decode.bytes_read == LAYERS * 2 * READ_BYTES
-    cold = LAYERS * (2e-4 + 2 * read_s + 1e-4)  # one is computed while the other is read
+    cold = LAYERS * (2e-4 + 2 * read_s + 2 * 1e-4)
     warm = LAYERS * (2e-4 + 2 * 1e-4)
     assert decode.seconds == pytest.approx(2 * 5e-4 + cold + warm)
-    assert decode.stall_s == pytest.approx(LAYERS * (2 * read_s - 1e-4))
+    assert decode.stall_s == pytest.approx(LAYERS * 2 * read_s)
     assert decode.expert_s == pytest.approx(LAYERS * 4 * 1e-4)
     assert decode.seconds == pytest.approx(decode.stall_s + decode.expert_s + decode.dense_s)
 
 
-def test_what_comes_in_pieces_by_hand(tmp_path: Path) -> None:
-    """Reads that are started one by one, and a call for each expert that comes alone."""
+def test_what_is_counted_costs_by_hand(tmp_path: Path) -> None:
+    """Reads that are started one by one, and a layer that lacks an expert."""
     experts, weights = np.array([[[0, 1]] * 3] * 2), np.full((2, 3, 2), 0.5, np.float32)
     trace = trace_of(tmp_path / "a.trace", [routed_of(HEAD, None, 0, experts, weights)])
-    times = Times(expert_s=1e-4, layer_s=2e-4, call_s=3e-4, start_s=5e-4, ahead_s=7e-5)
+    times = Times(expert_s=1e-4, layer_s=2e-4, late_s=3e-4, start_s=5e-4, ahead_s=7e-5)
     outcome = replayed(Recording(trace), "on-demand", setting(8, times=times))
     decode, read_s = outcome.decode, READ_BYTES / 1e6
-    assert (decode.calls, decode.looks) == (LAYERS * (2 + 1), 0)
-    # Both reads are started first; one's expert is computed while the other is read.
-    cold = LAYERS * (2e-4 + 2 * 5e-4 + 2 * read_s + (3e-4 + 1e-4))
-    warm = LAYERS * (2e-4 + 3e-4 + 2 * 1e-4)
+    assert (decode.lacking, decode.looks) == (LAYERS, 0)
+    # Both reads are started first, come side by side, and are computed together.
+    cold = LAYERS * (2e-4 + 2 * 5e-4 + 2 * read_s + 3e-4 + 2 * 1e-4)
+    warm = LAYERS * (2e-4 + 2 * 1e-4)
     assert decode.seconds == pytest.approx(cold + warm)
-    assert decode.expert_s == pytest.approx(LAYERS * (3 * 3e-4 + 4 * 1e-4))
+    assert decode.expert_s == pytest.approx(LAYERS * (3e-4 + 4 * 1e-4))
 
 
 def test_looking_ahead_takes_its_time(recording: Recording) -> None:

@@ -10,6 +10,9 @@ from retinue.types import Expert
 MIB = 1 << 20
 
 
+IN_TURN = Roads(MIB, in_turn=True)
+
+
 def link_of(size: int, roads: Roads, experts: int = 16) -> SimulatedLink:
     sizes = np.full((1, 1, experts), size, dtype=np.int64)
     return SimulatedLink(roads, Sizes(sizes, sizes))
@@ -32,17 +35,23 @@ def test_one_read_takes_latency_and_bytes() -> None:
 
 
 def test_reads_share_the_disk_and_wait_for_its_answer_together() -> None:
-    link = link_of(MIB, Roads(MIB, latency_s=0.5))
+    link = link_of(MIB, Roads(MIB, latency_s=0.5, in_turn=True))
     tickets = [read(link, index) for index in range(3)]
     link.advance(2.5)
     assert [ticket.settled for ticket in tickets] == [True, True, False]
     link.advance(1.0)
     assert tickets[2].settled
     assert link.now == 3.5
+    beside = link_of(MIB, Roads(MIB, latency_s=0.5))
+    tickets = [read(beside, index) for index in range(3)]
+    beside.advance(3.4)
+    assert [ticket.settled for ticket in tickets] == [False] * 3
+    assert beside.wait([tickets[1]], 9.0) == pytest.approx(0.1)
+    assert [ticket.settled for ticket in tickets] == [True] * 3, "those that end as it wakes too"
 
 
 def test_a_demand_waits_for_what_has_begun_and_for_nothing_else() -> None:
-    link = link_of(MIB, Roads(MIB))
+    link = link_of(MIB, IN_TURN)
     ahead = [read(link, index, Urgency.LATER) for index in range(READERS + 3)]
     link.advance(1e-9)  # the engine computes, and readers take their chunks
     demand = read(link, 15)
@@ -56,8 +65,18 @@ def test_a_demand_waits_for_what_has_begun_and_for_nothing_else() -> None:
     assert link.now <= 2 * READERS + 1
 
 
-def test_the_time_in_which_it_reads() -> None:
+def test_side_by_side_a_demand_shares_the_disk_with_what_readers_took_beside_it() -> None:
     link = link_of(MIB, Roads(MIB))
+    ahead = [read(link, index, Urgency.LATER) for index in range(READERS + 3)]
+    link.advance(1e-9)
+    demand = read(link, 15)
+    link.wait([demand], 100.0)
+    assert link.now == pytest.approx(READERS + 4), "the demand, and three that were read ahead"
+    assert all(ticket.settled for ticket in ahead[:READERS])
+
+
+def test_the_time_in_which_it_reads() -> None:
+    link = link_of(MIB, IN_TURN)
     for index in range(2):
         read(link, index)
     link.advance(1.5)
@@ -69,7 +88,7 @@ def test_the_time_in_which_it_reads() -> None:
 
 
 def test_large_reads_go_chunk_by_chunk() -> None:
-    link = link_of(8 * READERS * CHUNK_BYTES, Roads(CHUNK_BYTES))
+    link = link_of(8 * READERS * CHUNK_BYTES, Roads(CHUNK_BYTES, in_turn=True))
     ahead = read(link, 0, Urgency.NEXT_LAYER)
     link.advance(0.5)
     demand = link_of(1, Roads(1))  # another link knows nothing of it
@@ -85,7 +104,7 @@ def test_large_reads_go_chunk_by_chunk() -> None:
 
 
 def test_what_is_cancelled_in_the_queue_is_never_read() -> None:
-    link = link_of(MIB, Roads(MIB))
+    link = link_of(MIB, IN_TURN)
     tickets = [read(link, index) for index in range(READERS + 2)]
     link.advance(1e-9)
     link.cancel(tickets[-1])
@@ -102,7 +121,7 @@ def test_what_is_cancelled_in_the_queue_is_never_read() -> None:
 
 
 def test_readers_get_no_turn_while_the_engine_holds_the_interpreter() -> None:
-    link = link_of(MIB, Roads(MIB))
+    link = link_of(MIB, IN_TURN)
     first = read(link, 0)
     link.hold(5.0)
     link.wait([first], 9.0)
@@ -118,7 +137,7 @@ def test_readers_get_no_turn_while_the_engine_holds_the_interpreter() -> None:
 
 def test_starting_a_read_takes_its_time() -> None:
     sizes = np.full((1, 1, 4), MIB, dtype=np.int64)
-    link = SimulatedLink(Roads(MIB), Sizes(sizes, sizes), start_s=0.25)
+    link = SimulatedLink(IN_TURN, Sizes(sizes, sizes), start_s=0.25)
     tickets = [read(link, index) for index in range(2)]
     assert link.now == 0.5
     link.wait([tickets[1]], 9.0)

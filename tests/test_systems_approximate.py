@@ -91,6 +91,7 @@ def test_adapmoe_drops_the_tail_of_more() -> None:
     assert found.tolist() == [[False, True, True, False]]
     everything = AdaptiveGate(ARRAYS["adapmoe"], ROUTED, tolerance=0)
     assert everything.keep(route([[4, 0]], [[0.0, 1.0]]), view()).all()
+    assert (everything.exact, gate.exact) == (True, False)
 
 
 @pytest.mark.parametrize(
@@ -130,6 +131,7 @@ def test_odp_waits_for_enough_tokens_and_spares_the_important() -> None:
     assert found[99].all(), "the largest state, one of the 2 %"
     assert not found[98, 1]
     assert CalibratedTail(quantile=0).keep(many, view()).all()
+    assert (CalibratedTail(quantile=0).exact, CalibratedTail().exact) == (True, False)
 
 
 THINNINGS = {
@@ -310,6 +312,9 @@ def test_daop_replaces_the_second_missing_one(resident: list[int], served: list[
     assert (best(ranking) if ranking is not None else [[0, 1]]) == [served]
     assert BestResident().rank(replace(asked, phase="prefill"), mask) is None
     assert BestResident(kept=2).rank(asked, mask) is None
+    exact = [BestResident(kept, top_k=2).exact for kept in (0, 1, 2, 3)]
+    assert exact == [False, False, True, True]
+    assert not BestResident(kept=9).exact, "nobody says of how many"
 
 
 def test_swapmoe_serves_from_what_was_important_lately() -> None:

@@ -14,6 +14,7 @@ import models
 from command import MEMORY, Call, caller, refused
 from retinue.errors import Cancelled, UsageError, WriteError
 from retinue.trace import (
+    AHEAD,
     SIGNALS,
     Routed,
     Trace,
@@ -308,7 +309,11 @@ def test_trace_and_append(call: Call, olmoe: Path, texts: Path, tmp_path: Path) 
 def test_trace_with_signals(call: Call, olmoe: Path, texts: Path, tmp_path: Path) -> None:
     file = tmp_path / "a.trace"
     words = ("trace", olmoe, "--data", texts, "--out", file, *TINY, "--json")
-    done = call(*words, "--signals", "embedding, hidden,token_ids,next_scores,scores")
+    done = call(
+        *words,
+        "--signals",
+        "embedding, hidden,token_ids,third_scores,next_scores,second_scores,scores",
+    )
     assert done.code == 0, done.err
     assert done.document["signals"] == list(SIGNALS)
     head = Trace(file).head
@@ -326,4 +331,7 @@ def test_trace_with_signals(call: Call, olmoe: Path, texts: Path, tmp_path: Path
         own = np.sort(np.argsort(-scores, axis=2)[:, :, : models.TOP_K], axis=2)
         assert (own == np.sort(request.experts, axis=2)).mean() > 0.9
         assert ahead.shape == (18, models.LAYERS - 1, models.EXPERTS)
+        for further, signal in enumerate(AHEAD):
+            routers = max(0, models.LAYERS - 1 - further)
+            assert request.signals[signal].shape == (18, routers, models.EXPERTS)
     refused(call(*words, "--signals", "scores,colour"), 2, "unknown signal: `colour`")

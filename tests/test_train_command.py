@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import models
-from command import Call, caller
+from command import Call, caller, refused
 from retinue.cli import recorded
 from retinue.cli.kinds import KINDS, kinds_of
 from retinue.config import Config
@@ -65,6 +65,22 @@ def test_every_kind_at_once(call: Call, olmoe: Path, texts: Path, tmp_path: Path
     assert differs.any()
     same = changed.parts["hobbit"].arrays["weights"] == found.parts["hobbit"].arrays["weights"]
     assert same.all()
+
+
+def test_a_model_of_one_layer(call: Call, texts: Path, tmp_path: Path) -> None:
+    """Nothing lies ahead of its only layer: what learns that is left out, or refused by name."""
+    model, out = models.make(tmp_path / "one", num_hidden_layers=1), tmp_path / "out.npz"
+    arguments = ("train-predictor", model, "--data", texts, *FEW, "--out", out)
+    done = call(*arguments, "--json")
+    assert done.code == 0, done.err
+    assert set(KINDS) - set(done.document["kinds"]) == {"promoe", "pre-gated"}
+    assert "no `promoe`: the model has one layer with experts" in done.err
+    refused(call(*arguments, "--kind", "pre-gated"), 3, "no `pre-gated`: the model has one layer")
+    file = tmp_path / "a.trace"
+    words = ("trace", model, "--data", texts, "--out", file, "--signals", "hidden", *TINY)
+    assert call(*words).code == 0
+    traced = ("train-predictor", model, "--trace", file, "--out", out)
+    refused(call(*traced, "--kind", "promoe"), 2, "the trace is not enough for `promoe`")
 
 
 def test_a_damaged_file_is_replaced(call: Call, olmoe: Path, texts: Path, tmp_path: Path) -> None:

@@ -21,19 +21,24 @@ class Clock:
 class Line:
     """A straight line through points that come one by one: least squares, in sums that add up."""
 
-    count: int = 0
-    x: float = 0.0
+    weight: float = 0.0  # of all points
+    x: float = 0.0  # the weighted sum of it, and so on
     y: float = 0.0
     xx: float = 0.0
     xy: float = 0.0
 
-    def point(self, x: float, y: float) -> None:
-        """One more."""
-        self.count += 1
-        self.x += x
-        self.y += y
-        self.xx += x * x
-        self.xy += x * y
+    def point(self, x: float, y: float, weight: float = 1.0) -> None:
+        """One more, which counts as `weight` of them."""
+        self.weight += weight
+        self.x += weight * x
+        self.y += weight * y
+        self.xx += weight * x * x
+        self.xy += weight * x * y
+
+    def fade(self, share: float) -> None:
+        """Let what was seen so far count for `share` of what it did."""
+        for item in fields(self):
+            setattr(self, item.name, share * getattr(self, item.name))
 
     def __iadd__(self, other: "Line") -> Self:
         """The points of both."""
@@ -42,12 +47,19 @@ class Line:
         return self
 
     @property
+    def spread(self) -> float:
+        """How far x varies, in all: the sum of squares from its mean. What a slope is worth."""
+        return max(0.0, self.xx - self.x * self.x / self.weight) if self.weight else 0.0
+
+    @property
     def slope(self) -> float | None:
-        """What one more of x adds to y; None where x is always the same."""
-        spread = self.count * self.xx - self.x * self.x
-        if spread <= 1e-9 * self.count * self.xx:
+        """What one more of x adds to y; None where x is always the same.
+
+        At least 0: over few points chance may say that more work takes less time.
+        """
+        if self.spread <= 1e-9 * self.xx:
             return None
-        return (self.count * self.xy - self.x * self.y) / spread
+        return max(0.0, (self.xy - self.x * self.y / self.weight) / self.spread)
 
 
 @dataclass(slots=True)
@@ -76,10 +88,10 @@ class PhaseCounters:
     dense_s: float = 0.0
     steps_s: list[float] = field(default_factory=list)
     reads: int = 0  # that were started
-    calls: int = 0  # so many times, some experts of a layer that may lack some were computed
+    lacking: int = 0  # layers that lacked an expert when their turn came
     looks: int = 0  # layers from which somebody looked ahead
     starting: Line = field(default_factory=Line)  # a pass's `overhead_s` by its `reads`
-    computing: Line = field(default_factory=Line)  # a pass's `expert_s` by its `calls`
+    computing: Line = field(default_factory=Line)  # a pass's `expert_s` by its `lacking`
 
     @property
     def hit_rate(self) -> float:
@@ -100,7 +112,7 @@ class PhaseCounters:
     @property
     def counts(self) -> dict[str, int]:
         """How often what a replay takes times of was done."""
-        return {"reads": self.reads, "calls": self.calls, "looks": self.looks}
+        return {"reads": self.reads, "lacking": self.lacking, "looks": self.looks}
 
     def add(self, other: "PhaseCounters", *, tokens: int | None = None) -> None:
         """Count `other` as well; `tokens` instead of its own, where a request had a part in it."""
@@ -215,6 +227,7 @@ class Metrics:
 
     def count(self, layer: int, hits: int, pending: int = 0, misses: int = 0) -> None:
         """Count what one layer of the running pass looked up."""
+        self.now.lacking += bool(pending or misses)
         for counters in (self.now, self._layer(layer)):
             counters.hits += hits
             counters.pending += pending
@@ -252,7 +265,7 @@ class Metrics:
         """The pass succeeded. The total keeps no times of single steps: it would grow for ever."""
         now = self.now
         now.starting.point(now.reads, now.overhead_s)
-        now.computing.point(now.calls, now.expert_s)
+        now.computing.point(now.lacking, now.expert_s)
         total = self.total.of(self.phase)
         total.add(self.now)
         total.steps_s.clear()

@@ -25,7 +25,8 @@ from retinue.types import Facts, FloatArray, IntArray
 FORMAT, VERSION = "retinue-trace", 2
 READS = (1, 2)  # version 1 has neither signals nor facts
 Detail = Literal["tokens", "histogram"]
-SIGNALS = ("scores", "next_scores", "hidden", "embedding", "token_ids")
+AHEAD = ("next_scores", "second_scores", "third_scores")  # of routers one, two and three layers on
+SIGNALS = ("scores", *AHEAD, "hidden", "embedding", "token_ids")
 Signals = Mapping[str, npt.NDArray[Any]]
 _HEAD = "head.json"
 _DAMAGE = (OSError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError)
@@ -57,9 +58,10 @@ class TraceHead:
     def shape(self, signal: str, tokens: int) -> tuple[int, ...]:
         """What `signal` of a request of `tokens` is: see `Routed`."""
         routed = len(self.routed)
+        if signal in AHEAD:
+            return tokens, max(0, routed - 1 - AHEAD.index(signal)), self.experts
         return {
             "scores": (tokens, routed, self.experts),
-            "next_scores": (tokens, routed - 1, self.experts),
             "hidden": (tokens, routed, self.width),
             "embedding": (self.width,),
             "token_ids": (tokens,),
@@ -85,10 +87,11 @@ class Routed:
     [2, routed, experts]: the routing weight of each expert in the prompt and in the answer.
 
     `signals` holds, rounded to fp16, those of the head's that were asked for. `scores` are what
-    each layer's own router says of its input, `next_scores` what the next layer's says of it:
-    probabilities [tokens, routed, experts], for the latter without the last layer. `hidden` are
-    these inputs [tokens, routed, width], `embedding` the mean of the prompt's tokens' [width].
-    `token_ids` [tokens] are whole numbers.
+    each layer's own router says of its input; those of `AHEAD` what the router of the next layer,
+    the second or the third one says of it: probabilities [tokens, routed, experts], for these
+    without the last layers, which have no such one. `hidden` are these inputs [tokens, routed,
+    width], `embedding` the mean of the prompt's tokens' [width]. `token_ids` [tokens] are whole
+    numbers.
     """
 
     task: str | None

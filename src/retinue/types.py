@@ -165,14 +165,14 @@ class Stats:
     prefill_dense_s: float = 0.0
     prefill_overhead_s: float = 0.0
     # How often what a replay takes times of was done, and what one of it took, where that varied:
-    # reads that were started, calls that computed experts, looks ahead.
+    # reads that were started, layers that lacked an expert, looks ahead.
     reads: int = 0
-    calls: int = 0
+    lacking: int = 0
     looks: int = 0
     prefill_reads: int = 0
-    prefill_calls: int = 0
+    prefill_lacking: int = 0
     prefill_looks: int = 0
-    call_s: float | None = None
+    late_s: float | None = None
     start_s: float | None = None
     reused_tokens: int = 0
     disk_bytes_per_s: float | None = None

@@ -135,6 +135,7 @@ def _document(
         "threads": threads,
         "prompt_tokens": prompt_tokens,
         "new_tokens": options.new_tokens,
+        "read_limit": config.read_limit,
         **stats.as_dict(),
     }
 

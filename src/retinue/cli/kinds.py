@@ -16,6 +16,8 @@ _SIGNALS = {
     "adapmoe": ("hidden",),
 }
 ASKING = ("fmoe", "pre-gated", "read-me", "adapmoe")  # routers, for their scores
+ONWARD = ("promoe", "pre-gated")  # a layer's choice from an earlier layer's input
+ONE_LAYER = "the model has one layer with experts, which no other comes before"
 # These try something on the model, or need the tokens themselves: a trace has neither.
 _NEED_TEXTS = ("expertflow", "pre-gated", "adapmoe", "edgemoe")
 
@@ -56,6 +58,8 @@ def _lacking(kind: str, head: TraceHead) -> tuple[str, str] | None:
     """What the trace lacks, and what helps."""
     if kind in _NEED_TEXTS:
         return "it needs texts and the model", "run them with `--data` in place of `--trace`"
+    if kind in ONWARD and len(head.routed) < 2:
+        return ONE_LAYER, "nothing can be learnt of it"
     if kind in PARTS and head.detail == "histogram":
         return "it has no tokens", "record with `--detail tokens`"
     for signal in _SIGNALS.get(kind, ()):

@@ -7,7 +7,15 @@ from pathlib import Path
 
 import numpy as np
 
-from retinue.cli.kinds import ASKING, NETWORKS, kinds_from_trace, kinds_of, signals_of
+from retinue.cli.kinds import (
+    ASKING,
+    NETWORKS,
+    ONE_LAYER,
+    ONWARD,
+    kinds_from_trace,
+    kinds_of,
+    signals_of,
+)
 from retinue.cli.measure import bar, measured
 from retinue.cli.terminal import note
 from retinue.config import Config, format_size
@@ -146,6 +154,9 @@ def _possible(kinds: list[str], everything: bool, assembly: Assembly, config: Co
     """
     left_out = dict[str, str]()
     needed = format_size(whole_bytes(assembly.facts))
+    hints = {"edgemoe": f"give it the plain checkpoint and `--memory {needed}`"}
+    if assembly.facts.moe_layers < 2:
+        left_out |= dict.fromkeys(ONWARD, ONE_LAYER)
     if not _fits(assembly.facts, config):
         left_out["edgemoe"] = f"it tries the whole plain model in fp32, which takes {needed}"
     if not assembly.host.sees_ahead and everything:
@@ -154,7 +165,7 @@ def _possible(kinds: list[str], everything: bool, assembly: Assembly, config: Co
         if kind in left_out and not everything:
             raise Refused(
                 f"no `{kind}`: {left_out[kind]}",
-                hint=f"give it the plain checkpoint and `--memory {needed}`",
+                hint=hints.get(kind, "leave it out of `--kind`"),
             )
         if kind in left_out:
             note(f"note: no `{kind}`: {left_out[kind]}", "yellow")

@@ -109,6 +109,7 @@ class Machine:
         self._bus = parse_size(options.bus) if options.bus is not None else None
         benches = [document(Path(file)) for file in options.bench or ()]
         bench = benches[0] if benches else None
+        self._in_turn = bench is not None and bench.get("read_limit") is not None
         place = known.folder or trace.file.resolve().parent
         given_whole = options.disk is not None and options.latency is not None
         speed = None if given_whole else self._read_speed(known.folder, bench)
@@ -128,7 +129,7 @@ class Machine:
 
     def roads(self, disk: float) -> Roads:
         """With a disk of `disk` bytes a second."""
-        return Roads(disk, self.latency_s, self._bus)
+        return Roads(disk, self.latency_s, self._bus, self._in_turn)
 
     def _read_speed(self, folder: Path | None, bench: Mapping[str, Any] | None) -> ReadSpeed | None:
         """How fast experts are read: as `bench` says it, or measured where the model is here."""

@@ -37,7 +37,8 @@ def _add_trace(verbs: object) -> None:
         "--signals",
         metavar="NAMES",
         help="what else `simulate` needs for presets that look at more, with commas between:"
-        " scores, next_scores, embedding, token_ids, and hidden, which is large",
+        " scores, next_scores, second_scores, third_scores, embedding, token_ids, and hidden, which"
+        " is large",
     )
     add_config_options(
         trace, ("memory", "experts", "context", "precision", "threads", "self_check")

@@ -19,6 +19,7 @@ from retinue.types import FloatArray, IntArray
 
 NAME = "foresight"
 NEXT_GATE = "next gate"
+SIGNAL = "next_scores"
 
 
 def measure(bench: Bench, grid: Grid) -> list[Row]:
@@ -34,7 +35,7 @@ def measure(bench: Bench, grid: Grid) -> list[Row]:
             parts = assembly.network, assembly.host, assembly.mover, assembly.metrics
             scorer = Scorer(*parts)
             counts: dict[int, list[int]] = {}
-            with scorer.recording(("next_scores",)) as routing:
+            with scorer.recording((SIGNAL,)) as routing:
                 for text in bench.texts:
                     scorer.score(text.ids, 1)
                     for layer, found in foretold(routing, assembly.cache.experts).items():
@@ -56,8 +57,8 @@ def foretold(routing: Sequence[LayerRouting], experts: int) -> dict[int, tuple[i
     """
     found = {}
     for now, after in pairwise(routing):
-        if now.next_scores is not None:
-            found[after.layer] = _named(now.next_scores, after.experts, experts)
+        if SIGNAL in now.ahead:
+            found[after.layer] = _named(now.ahead[SIGNAL], after.experts, experts)
     return found
 
 

@@ -2,7 +2,7 @@
 
 The routing is recorded once, prompts and fed tokens as they ran live. How long computing, starting
 a read and looking ahead take comes from live runs elsewhere: of the preset itself and of
-`on-demand`, at the nearest other budget on the same disk, or else on the fastest other disk. How
+`on-demand`, at the nearest other budgets on the same disk, or else on the fastest other disk. How
 fast reads are comes from reading alone, just before each run at the place. So what a replay says of
 a cell knows nothing else of it, unless it is the only one.
 """
@@ -19,7 +19,7 @@ from retinue.compare.grid import BASE, DEFAULT, Budget, Disk, Grid
 from retinue.config import parse_size
 from retinue.engine.reserve import given_of
 from retinue.engine.tasks import TaskIds
-from retinue.engine.tracing import record, trace_head
+from retinue.engine.tracing import ASKED, record, trace_head
 from retinue.errors import UsageError
 from retinue.lab.base import Row, number
 from retinue.lab.bench import Bench
@@ -30,7 +30,7 @@ from retinue.policy.preset import Preset
 from retinue.policy.presets import preset
 from retinue.sim.candidates import Known, candidates
 from retinue.sim.cells import ORACLE, Cell, Table
-from retinue.sim.costs import read_speed_of, times_of_bench
+from retinue.sim.costs import Times, averaged, read_speed_of, times_of_bench
 from retinue.sim.link import Roads
 from retinue.sim.passes import Load
 from retinue.sim.recorded import Recording
@@ -38,8 +38,7 @@ from retinue.sim.stage import Setting
 from retinue.trace import SIGNALS, Trace, TraceHead, TraceWriter, append
 
 NAME = "replay"
-COUNTS = ("reads", "calls", "looks")
-ASKED = {"scores", "next_scores"}  # signals of routers that may not be there to ask
+COUNTS = ("reads", "lacking", "looks")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,17 +52,20 @@ class Place:
 class Ran:
     """Live runs, by place and preset, as documents of `retinue bench`: of several the middle one.
 
-    `places` are those of the grid where `on-demand` ran.
+    `places` are those of the grid where `on-demand` ran; `plain` are all of its runs.
     """
 
     def __init__(self, live: Sequence[Row], grid: Grid) -> None:
         self.runs: dict[tuple[Place, str], dict[str, Any]] = {}
+        self.plain: dict[Place, list[Row]] = {}
         for place in (Place(budget, disk) for budget in grid.budgets for disk in grid.disks):
             where = {**asdict(place.budget), "read_limit": place.disk.limit}
             here = [row for row in live if where.items() <= row.items()]
             for name in dict.fromkeys(str(row["preset"]) for row in here):
                 runs = [row for row in here if row["preset"] == name]
                 self.runs[place, name] = as_bench(_middle(runs))
+                if name == BASE:
+                    self.plain[place] = runs
         self.places = [place for place, name in self.runs if name == BASE]
 
     def slots(self, place: Place) -> int:
@@ -84,15 +86,27 @@ class Ran:
             median(speed.bytes_per_s for speed in speeds),
         )
 
-    def elsewhere(self, place: Place) -> Place:
-        """The nearest other place, of the same disk if there is one."""
+    def elsewhere(self, place: Place) -> list[Place]:
+        """The nearest other places, of the same disk if there are any: as a rule one, or two."""
         others = [other for other in self.places if other != place]
-        return min(others, key=lambda other: self._far(place, other), default=place)
+        distances = [self._far(place, other) for other in others]
+        least = min(distances, default=None)
+        found = zip(others, distances, strict=True)
+        return [other for other, distance in found if distance == least] or [place]
+
+    def slopes(self, place: Place) -> dict[str, float | None]:
+        """What one more of something costs, by all runs of `on-demand` elsewhere on this disk.
+
+        Where all passes are alike, a slope says little: each counts as far as they varied.
+        """
+        others = [other for other in self.places if other != place and other.disk == place.disk]
+        rows = [row for other in others or self.elsewhere(place) for row in self.plain[other]]
+        return {f"{name}_s": _slope(rows, name) for name in ("late", "start")}
 
     def _far(self, place: Place, other: Place) -> tuple[bool, float, float]:
         """Another disk is further away than another budget, and of disks the slower ones are."""
         fast = float("inf") if other.disk.limit is None else float(parse_size(other.disk.limit))
-        share = abs(log(self.slots(other) / self.slots(place)))
+        share = round(abs(log(self.slots(other) / self.slots(place))), 1)
         return other.disk != place.disk, share, -fast
 
 
@@ -135,16 +149,19 @@ class Replays:
         ]
 
     def _setting(self, ran: "Ran", place: "Place") -> Setting:
-        facts, elsewhere = self._bench.facts, ran.elsewhere(place)
-        plain = times_of_bench(facts, ran.runs[elsewhere, BASE])
-        own = {
-            name: times_of_bench(facts, run, plain)
-            for (at, name), run in ran.runs.items()
-            if at == elsewhere and name != BASE
-        }
+        facts, slopes = self._bench.facts, ran.slopes(place)
+        plain, found = list[Times](), dict[str, list[Times]]()
+        for at in ran.elsewhere(place):
+            plain.append(times_of_bench(facts, ran.runs[at, BASE] | slopes))
+            for (where, name), run in ran.runs.items():
+                if where == at and name != BASE:
+                    found.setdefault(name, []).append(times_of_bench(facts, run, plain[-1]))
+        own = {name: averaged(times) for name, times in found.items()}
         speed = ran.read_speed(place)
-        roads = Roads(speed.bytes_per_s, speed.latency_s)
-        return Setting(ran.slots(place), roads, plain, Load(1, self._bench.config.chunk), own)
+        roads = Roads(speed.bytes_per_s, speed.latency_s, in_turn=place.disk.limit is not None)
+        return Setting(
+            ran.slots(place), roads, averaged(plain), Load(1, self._bench.config.chunk), own
+        )
 
     def _presets(self) -> list[Preset]:
         names = dict.fromkeys((*self._grid.presets, ORACLE))
@@ -200,6 +217,14 @@ def as_bench(run: Row) -> dict[str, Any]:
     names = [f"prefill_{name}" for name in (*seconds, *COUNTS)]
     prompt = {name: (number(run, name) or 0.0) / texts for name in names}
     return {**run, **prompt, "prompt_tokens": (number(run, "prefill_tokens") or 0.0) / texts}
+
+
+def _slope(rows: Sequence[Row], name: str) -> float | None:
+    """The common slope of lines through each run's passes; None: nothing varied."""
+    pairs = [(number(row, f"{name}_s"), number(row, f"{name}_spread") or 0.0) for row in rows]
+    known = [(slope, spread) for slope, spread in pairs if slope is not None]
+    whole = sum(spread for _, spread in known)
+    return sum(slope * spread for slope, spread in known) / whole if whole else None
 
 
 def _middle(runs: Sequence[Row]) -> Row:

@@ -19,6 +19,7 @@ from retinue.engine.tasks import TaskIds
 from retinue.metrics import Usage
 from retinue.model.scoring import Scored, Scorer
 from retinue.policy.base import Prompt, Running
+from retinue.trace import AHEAD
 from retinue.types import IntArray
 
 
@@ -160,7 +161,7 @@ def _exact(
     policies = assembly.preset.build(assembly.given)  # of its own: the cache's have seen the pass
     replay = Replay(policies, assembly.cache.slots, assembly.facts.top_k, _read_bytes(assembly))
     scored = []
-    with scorer.recording(policies.needs & {"scores", "next_scores", "hidden"}) as routing:
+    with scorer.recording({*policies.needs, *AHEAD[: policies.asks_ahead]}) as routing:
         for number, text in enumerate(texts):
             scored.append(scorer.score(text.ids, text.scored))
             start = text.ids[: -text.scored]

@@ -383,7 +383,7 @@ def _stats(assembly: "Assembly", request: Request) -> Stats:
         reused_tokens=request.reused,
         **decode.counts,
         **{f"prefill_{name}": count for name, count in prefill.counts.items()},
-        call_s=decode.computing.slope,
+        late_s=decode.computing.slope,
         start_s=decode.starting.slope,
     )
 

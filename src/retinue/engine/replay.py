@@ -17,6 +17,7 @@ from retinue.metrics import Metrics
 from retinue.model.scoring import LayerRouting
 from retinue.policy.base import Prompt, Route
 from retinue.policy.policies import Policies
+from retinue.trace import AHEAD
 from retinue.types import FloatArray, IntArray
 
 
@@ -49,7 +50,6 @@ class Replay:
         """Decode one text token by token; `routing` holds every layer with experts, in order.
 
         prompt: the request that it is shown as, which no other is; ids: [tokens], the whole text's.
-        Only the next layer's router is asked, however far the preset looks ahead.
         """
         counters = self._metrics.begin("decode")
         self._attendance.begin(prompt)
@@ -72,8 +72,10 @@ class Replay:
             return
 
         def scores_of(layer: int) -> FloatArray | None:
-            near = bool(coming) and layer == coming[0].layer
-            return now.next_scores[rows] if near and now.next_scores is not None else None
+            for name, further in zip(AHEAD, coming, strict=False):
+                if further.layer == layer:
+                    return now.ahead[name][rows] if name in now.ahead else None
+            return None
 
         with self._attendance.attend(demand, 1, route, scores_of) as turn:
             while turn.left:

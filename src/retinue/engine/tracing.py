@@ -11,10 +11,11 @@ from retinue.engine.assembly import Assembly
 from retinue.engine.tasks import TaskIds
 from retinue.errors import Unsupported
 from retinue.model.scoring import LayerRouting, Scorer
-from retinue.trace import Detail, Routed, TraceHead, routed_of
+from retinue.trace import AHEAD, Detail, Routed, TraceHead, routed_of
 from retinue.types import FloatArray
 
-BY_LAYER = ("scores", "next_scores", "hidden")
+BY_LAYER = ("scores", *AHEAD, "hidden")
+ASKED = {"scores", *AHEAD}  # of routers, which may not be there to ask
 
 
 def trace_head(
@@ -28,10 +29,10 @@ def trace_head(
     Raises Unsupported where routers cannot be asked for `signals`.
     """
     facts = assembly.facts
-    if {"scores", "next_scores"} & set(signals) and not assembly.host.sees_ahead:
+    if ASKED & set(signals) and not assembly.host.sees_ahead:
         raise Unsupported(
             "some routers of this model cannot be asked for their scores",
-            hint="record without `scores` and `next_scores`",
+            hint="record without `scores` and those of layers ahead",
         )
     routed = np.flatnonzero(assembly.network.experts.there.any(axis=1)).tolist()
     shape = (facts.layers, facts.experts_per_layer, facts.top_k)
@@ -59,7 +60,7 @@ def record(
             request = routed_of(head, text.task, prompt, experts, weights)
             by_layer = [name for name in head.signals if name in BY_LAYER]
             signals: dict[str, npt.NDArray[Any]]
-            signals = {name: _stacked(routing, name) for name in by_layer}
+            signals = {name: _stacked(routing, name, head) for name in by_layer}
             if "token_ids" in head.signals:
                 signals["token_ids"] = np.array(text.ids)
             if "embedding" in head.signals:
@@ -68,13 +69,13 @@ def record(
             advance()
 
 
-def _stacked(routing: Sequence[LayerRouting], signal: str) -> FloatArray:
+def _stacked(routing: Sequence[LayerRouting], signal: str, head: TraceHead) -> FloatArray:
     """One signal of all layers that have it: [tokens, layers, ...]."""
-    of_layer = {
-        "scores": [layer.scores for layer in routing],
-        "next_scores": [layer.next_scores for layer in routing[:-1]],
-        "hidden": [layer.hidden for layer in routing],
-    }
-    found = [values for values in of_layer[signal] if values is not None]
-    assert len(found) == len(of_layer[signal]), signal
-    return np.stack(found, axis=1)
+    shape = head.shape(signal, len(routing[0].experts))
+    if signal in AHEAD:
+        found = [layer.ahead[signal] for layer in routing if signal in layer.ahead]
+    else:
+        every = [layer.scores if signal == "scores" else layer.hidden for layer in routing]
+        found = [values for values in every if values is not None]
+    assert len(found) == shape[1], signal
+    return np.stack(found, axis=1) if found else np.zeros(shape, np.float32)

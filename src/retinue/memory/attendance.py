@@ -225,8 +225,7 @@ class Turn:
         return ready if self._missing is None else ready[:1]
 
     def computed(self, experts: Sequence[int]) -> None:
-        """`experts` are done, in one call, and may leave."""
-        self._attendance.metrics.now.calls += 1
+        """`experts` are done, and may leave."""
         self.left.difference_update(experts)
         self._lease.release(experts)
         if self._missing is not None:

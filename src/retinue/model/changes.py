@@ -20,6 +20,7 @@ from retinue.model.tally import Tally
 from retinue.policy.base import BoolArray, Choice, Route, View
 from retinue.policy.miss.book import Books, Served
 from retinue.policy.policies import Policies
+from retinue.policy.thin.left_out import left_out
 from retinue.types import FloatArray, IntArray, Phase
 
 
@@ -124,17 +125,13 @@ class Changes:
 
         Who is left out has an id that means none.
         """
-        ids, given = index.numpy(), weights.float().numpy()
-        keep = self._policies.thinning.keep(replace(route, experts=ids, weights=given), view)
-        keep = keep | (ids >= view.experts)  # who is none already is not left out
-        lost = np.asarray(np.where(keep, 0, given).sum(axis=1), dtype=np.float32)
+        route = replace(route, experts=index.numpy(), weights=weights.float().numpy())
+        keep, lost, gain = left_out(self._policies.thinning, route, view)
         if keep.all():
             return index, weights, lost
         stays = torch.from_numpy(keep)
         index = torch.where(stays, index, view.experts)
         if self._policies.thinning.renormalises:
-            total = given.sum(axis=1)
-            gain = total / np.where(total - lost > 0, total - lost, 1)
             weights = (weights.float() * torch.from_numpy(gain)[:, None]).to(weights.dtype)
         return index, torch.where(stays, weights, 0), lost
 

@@ -4,9 +4,9 @@ One forward pass a text, so that a model of any family is measured as it is. It 
 tasks nor presets: whoever calls it says whether routers are restricted.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from retinue.memory.mover import Mover
 from retinue.metrics import Metrics, PhaseCounters
 from retinue.model.experts import ExpertHost
 from retinue.model.load import Network
+from retinue.trace import AHEAD
 from retinue.types import FloatArray, IntArray
 
 BLOCK_LOGITS = 1 << 20  # converted to fp32 at once
@@ -36,9 +37,9 @@ class LayerRouting:
     layer: int
     experts: IntArray  # [tokens, k]; ids beyond the experts mean none
     weights: FloatArray  # [tokens, k]
-    # If asked for, see `trace.Routed`; of the last layer there are no next scores.
+    # If asked for, see `trace.Routed`; there are no more layers ahead than there are.
     scores: FloatArray | None = None  # [tokens, experts]
-    next_scores: FloatArray | None = None  # [tokens, experts]
+    ahead: Mapping[str, FloatArray] = field(default_factory=dict)  # [tokens, experts], by signal
     hidden: FloatArray | None = None  # [tokens, hidden]
 
 
@@ -87,7 +88,7 @@ class Scorer:
     def recording(self, signals: Collection[str] = ()) -> Iterator[list[LayerRouting]]:
         """Within, the list holds the routing of the last text, a layer each, in order.
 
-        `signals`: which of `scores`, `next_scores` and `hidden` are recorded with it.
+        `signals`: which of `scores`, those of `AHEAD`, and `hidden` are recorded with it.
         """
         seen: list[LayerRouting] = []
 
@@ -98,7 +99,7 @@ class Scorer:
                 seen.clear()
             ids, given = index.numpy().astype(np.int64), weights.float().numpy()
             scores = self._host.scores(layer, hidden) if "scores" in signals else None
-            ahead = self._host.next_scores(layer, hidden) if "next_scores" in signals else None
+            ahead = self._ahead(layer, hidden, signals)
             inputs = hidden.float().numpy().copy() if "hidden" in signals else None
             seen.append(LayerRouting(layer, ids, given.copy(), scores, ahead, inputs))
 
@@ -107,6 +108,18 @@ class Scorer:
             yield seen
         finally:
             self._host.watch = None
+
+    def _ahead(
+        self, layer: int, hidden: torch.Tensor, signals: Collection[str]
+    ) -> dict[str, FloatArray]:
+        """What coming layers' routers say of this layer's input, as far as they can be asked."""
+        found: dict[str, FloatArray] = {}
+        for name in AHEAD:
+            layer = self._host.attendance.following.get(layer, -1)
+            scores = self._host.scores(layer, hidden) if name in signals else None
+            if scores is not None:
+                found[name] = scores
+        return found
 
 
 def _scored(logits: torch.Tensor, targets: torch.Tensor) -> Scored:

@@ -7,7 +7,7 @@ profile knows counts as a few observations, and fades like any other.
 
 from collections.abc import Callable
 
-from retinue.metrics import PhaseCounters
+from retinue.metrics import Line, PhaseCounters
 from retinue.policy.measured import MachineCosts
 from retinue.policy.order.base import Job
 from retinue.types import Phase
@@ -21,23 +21,23 @@ FAR = 64.0  # tokens or experts, at which a profile's line is taken over
 STILL_ALIVE = 0.05  # of the length expected, for an answer that is longer than that
 
 
-class Line:
-    """A running least-squares fit of `y = base + slope * x`, neither of them below 0."""
+class FadingLine:
+    """A running fit of `y = base + slope * x`, neither of them below 0; what is past fades."""
 
     def __init__(self) -> None:
-        self._weight = self._x = self._y = self._xx = self._xy = 0.0
+        self._seen = Line()
 
     @property
     def known(self) -> bool:
         """Whether enough was seen to say anything."""
-        return self._weight >= LEAST
+        return self._seen.weight >= LEAST
 
     def observe(self, x: float, y: float, weight: float = 1.0) -> None:
         """See one value, among many others: one far out counts as a little out."""
         if self.known:
             y = min(y, OUTLIER * self.at(x))
-        for name, value in (("_weight", 1.0), ("_x", x), ("_y", y), ("_xx", x * x), ("_xy", x * y)):
-            setattr(self, name, FADE * getattr(self, name) + weight * value)
+        self._seen.fade(FADE)
+        self._seen.point(x, y, weight)
 
     def take_over(self, base: float, slope: float) -> None:
         """Begin with a line that was measured before."""
@@ -47,15 +47,14 @@ class Line:
     @property
     def parts(self) -> tuple[float, float]:
         """Base and slope."""
-        if not self._weight:
+        seen = self._seen
+        if not seen.weight:
             return 0.0, 0.0
-        x, y = self._x / self._weight, self._y / self._weight
-        spread = self._xx / self._weight - x * x
-        if spread <= 1e-6 * x * x:  # always the same x: nothing says what others would cost
-            return 0.0, y / x if x else 0.0
-        slope = max(0.0, (self._xy / self._weight - x * y) / spread)
-        base = y - slope * x
-        return (base, slope) if base >= 0 else (0.0, self._xy / self._xx)
+        slope = seen.slope
+        if slope is None:  # always the same x: nothing says what others would cost
+            return 0.0, seen.y / seen.x if seen.x else 0.0
+        base = (seen.y - slope * seen.x) / seen.weight
+        return (base, slope) if base >= 0 else (0.0, seen.xy / seen.xx)
 
     def at(self, x: float) -> float:
         """What is to be expected at `x`."""
@@ -67,7 +66,7 @@ class CostModel:
     """Seconds of passes and of loading experts."""
 
     def __init__(self) -> None:
-        self.prefill, self.decode, self.load = Line(), Line(), Line()
+        self.prefill, self.decode, self.load = FadingLine(), FadingLine(), FadingLine()
 
     def take_over(self, measured: MachineCosts) -> None:
         """Begin with what was measured on this machine before."""

@@ -139,6 +139,11 @@ class Policies:
         return needs.union(self.precision.needs, *(watcher.needs for watcher in self.watchers))
 
     @property
+    def asks_ahead(self) -> int:
+        """How many coming layers' routers the predictor asks."""
+        return self.predictor.depth if "next_scores" in self.predictor.needs else 0
+
+    @property
     def sees_tokens(self) -> bool:
         """Whether anybody looks at what runs token by token."""
         exact = self.thinning.exact and self.precision.exact and self.miss.exact

@@ -16,6 +16,7 @@ from retinue.policy.policies import Policies
 from retinue.sim.changed import Rows, choice_of, reroute, thin
 from retinue.sim.recorded import Part
 from retinue.sim.stage import Stage
+from retinue.trace import AHEAD
 from retinue.types import Demand, FloatArray, Phase
 
 
@@ -71,12 +72,14 @@ class Attended:
             return
         scores_of = self._scores_of(place, parts)
         counters = stage.metrics.now
-        looks = counters.looks
+        looks, lacking = counters.looks, counters.lacking
         with attendance.attend(demand, tokens, route, scores_of) as turn:
-            stage.link.hold((counters.looks - looks) * stage.times.ahead_s)
-            self._turn(turn, demand, tokens)
+            stage.link.advance((counters.looks - looks) * stage.times.ahead_s)
+            late_s = (counters.lacking - lacking) * stage.times.late_s
+            self._turn(turn, demand, tokens, late_s)
 
-    def _turn(self, turn: Turn, demand: Demand, tokens: int) -> None:
+    def _turn(self, turn: Turn, demand: Demand, tokens: int, late_s: float) -> None:
+        """`late_s` passes with the first experts, while others are read."""
         stage, exact = self._stage, self._policies.precision.exact
         apart = stage.start_elsewhere(demand, turn.elsewhere)
         while turn.left:
@@ -86,17 +89,18 @@ class Attended:
                 continue
             if not exact:
                 self._count_worse(demand, ready)
-            stage.compute(demand, ready, tokens, stage.times.call_s)
+            stage.compute(demand, ready, tokens, late_s)
+            late_s = 0.0
             turn.computed(ready)
         stage.link.advance_to(apart)
 
     def _scores_of(self, place: int, parts: Sequence[Part]) -> Callable[[int], FloatArray | None]:
-        """What is recorded of a coming layer's router: of the next one alone."""
+        """What is recorded of a coming layer's router."""
         recording = self._stage.recording
-        following = recording.head.routed[place + 1 : place + 2]
+        signals = dict(zip(recording.head.routed[place + 1 :], AHEAD, strict=False))
 
         def scores(layer: int) -> FloatArray | None:
-            said = recording.signal("next_scores", parts, place) if layer in following else None
+            said = recording.signal(signals[layer], parts, place) if layer in signals else None
             return None if said is None else said[asked(len(said))]
 
         return scores

@@ -13,6 +13,7 @@ import numpy as np
 
 from retinue.policy.base import BoolArray, Choice, Route, Routing, Thinning, View
 from retinue.policy.ranks import each_row
+from retinue.policy.thin.left_out import left_out
 from retinue.types import FloatArray, IntArray, Phase
 
 ULP = np.float32(1 + 2**-10)  # what rounding to fp16 may have taken from whom the router preferred
@@ -70,14 +71,9 @@ def reroute(routing: Routing, choice: Choice, resident: BoolArray) -> Served:
 def thin(thinning: Thinning, route: Route, view: View, rows: Rows) -> Served:
     """Leave out the experts of `rows` that `thinning` does not keep; their ids then mean none."""
     route = Route(route.layer, *rows, route.sequences, route.scores, route.hidden, route.token_ids)
-    keep = thinning.keep(route, view) | (rows.experts >= view.experts)
-    lost = np.asarray(np.where(keep, 0, rows.weights).sum(axis=1), dtype=np.float32)
-    weights = np.where(keep, rows.weights, 0)
-    if thinning.renormalises:
-        total = rows.weights.sum(axis=1)
-        weights = weights * (total / np.where(total - lost > 0, total - lost, 1))[:, None]
-    ids = np.where(keep, rows.experts, view.experts)
-    return Served(Rows(ids, weights.astype(np.float32)), lost)
+    keep, lost, gain = left_out(thinning, route, view)
+    weights = np.where(keep, rows.weights * gain[:, None], 0).astype(np.float32)
+    return Served(Rows(np.where(keep, rows.experts, view.experts), weights), lost)
 
 
 def _weights(choice: Choice, ids: IntArray) -> FloatArray:

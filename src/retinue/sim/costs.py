@@ -2,12 +2,13 @@
 
 They come from the command line, from a document of `retinue bench`, or from what is remembered of
 this machine. Every pass takes `pass_s`, every layer of it `layer_s` before its experts, and every
-expert `expert_s`; further tokens of a pass add to both. What comes in pieces costs more: each call
-that computes experts, each read that is started, each look ahead.
+expert `expert_s`; further tokens of a pass add to both. What else costs is counted: each layer that
+lacks an expert, each read that is started, each look ahead.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from statistics import fmean
 from typing import Any
 
 from retinue.errors import UsageError
@@ -36,7 +37,7 @@ class Times:
     layer_token_s: float = 0.0  # each further token of a layer
     held_s: float = 0.0  # of `layer_s`, the interpreter's own, in which readers get no turn
     pass_s: float = 0.0  # a pass besides its layers
-    call_s: float = 0.0  # each call that computes some experts of a layer that may lack some
+    late_s: float = 0.0  # the experts of a layer that lacks some, beyond what they take otherwise
     start_s: float = 0.0  # the engine's own time for each read that it starts
     ahead_s: float = 0.0  # looking ahead from one layer
     elsewhere_s: float | None = None
@@ -93,7 +94,7 @@ def times_of_profile(facts: Facts, costs: MachineCosts, rate: Rate | None) -> Ti
 def times_of_bench(facts: Facts, document: Mapping[str, Any], plain: Times | None = None) -> Times:
     """From a document of `retinue bench` on this model. Raises UsageError for one that is none.
 
-    `plain` are those of a preset that does not look ahead: they say what reads and calls take, and
+    `plain` are those of a preset that does not look ahead: they say what reads and waits take, and
     what the document's preset took beyond is its looking ahead. Stalls are left out: a replay has
     its own.
     """
@@ -102,12 +103,12 @@ def times_of_bench(facts: Facts, document: Mapping[str, Any], plain: Times | Non
         tokens = float(document["decode_tokens_per_s"]) * float(document["decode_s"])
         looked_up = sum(int(document[name]) for name in ("hits", "pending", "misses"))
         prompt_tokens = float(document["prompt_tokens"])
-        call_s = decode.each(document, "call_s", decode.calls, decode.expert_s)
+        late_s = decode.each(document, "late_s", decode.lacking, decode.expert_s)
         start_s = decode.each(document, "start_s", decode.reads, decode.rest_s)
         if plain is not None:
-            call_s, start_s = plain.call_s, plain.start_s
+            late_s, start_s = plain.late_s, plain.start_s
         layers = tokens * facts.moe_layers
-        expert_s = max(0.0, decode.expert_s - decode.calls * call_s) / looked_up
+        expert_s = max(0.0, decode.expert_s - decode.lacking * late_s) / looked_up
         layer_s, ahead_s = max(0.0, decode.rest_s - decode.reads * start_s) / layers, 0.0
         held_s = max(0.0, layer_s - float(document["dense_s"]) / layers)
         if plain is not None and decode.looks:
@@ -120,7 +121,7 @@ def times_of_bench(facts: Facts, document: Mapping[str, Any], plain: Times | Non
         ) from error
     pairs = prompt_tokens * facts.moe_layers * facts.top_k
     touched = min(pairs, float(facts.total_experts))
-    rows_s = prompt.expert_s - touched * expert_s - prompt.calls * call_s
+    rows_s = prompt.expert_s - touched * expert_s - prompt.lacking * late_s
     own_s = prompt.rest_s - prompt.reads * start_s - prompt.looks * ahead_s
     further_s = own_s / facts.moe_layers - layer_s
     return Times(
@@ -129,7 +130,7 @@ def times_of_bench(facts: Facts, document: Mapping[str, Any], plain: Times | Non
         expert_token_s=max(0.0, rows_s / max(1.0, pairs - touched)),
         layer_token_s=max(0.0, further_s / max(1.0, prompt_tokens - 1)),
         held_s=held_s,
-        call_s=call_s,
+        late_s=late_s,
         start_s=start_s,
         ahead_s=ahead_s,
         source="a run of `retinue bench`",
@@ -143,14 +144,14 @@ class _Phase:
     expert_s: float
     rest_s: float
     reads: float
-    calls: float
+    lacking: float
     looks: float
 
     @classmethod
     def of(cls, document: Mapping[str, Any], prefix: str = "") -> "_Phase":
         """From the keys that begin with `prefix`. An old document has no counts."""
         rest_s = float(document[f"{prefix}dense_s"]) + float(document[f"{prefix}overhead_s"])
-        counts = (float(document.get(f"{prefix}{key}", 0)) for key in ("reads", "calls", "looks"))
+        counts = (float(document.get(f"{prefix}{key}", 0)) for key in ("reads", "lacking", "looks"))
         return cls(float(document[f"{prefix}expert_s"]), rest_s, *counts)
 
     def each(self, document: Mapping[str, Any], key: str, count: float, whole_s: float) -> float:
@@ -159,6 +160,13 @@ class _Phase:
         if found is None or not count:
             return 0.0
         return min(max(0.0, float(found)), whole_s / count)
+
+
+def averaged(times: Sequence[Times]) -> Times:
+    """The mean of each, of runs in different places. `elsewhere_s` is that of the first."""
+    names = (item.name for item in fields(Times) if item.type is float)
+    means = {name: fmean(getattr(each, name) for each in times) for name in names}
+    return with_given(times[0], **means)
 
 
 def read_speed_of(document: Mapping[str, Any]) -> ReadSpeed | None:

@@ -2,19 +2,25 @@
 
 The queue is that of `memory/mover.py`: the most urgent read goes first, a chunk at a time, as many
 chunks at once as there are reader threads, so that a demand waits for chunks that have begun and
-for nothing else. A chunk waits for the disk to answer, then passes the disk, one after the other,
-and then the bus, where there is one. Readers share the interpreter's lock with the engine: while
-that holds it, none of them takes a chunk, nor says that one is there.
+for nothing else. A chunk waits for the disk to answer, then passes the disk, and then the bus,
+where there is one. Readers share the interpreter's lock with the engine: while that holds it, none
+of them takes a chunk, nor says that one is there.
 """
 
 import heapq
 from collections.abc import Collection
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import count
 
 from retinue.errors import RetinueError
 from retinue.memory.base import CHUNK_BYTES, READERS, Sizes, Ticket, TicketState, Urgency
+from retinue.sim.disk import InTurn, Road, SideBySide
 from retinue.types import Expert
+
+# Of a disk's latency, as it is measured, what waking whoever waits takes; meanwhile others end too.
+WAKE_S = 2e-5
+Chunk = tuple["Read", int]  # with its size
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,12 +28,22 @@ class Roads:
     """How fast bytes come: from the disk, and over the bus to where they are computed with.
 
     `latency_s` is what the disk takes to answer a read. `bus_bytes_per_s` None: what is read is
-    there.
+    there. `in_turn`: reads pass the disk one after the other, as a limit lets them (see
+    `Config.read_limit`), instead of side by side.
     """
 
     disk_bytes_per_s: float
     latency_s: float = 0.0
     bus_bytes_per_s: float | None = None
+    in_turn: bool = False
+
+    def disk(self) -> Road[Chunk]:
+        """The disk, with nothing on its way."""
+        return (InTurn if self.in_turn else SideBySide)(self.disk_bytes_per_s)
+
+    def bus(self) -> Road[Chunk] | None:
+        """The bus, if there is one."""
+        return None if self.bus_bytes_per_s is None else InTurn(self.bus_bytes_per_s)
 
     def read_s(self, size: float) -> float:
         """What one read of `size` bytes takes, alone."""
@@ -57,15 +73,19 @@ class SimulatedLink:
 
     def __init__(self, roads: Roads, sizes: Sizes, start_s: float = 0.0) -> None:
         self._roads, self._start_s = roads, start_s
+        self._wake_s = min(WAKE_S, roads.latency_s)
         self._sizes: list[list[list[int]]] = sizes.read_bytes.tolist()
         self.now = 0.0
         self.bytes_read = self.reads = 0
         self._queue: list[tuple[int, int, Read]] = []
         self._idle = READERS
-        self._ends: list[tuple[float, int, Read, int]] = []  # of chunks that have begun
+        self._disk, self._bus = roads.disk(), roads.bus()
         self._number = count()
-        self._disk_at = self._bus_at = 0.0  # when they are through with what has begun
         self._busy_s = self._busy_since = 0.0
+
+    def together(self) -> AbstractContextManager[None]:
+        """Nothing begins before time passes."""
+        return nullcontext()
 
     def submit(self, expert: Expert, slot: int, urgency: Urgency, precision: int) -> Ticket:
         """Queue a read."""
@@ -98,9 +118,9 @@ class SimulatedLink:
             return 0.0
         if self._queue:
             self._begin()
-        while self._ends and self._ends[0][0] <= limit:
-            read = self._end()
+        while (read := self._end(limit)) is not None:
             if read.settled and read in tickets:
+                self.advance(self._wake_s)
                 return self.now - started
         self.now = limit
         return timeout_s
@@ -111,7 +131,7 @@ class SimulatedLink:
 
     def busy(self) -> float:
         """Of them those in which a chunk was under way."""
-        return self._busy_s + (self.now - self._busy_since if self._ends else 0.0)
+        return self._busy_s + (self.now - self._busy_since if self._idle < READERS else 0.0)
 
     def advance(self, seconds: float) -> None:
         """Let time pass, in which something else is done."""
@@ -123,8 +143,8 @@ class SimulatedLink:
             return
         if self._queue:
             self._begin()
-        while self._ends and self._ends[0][0] <= until:
-            self._end()
+        while self._end(until) is not None:
+            pass
         self.now = until
 
     def hold(self, seconds: float) -> None:
@@ -134,7 +154,7 @@ class SimulatedLink:
     def _begin(self) -> None:
         """Let idle readers take the most urgent chunks."""
         queue, at = self._queue, self.now
-        if not self._ends:
+        if self._idle == READERS:
             self._busy_since = at
         while self._idle and queue:
             urgency, _, read = queue[0]
@@ -146,20 +166,28 @@ class SimulatedLink:
             read.chunks -= 1
             read.running += 1
             self._idle -= 1
-            heapq.heappush(self._ends, (self._passed(at, size), next(self._number), read, size))
+            self._disk.enter(at + self._roads.latency_s - self._wake_s, size, (read, size))
 
-    def _passed(self, at: float, size: int) -> float:
-        """When a chunk that is asked for now will be where it is needed."""
-        roads = self._roads
-        self._disk_at = max(self._disk_at, at + roads.latency_s) + size / roads.disk_bytes_per_s
-        if roads.bus_bytes_per_s is None:
-            return self._disk_at
-        self._bus_at = max(self._bus_at, self._disk_at) + size / roads.bus_bytes_per_s
-        return self._bus_at
+    def _through(self, limit: float) -> tuple[float, Chunk] | None:
+        """The next chunk that is where it is needed, and when, if that is no later than `limit`."""
+        disk, bus = self._disk, self._bus
+        while True:
+            at = disk.due()
+            if bus is not None and (due := bus.due()) <= at:
+                return (due, bus.leave()) if due <= limit else None
+            if at > limit:
+                return None
+            chunk = disk.leave()
+            if bus is None:
+                return at, chunk
+            bus.enter(at, chunk[1], chunk)
 
-    def _end(self) -> Read:
-        """The next chunk ends, or has ended in the meantime; its reader takes another one."""
-        ended, _, read, size = heapq.heappop(self._ends)
+    def _end(self, limit: float) -> Read | None:
+        """The next chunk ends by `limit`, or has ended meanwhile; its reader takes another one."""
+        found = self._through(limit)
+        if found is None:
+            return None
+        ended, (read, size) = found
         self.now = max(self.now, ended)
         self.bytes_read += size
         self._idle += 1
@@ -167,7 +195,7 @@ class SimulatedLink:
         if read.state is TicketState.QUEUED and not (read.chunks or read.running):
             read.state = TicketState.DONE
         read.settled = read.state is not TicketState.QUEUED and not read.running
-        if not self._ends:
+        if self._idle == READERS:
             self._busy_s += self.now - self._busy_since
         if self._queue:
             self._begin()

@@ -47,13 +47,13 @@ class Stage:
         return self.times.shown(self.setting.roads, int(self.sizes.read_bytes[0].max()))
 
     def compute(
-        self, demand: Demand, experts: Sequence[int], tokens: int, call_s: float = 0.0
+        self, demand: Demand, experts: Sequence[int], tokens: int, late_s: float = 0.0
     ) -> None:
         """Let the time pass that `experts` of `demand` take in a pass over `tokens` tokens.
 
-        `call_s` is what a call takes whatever it computes.
+        `late_s` is added for a layer that lacked some.
         """
-        seconds = call_s + len(experts) * self.times.expert_s
+        seconds = late_s + len(experts) * self.times.expert_s
         if tokens > 1:
             at = np.searchsorted(demand.experts, experts)
             seconds += int((demand.tokens[at] - 1).sum()) * self.times.expert_token_s

@@ -7,23 +7,28 @@ for itself, and every other name is one length within a kind, such as `hidden`, 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from retinue.types import FloatArray
 
 Shape = tuple[str | int, ...]
+Whole = tuple[int, str]  # from the first on, below a length
 
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """One kind: who described it, what it says, and the shape of each of its arrays by name."""
+    """One kind: who described it, what it says, and the shape of each of its arrays by name.
+
+    whole: those that hold whole numbers, and which.
+    """
 
     name: str
     paper: str
     says: str
     shapes: Mapping[str, Shape]
+    whole: Mapping[str, Whole] = field(default_factory=dict)
 
 
 _MLP: dict[str, Shape] = {
@@ -37,7 +42,13 @@ KINDS = {
     for kind in (
         # Row r: from the layer's input, as its router gets it, to the experts of row r + stride.
         # The last `stride` rows say nothing. `perceptron.py` computes it.
-        Kind("promoe", "2410.22134", "experts some layers ahead", {"stride": (1,), **_MLP}),
+        Kind(
+            "promoe",
+            "2410.22134",
+            "experts some layers ahead",
+            {"stride": (1,), **_MLP},
+            {"stride": (1, "rows")},
+        ),
         # From token ids to the experts of every row, before the network runs. `paths.py`.
         Kind(
             "expertflow",
@@ -113,6 +124,7 @@ KINDS = {
                 "shares": ("paths", "ways"),
                 "anywhere": ("rows", "experts"),
             },
+            {"keys": (-1, "experts"), "ids": (-1, "experts")},
         ),
         # Weights of recency, use, use in high precision, and distance; they sum to 1.
         Kind("hobbit", "2411.01433", "what its cache goes by", {"weights": (4,)}),
@@ -120,20 +132,52 @@ KINDS = {
 }
 
 
-def misfit(kind: str, arrays: Mapping[str, FloatArray], rows: int, experts: int) -> str | None:
-    """Why `arrays` are not of `kind` in a model of this size; None where they are."""
+IN_COMMON = ("hidden", "vocabulary")  # lengths of the model's, which every kind has alike
+WIDTHS = (2, 4, 8, 16)
+
+
+def misfit(
+    kind: str,
+    arrays: Mapping[str, FloatArray],
+    rows: int,
+    experts: int,
+    model: dict[str, int] | None = None,
+) -> str | None:
+    """Why `arrays` are not of `kind` in a model of this size; None where they are.
+
+    model: what other kinds say of `IN_COMMON`; what this one says is added.
+    """
     wanted = KINDS[kind].shapes
     if arrays.keys() != wanted.keys():
         return f"the arrays of {kind} are not {', '.join(wanted)}"
-    lengths = {"rows": rows, "experts": experts}
+    known = model if model is not None else {}
+    lengths = {"rows": rows, "experts": experts, **known}
     for name, shape in wanted.items():
         array = arrays[name]
         if array.ndim != len(shape):
             return f"the arrays of {kind} do not fit the model"
         for length, said in zip(array.shape, shape, strict=True):
-            known = said if isinstance(said, int) else lengths.setdefault(said, length)
-            if length != known or not length:
+            right = said if isinstance(said, int) else lengths.setdefault(said, length)
+            if length != right or not length:
                 return f"the arrays of {kind} do not fit the model"
         if not np.isfinite(array).all():
             return f"{kind} has numbers that are not finite"
+    known.update({name: lengths[name] for name in IN_COMMON if name in lengths})
+    return _out_of_range(kind, arrays, lengths)
+
+
+def _out_of_range(
+    kind: str, arrays: Mapping[str, FloatArray], lengths: Mapping[str, int]
+) -> str | None:
+    """Which whole numbers are none, or name nothing that there is."""
+    for name, (least, length) in KINDS[kind].whole.items():
+        values, most = arrays[name], lengths[length] - 1
+        if (values != np.round(values)).any() or values.min() < least or values.max() > most:
+            return f"`{name}` of {kind} is out of range: whole numbers from {least} to {most}"
+    if kind == "edgemoe":
+        if not np.isin(arrays["bits"], WIDTHS).all():
+            return f"`bits` of edgemoe are out of range: {WIDTHS}"
+        row = arrays["keys"][:, 0]
+        if row.min() < 0 or row.max() >= lengths["rows"]:
+            return f"`keys` of edgemoe name rows beyond {lengths['rows'] - 1}"
     return None

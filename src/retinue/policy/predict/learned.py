@@ -163,7 +163,8 @@ def _check(learned: Learned) -> None:
             raise ValueError(f"the arrays of {name} do not fit the model")
         if not all(np.isfinite(array).all() for array in network.arrays.values()):
             raise ValueError(f"{name} has weights that are not finite")
+    lengths = dict[str, int]()
     for kind, part in learned.parts.items():
-        wrong = misfit(kind, part.arrays, len(rows), learned.experts)
+        wrong = misfit(kind, part.arrays, len(rows), learned.experts, lengths)
         if wrong is not None:
             raise ValueError(wrong)

@@ -14,14 +14,17 @@ from retinue.types import FloatArray
 
 
 class BestResident:
-    """`kept`: how many of a token's missing experts are read all the same; k of them is exact."""
+    """`kept`: how many of a token's missing experts are read all the same; of `top_k`, if known.
 
-    exact = False
+    All of them are exact.
+    """
+
     restricts = False
     needs: frozenset[Signal] = frozenset()
 
-    def __init__(self, kept: int = 1) -> None:
+    def __init__(self, kept: int = 1, top_k: int = 0) -> None:
         self._kept = kept
+        self.exact = 0 < top_k <= kept
 
     def rank(self, choice: Choice, resident: BoolArray) -> FloatArray | None:
         """The router's own order, without the missing experts beyond the first `kept`."""

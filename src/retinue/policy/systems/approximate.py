@@ -101,7 +101,8 @@ def daop(given: Given, kept: int = 1) -> Policies:
     """How many of a token's missing experts are read; all of them is exact."""
     uses = SequenceUses()
     evictor = Quota(UsedHere(uses))
-    return Policies(evictor, NextGate(), FetchAll(), BestResident(kept), watchers=(uses,))
+    routing = BestResident(kept, given.top_k)
+    return Policies(evictor, NextGate(), FetchAll(), routing, watchers=(uses,))
 
 
 def mc_moe_odp(given: Given, quantile: float = 0.5) -> Policies:

@@ -27,12 +27,12 @@ ENOUGH = 16  # of them, before anything is left out
 class CalibratedTail:
     """`quantile` of the tokens lose the second half of their ranks; 0 leaves nothing out."""
 
-    exact = False
     renormalises = True
     needs: frozenset[Signal] = frozenset({"hidden"})
 
     def __init__(self, quantile: float = 0.5, protected: float = PROTECTED) -> None:
         self._quantile, self._protected = quantile, protected
+        self.exact = quantile <= 0
         self._seen: dict[int, deque[float]] = {}
 
     def keep(self, route: Route, view: View) -> BoolArray:
@@ -50,7 +50,7 @@ class CalibratedTail:
         first = -np.sort(-part, axis=1)[:, :half].sum(axis=1)
         seen = self._seen.setdefault(layer, deque(maxlen=SEEN))
         seen.extend(first.tolist())
-        if len(seen) < ENOUGH or self._quantile <= 0:
+        if len(seen) < ENOUGH or self.exact:
             return 2.0  # no share reaches it
         # The larger the quantile of dropped tokens, the smaller the share that is enough.
         return float(np.quantile(np.array(seen), 1 - self._quantile))

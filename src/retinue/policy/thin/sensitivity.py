@@ -20,7 +20,6 @@ from retinue.policy.ranks import before, shares
 class AdaptiveGate:
     """Arrays of the kind `adapmoe`; `tolerance` in place of theirs, 0 leaves nothing out."""
 
-    exact = False
     renormalises = True
     needs: frozenset[Signal] = frozenset()
 
@@ -28,6 +27,7 @@ class AdaptiveGate:
         self, arrays: Arrays, routed: Sequence[int], tolerance: float | None = None
     ) -> None:
         bearable = float(arrays["tolerance"][0]) if tolerance is None else tolerance
+        self.exact = bearable <= 0
         bounds = np.sqrt(bearable / np.maximum(arrays["sensitivity"], 1e-12))
         self._bounds = dict(zip(routed, bounds.tolist(), strict=True))
 
