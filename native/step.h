@@ -106,7 +106,7 @@ typedef struct {
 int32_t retinue_attend(const retinue_attention* attention);
 
 // One layer's routed experts, in slots of `slot_bytes` from `slab` on. It runs if `enabled` is not 0
-// and all that were chosen are there; then ids are noted, and who keeps the books reads them.
+// and all that were chosen are there; then their ids are noted for who keeps the books.
 // hidden and out [tokens, shape.hidden] of shape.type, index [tokens, shape.k], weights the same of
 // `weights_type`; an id of `experts` or more is none.
 typedef struct {

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "../native/retinue.h"
+#include "../native/step.h"
 
 namespace {
 
@@ -111,6 +112,42 @@ void experts(int32_t format, int32_t type, int32_t hidden, int32_t inner, int32_
             "sum");
 }
 
+// A layer of a step whose tokens chose some of three experts in slots, or none.
+void layer(int32_t format, int32_t type, int32_t hidden, int32_t inner, int32_t tokens) {
+    const int32_t count = 3, k = 2;
+    std::vector<int64_t> offsets, index;
+    size_t slot_bytes = 0;
+    for (int part = 0; part < 3; part++) {
+        const int32_t rows = part == 2 ? hidden : inner, columns = part == 2 ? inner : hidden;
+        const size_t tiles = static_cast<size_t>((rows + 15) / 16) * ((columns + 31) / 32);
+        const size_t codes = format == RETINUE_BF16 ? 2ul * rows * columns
+                                                    : tiles * (format == RETINUE_INT4 ? 256 : 512);
+        offsets.push_back(static_cast<int64_t>(slot_bytes));
+        offsets.push_back(static_cast<int64_t>(slot_bytes + codes));
+        slot_bytes += codes + (format == RETINUE_BF16 ? 0 : tiles * 32);
+    }
+    for (int32_t i = 6; i < 6 * count; i++) offsets.push_back(offsets[i % 6]);
+    Memory slab(slot_bytes * count, 0);
+    slab.numbers(RETINUE_TYPE_BF16, slot_bytes * count / 2);
+    for (int32_t pair = 0; pair < tokens * k; pair++) index.push_back(draw() % (count + 1));
+    Memory x(1ul * tokens * hidden * size_of(type), 0);
+    Memory out(1ul * tokens * hidden * size_of(type), 0);
+    Memory weights(1ul * tokens * k * size_of(type), 0);
+    x.numbers(type, 1ul * tokens * hidden);
+    weights.numbers(type, 1ul * tokens * k);
+    std::vector<int64_t> noted(index.size());
+    int32_t enabled = 1, slots[3] = {2, 0, 1};
+    int64_t ran = 0;
+    double seconds = 0;
+    const retinue_layer made = {{format, type, RETINUE_SILU, hidden, inner, k}, tokens, count, type,
+                                &enabled, slots, offsets.data(), slab.data,
+                                static_cast<int64_t>(slot_bytes), x.data, index.data(),
+                                weights.data, out.data, noted.data(), &ran, &seconds};
+    require(retinue_run_layer(&made) == 0 && ran == 1 && noted == index, "layer");
+    enabled = 0;
+    require(retinue_run_layer(&made) == RETINUE_ABSENT, "a layer that may not run");
+}
+
 }  // namespace
 
 int main() {
@@ -122,6 +159,7 @@ int main() {
                 for (const auto& size : sizes) {
                     linear(format, type, size[0], size[1], size[2]);
                     experts(format, type, size[0], size[1] > 100 ? 100 : size[1], size[2]);
+                    layer(format, type, size[0], size[1] > 100 ? 100 : size[1], size[2]);
                 }
             }
         }

@@ -57,11 +57,6 @@ class Attendance:
         self._payback = Payback() if policies.gated else None
         self._begun_s = self._busy_s = 0.0  # the link's time when the pass started that runs
 
-    @property
-    def watched(self) -> bool:
-        """Whether somebody is shown what layers need."""
-        return bool(self._watchers)
-
     def begin(self, prompt: Prompt) -> None:
         """A request has its first pass next."""
         for watcher in self._watchers:

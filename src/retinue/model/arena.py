@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 
@@ -35,11 +36,12 @@ class Attention:
     operation: Operation
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Experts:
-    """An EXPERTS that the library runs where all that were chosen are resident."""
+    """An EXPERTS that the library runs where it may; `table` is an `evaluator.LAYER`."""
 
     operation: Operation
+    table: Any
 
 
 @dataclass(frozen=True, slots=True)

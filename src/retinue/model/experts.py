@@ -75,6 +75,7 @@ class ExpertHost:
         self._needs = policies.needs
         self.shown = Shown(policies, self.scores)
         self._lowers = not policies.precision.exact
+        self._watched = bool(policies.watchers)
         self._modules = {found.layer: found.module for found in modules}
         self._routers = dict(zip(order, routers, strict=True))
         for found in modules:
@@ -155,9 +156,9 @@ class ExpertHost:
         changes.begin_pass(phase, rows)
         self.attendance.lowers = changes.active
         self.attendance.begin_pass(phase)
-        looked_at = self.watch is not None or self.shown.wanted or self.attendance.watched
+        watched = self.watch is not None or self.shown.wanted or self._watched
         changed = self._lowers or changes.reroutes or changes.thins
-        self.passage.allow(not looked_at and not changed)
+        self.passage.allow(phase == "decode" and not watched and not changed)
         if changes.restricted:
             self.arrival.begin_pass()
 

@@ -1,8 +1,8 @@
 """Layers that run within the native step: allowed beforehand, told to the books afterwards.
 
-Where every expert is in memory and nobody looks, a layer asks nothing of Python but to be counted.
-So the library runs such layers on its own, notes who was chosen, and the books hear of it at the
-end of the step, or before the next layer that Python runs.
+Where all of a layer's experts are resident, for good, and nobody looks, the layer asks nothing of
+Python but to be counted. So the library runs such layers on its own and notes who was chosen; the
+books hear of it at the end of the step, or before the next layer that Python runs.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,10 +16,11 @@ from retinue.memory.cache import ExpertCache
 from retinue.metrics import Metrics
 from retinue.model.expert_map import ExpertsModule
 from retinue.model.kernels import ExpertKernel
+from retinue.types import IntArray
 
 
 class Passage:
-    """Which layers of one model may be run so, and whether the pass that runs allows it.
+    """Which layers of one model may run so, and whether the pass that runs allows it.
 
     It belongs to the engine's thread.
     """
@@ -33,11 +34,15 @@ class Passage:
     ) -> None:
         self._layers = {id(found.module): found.layer for found in modules}
         self._kernels, self._cache, self._metrics = kernels, cache, metrics
-        self._allowed = np.zeros(1, dtype=np.int32)
+        self._allowed = np.zeros(len(cache.slot_of), dtype=np.int32)
 
     def allow(self, allowed: bool) -> None:
-        """Let layers of the coming pass run so, or not."""
-        self._allowed[0] = allowed and self._cache.resident == self._cache.total
+        """Let the layers of the coming pass run so that never lack an expert; or none."""
+        cache = self._cache
+        if not (allowed and cache.holds_everything):
+            self._allowed[:] = 0
+            return
+        self._allowed[:] = [cache.has_all(layer) for layer in range(len(self._allowed))]
 
     def describe(self, module: nn.Module | None, table: Any, k: int) -> int | None:
         """Fill in `table`, an `evaluator.LAYER`, what lasts; returns the layer's number.
@@ -49,14 +54,13 @@ class Passage:
         if layer is None or kernel is None:
             return None
         kernel.describe(table, k)
-        table["enabled"] = self._allowed.ctypes.data
+        table["enabled"] = self._allowed[layer:].ctypes.data
         table["slots"] = self._cache.slot_of[layer].ctypes.data
         return layer
 
-    def count(self, layer: int, chosen: Sequence[int]) -> None:
+    def count(self, layer: int, chosen: IntArray) -> None:
         """A layer ran whose tokens chose these; ids of no expert are none."""
-        ids = {expert for expert in chosen if expert < self._cache.experts}
-        experts = np.array(sorted(ids), dtype=np.int64)
+        experts = np.unique(chosen[chosen < self._cache.experts])
         self._metrics.count(layer, len(experts))
         self._cache.mark_used(layer, experts)
         self._cache.use(layer, experts)
@@ -100,7 +104,7 @@ class Noted:
         for layer, (_, noted, ran) in zip(self._layers, self._rows, strict=True):
             if ran[0]:
                 ran[0] = 0
-                self._passage.count(layer, noted.tolist())
+                self._passage.count(layer, noted)
         seconds = float(self._seconds[0])
         self._seconds[0] = 0.0
         self._passage.spend(seconds)

@@ -91,7 +91,6 @@ class Program:
     ) -> None:
         self._clock, self._experts = clock, Clock()
         self._noted = Noted(passage, tokens) if passage is not None else None
-        self._tables: dict[int, Any] = {}  # of experts that run natively, by their item's identity
         self._constants, self._library = recording.constants, library
         self._numbers: dict[float, int] = {}
         self._keep: list[Any] = []
@@ -156,11 +155,7 @@ class Program:
         if self._noted is None or not rows or not known:
             return Torch(operation)
         table = self._noted.add(operation.module, index.shape[-1])
-        if table is None:
-            return Torch(operation)
-        item = Experts(operation)
-        self._tables[id(item)] = table
-        return item
+        return Torch(operation) if table is None else Experts(operation, table)
 
     def _routed(self, before: Sequence[Operation], operation: Operation) -> Routed:
         again = repeated(before, operation)
@@ -289,7 +284,7 @@ class Program:
         row["out"]["at"] = self._at(item.out)
 
     def _fill_experts(self, row: Any, item: Experts) -> None:
-        table, (hidden, index, weights) = self._tables[id(item)], item.operation.args
+        table, (hidden, index, weights) = item.table, item.operation.args
         table["hidden"], table["index"], table["weights"] = map(self._at, (hidden, index, weights))
         table["weights_type"] = TYPES[weights.dtype]
         table["out"] = self._at(item.operation.outputs[0])

@@ -1,0 +1,193 @@
+"""Layers that run within the native step: the same bits and books, and only where they may."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import kernels
+import models
+from kernels import ISAS, TYPES
+from retinue import LLM
+from retinue.errors import Cancelled
+from retinue.memory import evaluator, native
+from retinue.memory.native import Activation, ExpertsShape, Format
+from retinue.model.passage import Passage
+
+pytestmark = pytest.mark.skipif(native.library() is None, reason=str(native.why_not()))
+
+FORCED = [models.prompt_of(8, seed=40 + n) for n in range(3)]
+PROMPTS = [models.prompt_of(count, seed=count) for count in (30, 9, 17)]
+
+
+@contextmanager
+def seen(*, refused: bool = False) -> Iterator[list[int]]:
+    """The layers that ran natively, in order; none does where it is `refused`."""
+    layers, count, allow = list[int](), Passage.count, Passage.allow
+
+    def counted(passage: Passage, layer: int, chosen: Any) -> None:
+        layers.append(layer)
+        count(passage, layer, chosen)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Passage, "count", counted)
+        if refused:
+            patch.setattr(Passage, "allow", lambda passage, allowed: allow(passage, False))
+        yield layers
+
+
+def whole(tmp_path: Path, precision: str = "as-is", **settings: Any) -> Any:
+    folder = models.make(tmp_path / "m", "olmoe", torch.bfloat16)
+    return models.open_llm(folder, kv_tokens=512, precision=precision, experts="100%", **settings)
+
+
+def warm(llm: LLM) -> None:
+    """Until every expert is resident."""
+    while llm.assembly.cache.resident < llm.assembly.cache.total:
+        llm.generate([models.prompt_of(64, seed=llm.assembly.cache.step)], models.greedy(1))
+
+
+@pytest.mark.parametrize("precision", ["as-is", "int8", "int4"])
+@pytest.mark.parametrize("count", [1, 3])
+def test_logits_and_books_are_those_of_layers_in_python(
+    precision: str, count: int, tmp_path: Path
+) -> None:
+    found = []
+    for refused in (False, True):
+        with whole(tmp_path, precision) as llm, seen(refused=refused) as layers:
+            warm(llm)
+            host, before = llm.assembly.host, llm.assembly.cache.step
+            logits = models.run_logits_together(llm, PROMPTS[:count], FORCED[:count])
+            counters = host.metrics.total.decode
+            books = host.cache.last_used - before, counters.hits, counters.misses
+            found.append((torch.stack(logits).float(), *books))
+        assert bool(layers) is not refused
+        if not refused:
+            assert set(layers) == set(range(host.layers))
+    for mine, other in zip(*found, strict=True):
+        assert np.array_equal(mine, other)
+
+
+def test_layers_that_may_lack_an_expert_take_their_turn(tmp_path: Path) -> None:
+    folder = models.make(tmp_path / "m", "olmoe", torch.bfloat16)
+    with models.open_llm(folder, experts="50%") as llm, seen() as layers:
+        models.run_logits(llm, PROMPTS[0], FORCED[0])
+    assert not layers
+
+
+def test_who_watches_sees_every_layer(tmp_path: Path) -> None:
+    with whole(tmp_path) as llm, seen() as layers:
+        warm(llm)
+        watched = list[int]()
+        llm.assembly.host.watch = lambda layer, *_: watched.append(layer)
+        layers.clear()
+        steps = len(models.run_logits(llm, PROMPTS[0], FORCED[0]))
+        assert not layers
+        assert len(watched) == steps * llm.assembly.host.layers
+
+
+def test_a_request_is_cancelled_between_native_steps(tmp_path: Path) -> None:
+    with whole(tmp_path) as llm, seen() as layers:
+        warm(llm)
+        layers.clear()
+        request = models.forced_request(PROMPTS[0], FORCED[0])
+        with suppress(Cancelled):
+            for _ in llm.run(request):
+                if len(layers) >= 2 * llm.assembly.host.layers:
+                    request.cancelled.set()
+        assert len(layers) == 2 * llm.assembly.host.layers
+        assert len(request.token_ids) < len(FORCED[0])
+        llm.assembly.cache.check()
+        models.run_logits(llm, PROMPTS[0], FORCED[0])
+
+
+# --- the library alone
+
+
+class Layer:
+    """A layer of four random experts of which every token chose two, as an instruction."""
+
+    COUNT, K, HIDDEN, INNER = 4, 2, 70, 50
+
+    def __init__(self, format: Format, dtype: torch.dtype, tokens: int) -> None:
+        torch.manual_seed(tokens)
+        self.shape = ExpertsShape(format, dtype, Activation.SILU, self.HIDDEN, self.INNER, self.K)
+        self.weights, parts = kernels.experts_of(format, self.HIDDEN, self.INNER, self.COUNT)
+        self.hidden = torch.randn(tokens, self.HIDDEN).to(dtype)
+        self.index = torch.rand(tokens, self.COUNT + 1).topk(self.K, -1).indices
+        self.given = torch.rand(tokens, self.K).to(dtype)
+        self.out = torch.zeros(tokens, self.HIDDEN, dtype=dtype)
+        self.noted, self.ran = np.zeros(tokens * self.K, dtype=np.int64), np.zeros(1, np.int64)
+        self.enabled, self.seconds = np.ones(1, dtype=np.int32), np.zeros(1)
+        # In two slots, the second of them behind nothing: an expert's place is the sum of both.
+        self.slots = np.array([0, 1, 0, 1], dtype=np.int32)
+        self.parts = parts
+        self.offsets = parts.numpy() - 64 * self.slots[:, None] * (parts.numpy() > 0)
+        self.table = np.zeros(1, dtype=evaluator.LAYER)
+        self.table["shape"] = self.shape.numbers
+        self.table["tokens"], self.table["experts"] = tokens, self.COUNT
+        types = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+        self.table["weights_type"], self.table["slot_bytes"] = types[dtype], 64
+        for name in ("enabled", "slots", "offsets", "noted", "ran", "seconds"):
+            self.table[name] = getattr(self, name).ctypes.data
+        self.table["hidden"], self.table["index"] = self.hidden.data_ptr(), self.index.data_ptr()
+        self.table["weights"], self.table["out"] = self.given.data_ptr(), self.out.data_ptr()
+
+    def run(self, library: native.Native) -> int:
+        """Between two copies of a number; returns how many instructions ran."""
+        program = np.zeros(3, dtype=evaluator.INSTRUCTION)
+        self.copied = np.zeros((2, 2), dtype=np.float32)
+        for row, pair in zip(program[::2], self.copied, strict=True):
+            row["operation"], row["dimensions"], row["sizes"][0] = evaluator.COPY, 1, 1
+            row["a"]["at"], row["out"]["at"] = pair[:1].ctypes.data, pair[1:].ctypes.data
+        self.copied[:, 0] = 5.0, 6.0
+        program[1]["operation"], program[1]["dimensions"] = evaluator.EXPERTS, 1
+        program[1]["b"]["at"] = self.table.ctypes.data
+        return library.evaluate(program.ctypes.data, len(program))
+
+    def truth(self, library: native.Native) -> torch.Tensor:
+        """The same in two calls, an expert's pairs in order, as `model/work.py` makes them."""
+        chosen = self.index.flatten()
+        starts = chosen.bincount(minlength=self.COUNT + 1).cumsum(0)[: self.COUNT]
+        starts = torch.cat([torch.zeros(1, dtype=torch.int64), starts])
+        rows = torch.zeros(len(chosen), self.HIDDEN)
+        groups = starts, chosen.argsort(stable=True)
+        library.experts(self.shape, self.parts, groups, self.hidden, rows)
+        return library.weighted_sum(rows, self.given.float(), self.shape.dtype)
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("format", Format, ids=attrgetter("name"))
+@pytest.mark.parametrize("isa", ISAS)
+def test_a_layer_is_its_experts_and_their_sum(isa: str, format: Format, dtype: torch.dtype) -> None:
+    library = kernels.kernels(isa)
+    for tokens in (1, 2, 7, 16):
+        layer = Layer(format, dtype, tokens)
+        assert layer.run(library) == 3
+        assert torch.equal(layer.out, layer.truth(library))
+        assert layer.noted.tolist() == layer.index.flatten().tolist()
+        assert layer.ran[0] == 1
+        assert layer.seconds[0] > 0
+        assert layer.copied[:, 1].tolist() == [5.0, 6.0]
+
+
+@pytest.mark.parametrize("why", ["not enabled", "absent", "no such expert"])
+def test_a_layer_that_may_not_run_stops_the_step(why: str) -> None:
+    library = native.library()
+    assert library is not None
+    layer = Layer(Format.INT4, torch.float32, 3)
+    if why == "not enabled":
+        layer.enabled[0] = 0
+    elif why == "absent":
+        layer.slots[int(layer.index[layer.index < layer.COUNT][0])] = -1
+    else:
+        layer.index[1, 1] = -5
+    assert layer.run(library) == 1
+    assert not layer.ran[0]
+    assert not layer.out.any()
+    assert layer.copied[:, 1].tolist() == [5.0, 0.0]
