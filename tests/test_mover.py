@@ -86,6 +86,35 @@ def test_extents_fill_the_slot_at_their_offsets() -> None:
     assert not any(slot[17288:])
 
 
+def test_what_is_submitted_together_begins_at_its_end_in_order_of_urgency() -> None:
+    with desk() as work:
+        with work.mover.together():
+            tickets = [
+                work.submit("later", 1, Urgency.LATER),
+                work.submit("demand", 2, Urgency.DEMAND),
+            ]
+            time.sleep(0.02)
+            assert not work.disk.calls
+        work.finish(*tickets)
+        assert work.order == ["demand", "demand", "later"]
+        work.finish(work.submit("alone", 1, Urgency.DEMAND))
+
+
+def test_what_is_submitted_together_before_an_error_is_read() -> None:
+    with desk(readers=3) as work:
+        tickets = []
+
+        def fail() -> None:
+            with work.mover.together():
+                tickets.append(work.submit("a", 3, Urgency.DEMAND))
+                raise ZeroDivisionError
+
+        with pytest.raises(ZeroDivisionError):
+            fail()
+        work.finish(*tickets)
+        assert work.is_right("a")
+
+
 @pytest.mark.parametrize("readers", [1, 3])
 def test_demand_waits_for_one_chunk_a_reader_at_most(readers: int) -> None:
     with desk(held=True, readers=readers) as work:

@@ -1,6 +1,7 @@
 """`retinue reproduce`: what is measured, what survives an interruption, and what is refused."""
 
 import json
+import logging
 import os
 import signal
 import sys
@@ -13,6 +14,7 @@ import pytest
 import models
 from command import MEMORY, Call, caller, refused
 from retinue import LLM
+from retinue.cli.laboratory import said_once
 from retinue.cli.main import main
 from retinue.config import ORDERS, Config
 from retinue.engine.tasks import TaskIds
@@ -190,6 +192,16 @@ def test_without_a_profile(call: Call, study: tuple[object, ...], tmp_path: Path
     at = study.index("--profile")
     refused(call(*study[:at], *study[at + 2 :], "--out", tmp_path), 3, "no profile of")
     assert not list(tmp_path.iterdir())
+
+
+def test_what_models_warn_of_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    logger = logging.getLogger("retinue")
+    with said_once():
+        for task in ("a", "b", "a"):
+            logger.warning("the profile has no task `%s`", task)
+    assert [record.args for record in caplog.records] == [("a",), ("b",)]
+    logger.warning("the profile has no task `%s`", "a")
+    assert len(caplog.records) == 3
 
 
 def test_without_the_extra_it_says_how_to_get_it(

@@ -8,7 +8,13 @@ from typing import Any
 
 from retinue import __version__
 from retinue.cli.interrupts import cancel_on
-from retinue.cli.laboratory import described, digest_of_texts, texts_for, write_files
+from retinue.cli.laboratory import (
+    described,
+    digest_of_texts,
+    said_once,
+    texts_for,
+    write_files,
+)
 from retinue.cli.options import config_from
 from retinue.cli.terminal import audience, emit_json, note, table
 from retinue.compare import foresight, live
@@ -46,7 +52,7 @@ def execute(options: Namespace) -> int:
         trace.unlink(missing_ok=True)
     if not can_draw():
         note(f"note: without plots; to have them: {HOW_TO_GET}", "yellow")
-    with cancel_on(bench.interrupt, SIGINT, SIGTERM) as came:
+    with said_once(), cancel_on(bench.interrupt, SIGINT, SIGTERM) as came:
         try:
             runs = live.measure(bench, cells)
             Quality(bench, cells).measure()

@@ -1,10 +1,12 @@
 """What `reproduce` and `compare` share: texts as ids, names of what was measured, files written."""
 
 import json
+import logging
 import shlex
 import sys
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -42,6 +44,24 @@ def texts_for(
     if cut := sum(text.cut for text in ids):
         note(f"note: {cut} of {len(ids)} texts are cut from the left to {room} tokens", "yellow")
     return config, ids
+
+
+@contextmanager
+def said_once() -> Iterator[None]:
+    """Within, what models warn of is said once, however many are opened one after the other."""
+    logger, said = logging.getLogger("retinue"), set[str]()
+
+    def is_new(record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        known = text in said
+        said.add(text)
+        return not known
+
+    logger.addFilter(is_new)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_new)
 
 
 def digest(content: Any) -> str:

@@ -9,7 +9,14 @@ from typing import Any
 
 from retinue import __version__
 from retinue.cli.interrupts import cancel_on
-from retinue.cli.laboratory import described, digest, digest_of_texts, texts_for, write_files
+from retinue.cli.laboratory import (
+    described,
+    digest,
+    digest_of_texts,
+    said_once,
+    texts_for,
+    write_files,
+)
 from retinue.cli.options import config_from
 from retinue.cli.terminal import audience, emit_json, note
 from retinue.errors import Cancelled
@@ -39,7 +46,7 @@ def execute(options: Namespace) -> int:
     for experiment in wanted:
         bench.ledger.entry(experiment.name)  # refuse now what was measured with another setting
     _say_what_is_missing()
-    with cancel_on(bench.interrupt, SIGINT, SIGTERM) as came:
+    with said_once(), cancel_on(bench.interrupt, SIGINT, SIGTERM) as came:
         try:
             for experiment in wanted:
                 experiment.measure(bench)

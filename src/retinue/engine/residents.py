@@ -214,7 +214,7 @@ class Residents:
     def _popularity(self, running: Sequence[Running]) -> Shares:
         """Each expert's share of routing weight, mean over the requests: [layers, experts]."""
         known = [self._tables.shares(request.task) for request in running or (Running(None),)]
-        return np.asarray(np.mean(known, axis=0))
+        return known[0] if len(known) == 1 else np.asarray(np.mean(known, axis=0))
 
     def _name_unknown(self, running: Sequence[Running]) -> None:
         """Say once of each task that the profile does not know it."""

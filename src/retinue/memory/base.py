@@ -5,6 +5,7 @@ simulated clock. Nothing here imports torch.
 """
 
 from collections.abc import Collection
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import Enum, IntEnum
 from pathlib import Path
@@ -93,6 +94,10 @@ class Slots(Protocol):
 
 class Link(Protocol):
     """Reads experts into slots: `memory.link.DiskLink`, or a simulation."""
+
+    def together(self) -> AbstractContextManager[None]:
+        """Within, reads are queued that may begin as late as at its end."""
+        ...
 
     def submit(self, expert: Expert, slot: int, urgency: Urgency, precision: int) -> Ticket:
         """Queue the read of `expert` into `slot`; `precision` is an index as in `Precision`."""

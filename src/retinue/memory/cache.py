@@ -202,26 +202,25 @@ class ExpertCache:
             self._load(Expert(layer, expert), Urgency.DEMAND, transient, kind)
         return experts[:0]
 
-    def let_go(self, layer: int, experts: IntArray) -> IntArray:
+    def let_go(self, experts: Iterable[Expert]) -> list[Expert]:
         """Evict those of `experts` that are READY and not pinned; returns them."""
-        if not len(experts):
-            return experts
-        pins, first = self._standing.pins, layer * self.experts
-        found = experts[self.ready[layer, experts]].tolist()
-        idle = [expert for expert in found if first + expert not in pins]
-        for expert in idle:
-            self._evict((layer, expert))
-        return np.array(idle, dtype=np.int64)
+        rows, pins, width = self.rows, self._standing.pins, self.experts
+        found = [key for key in experts if rows[key[0]][key[1]] >= 0]
+        idle = [key for key in found if key[0] * width + key[1] not in pins]
+        for key in idle:
+            self._evict(key)
+        return idle
 
-    def read(self, layer: int, experts: IntArray) -> IntArray:
+    def read(self, experts: Iterable[Expert]) -> list[Expert]:
         """Start demand reads in order, into free slots alone; returns those that are left over."""
-        if not len(experts):
-            return experts
-        left = np.ones(len(experts), dtype=bool)
-        left[np.flatnonzero(self.slot_of[layer, experts] == ABSENT)[: self.spare]] = False
-        for expert in experts[~left].tolist():
-            self._load(Expert(layer, expert), Urgency.DEMAND, transient=False)
-        return experts[left]
+        rows, left = self.rows, list[Expert]()
+        with self.reads.link.together():
+            for key in experts:
+                if rows[key[0]][key[1]] == ABSENT and self._slots.free:
+                    self._load(key, Urgency.DEMAND, transient=False)
+                else:
+                    left.append(key)
+        return left
 
     def settle_in(self, layer: int, experts: IntArray) -> None:
         """Let experts that a prefill read ahead stay, as far as there is room for staying ones."""

@@ -1,6 +1,7 @@
 """A link whose reads are done at once, and slots that are mere numbers: for replays that count."""
 
 from collections.abc import Collection
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 from retinue.errors import RetinueError
@@ -54,6 +55,10 @@ class InstantLink:
     def __init__(self, sizes: Sizes) -> None:
         self._bytes: list[list[list[int]]] = sizes.read_bytes.tolist()
         self.reads = self.bytes_read = 0
+
+    def together(self) -> AbstractContextManager[None]:
+        """Reads are done when they are queued."""
+        return nullcontext()
 
     def submit(self, expert: Expert, slot: int, urgency: Urgency, precision: int) -> Ticket:
         """Read `expert`."""

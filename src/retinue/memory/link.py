@@ -5,6 +5,7 @@ It knows how experts are laid out, and nothing of why they are read.
 
 import time
 from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import cast
 
@@ -52,6 +53,10 @@ class DiskLink:
         self._layouts, self._tier, self.mover, self._nested = layouts, tier, mover, nested
         self._intake = Intake(layouts)
         self._views: dict[int, tuple[Expert, Views]] = {}  # by slot
+
+    def together(self) -> AbstractContextManager[None]:
+        """Within, reads are queued that begin at its end."""
+        return self.mover.together()
 
     def submit(self, expert: Expert, slot: int, urgency: Urgency, precision: int) -> Ticket:
         """Queue the read of `expert` into `slot`; `precision` 0 is the checkpoint's own."""

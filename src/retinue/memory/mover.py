@@ -9,7 +9,8 @@ import heapq
 import itertools
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -99,6 +100,7 @@ class Mover:
         self._queued, self._changed = threading.Condition(lock), threading.Condition(lock)
         self._queue: list[tuple[int, int, Ticket]] = []
         self._sequence = itertools.count()
+        self._waking: int | None = None  # readers to be woken when what is submitted is together
         self._closing = False
         self.bytes_read = 0
         self._busy_s, self._running, self._busy_since = 0.0, 0, 0.0
@@ -131,6 +133,20 @@ class Mover:
         """Queue work that reads into memory of its own."""
         return self._queue_up([task], urgency)
 
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What is submitted within begins at its end, in one go.
+
+        Readers would else take the lock, and the interpreter's, between any two submissions.
+        """
+        with self._changed:
+            self._waking = 0
+            try:
+                yield
+            finally:
+                count, self._waking = self._waking, None
+                self._queued.notify(count)
+
     def _queue_up(
         self, chunks: Sequence[Task], urgency: Urgency, finish: Finish | None = None
     ) -> Ticket:
@@ -138,7 +154,10 @@ class Mover:
             assert not self._closing, "submit after close"
             ticket = Ticket(chunks, urgency, next(self._sequence), finish)
             heapq.heappush(self._queue, (urgency, ticket.sequence, ticket))
-            self._queued.notify(len(chunks))
+            if self._waking is None:
+                self._queued.notify(len(chunks))
+            else:
+                self._waking += len(chunks)
         return ticket
 
     def raise_urgency(self, ticket: Ticket, urgency: Urgency) -> None:

@@ -8,6 +8,7 @@ from retinue.errors import Cancelled
 from retinue.memory.base import WAIT_S
 from retinue.memory.cache import ExpertCache
 from retinue.policy.base import BoolArray
+from retinue.types import Expert
 
 
 def place(cache: ExpertCache, wanted: BoolArray, stop: Callable[[], bool] = lambda: False) -> int:
@@ -18,26 +19,29 @@ def place(cache: ExpertCache, wanted: BoolArray, stop: Callable[[], bool] = lamb
     lacking = start(cache, wanted, stop)
     _finish(cache, stop)
     cache.reads.raise_any()
-    return int(cache.sizes.read_bytes[0][lacking].sum())
+    return sum(int(cache.sizes.read_bytes[0][expert]) for expert in lacking)
 
 
 def start(
     cache: ExpertCache, wanted: BoolArray, stop: Callable[[], bool] = lambda: False
-) -> BoolArray:
+) -> list[Expert]:
     """Let go of all but `wanted` [layers, experts] and read what is lacking, in layer order.
 
-    Returns who that is: [layers, experts]. Raises Cancelled soon after `stop` says so.
+    Returns who that is. Raises Cancelled soon after `stop` says so.
     """
     cache.cancel_all()
     _finish(cache, stop)
-    for layer, row in enumerate(wanted):
-        cache.let_go(layer, np.flatnonzero(~row))
-    lacking: BoolArray = wanted & ~cache.ready
-    assert np.count_nonzero(lacking) <= cache.spare, "more experts are wanted than slots"
+    cache.let_go(_named(cache.ready & ~wanted))
+    lacking = _named(wanted & ~cache.ready)
+    assert len(lacking) <= cache.spare, "more experts are wanted than slots"
     with cache.reads.placing():
-        for layer, row in enumerate(lacking):
-            cache.read(layer, np.flatnonzero(row))
+        cache.read(lacking)
     return lacking
+
+
+def _named(experts: BoolArray) -> list[Expert]:
+    """Those that `experts` [layers, experts] says, in layer order."""
+    return [Expert(layer, index) for layer, index in np.argwhere(experts).tolist()]
 
 
 def _finish(cache: ExpertCache, stop: Callable[[], bool]) -> None:

@@ -7,12 +7,11 @@ as a stall, and with what else is done here as a part of the refresh.
 
 import time
 
-import numpy as np
-
 from retinue.memory.attendance import Attendance
 from retinue.memory.placing import place, start
 from retinue.policy.base import BoolArray
 from retinue.policy.miss.book import Books, Shares
+from retinue.types import Expert
 
 
 class Arrival:
@@ -20,7 +19,8 @@ class Arrival:
 
     def __init__(self, attendance: Attendance, books: Books) -> None:
         self._attendance, self._cache, self._books = attendance, attendance.cache, books
-        self._coming: BoolArray | None = None  # the set of a pass that began to read it
+        # Of the set that the running pass began to read, what its layers have not waited for yet.
+        self._coming: dict[int, list[Expert]] | None = None
 
     def place(self, wanted: BoolArray, popularity: Shares) -> int:
         """Let exactly `wanted` [layers, experts] serve from the next pass on, which reads them.
@@ -29,8 +29,9 @@ class Arrival:
         Returns the bytes that are lacking.
         """
         self._books.place(wanted, popularity)
-        self._books.astray = bool((wanted != self._cache.ready).any())
-        return int(self._cache.sizes.read_bytes[0][wanted & ~self._cache.ready].sum())
+        other: BoolArray = wanted != self._cache.ready
+        self._books.astray = bool(other.any())
+        return int(self._cache.sizes.read_bytes[0][other & wanted].sum())
 
     def settle(self) -> None:
         """Read now what the next pass would. Raises Cancelled, or the error of a read."""
@@ -41,21 +42,23 @@ class Arrival:
         """A pass starts that keeps to the books. Raises Cancelled when nobody wants it any more."""
         if not self._books.astray:
             return
-        started, wanted = time.perf_counter(), self._books.there()
-        start(self._cache, wanted, self._attendance.stop)
-        self._coming = wanted
+        started, coming = time.perf_counter(), dict[int, list[Expert]]()
+        for expert in start(self._cache, self._books.there(), self._attendance.stop):
+            coming.setdefault(expert.layer, []).append(expert)
+        self._coming = coming
         self._count(started)
 
     def await_layer(self, layer: int) -> None:
         """Wait for what is coming to `layer`. Raises Cancelled, or the error of a read."""
-        if self._coming is None:
+        if not self._coming or layer not in self._coming:
             return
         cache, started = self._cache, time.perf_counter()
+        coming, row = self._coming.pop(layer), cache.rows[layer]
         cache.poll()
-        while len(lacking := np.flatnonzero(self._coming[layer] & ~cache.ready[layer])):
-            awaited = set(lacking.tolist())
+        while lacking := [expert for expert in coming if row[expert.index] < 0]:
+            awaited = {expert.index for expert in lacking}
             cache.reads.raise_failure(layer, awaited)
-            cache.read(layer, lacking)  # those whose failure was forgotten as another layer waited
+            cache.read(lacking)  # those whose failure was forgotten as another layer waited
             self._attendance.wait(layer, awaited)
         self._count(started)
 

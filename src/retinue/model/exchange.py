@@ -10,7 +10,7 @@ import numpy as np
 from retinue.memory.cache import LOADING, ExpertCache
 from retinue.policy.base import BoolArray
 from retinue.policy.miss.book import Served
-from retinue.types import IntArray
+from retinue.types import Expert, IntArray
 
 
 class Exchange:
@@ -32,7 +32,7 @@ class Exchange:
             # All that left came back within these tokens: they make room for those that pass.
             coming = fetched[there[fetched]]
             self._leaving[coming] = True
-        self._unread: IntArray = np.concatenate([passing, coming])
+        self._unread = [Expert(layer, expert) for expert in (*passing.tolist(), *coming.tolist())]
         self._todo = set(needed.tolist())
         self.needed = {*self._todo, *coming.tolist()}  # whose reads may not fail
 
@@ -40,7 +40,7 @@ class Exchange:
     def done(self) -> bool:
         """Whether all is computed, and the slots hold what they should."""
         reading = (self._cache.slot_of[self._layer] == LOADING).any()
-        return not (self._todo or len(self._unread) or reading)
+        return not (self._todo or self._unread or reading)
 
     def advance(self) -> list[int]:
         """Start the reads that find room; returns what is there and not computed yet.
@@ -50,12 +50,13 @@ class Exchange:
         cache, layer = self._cache, self._layer
         cache.poll()
         if self._leaving.any():
-            left = cache.let_go(layer, np.flatnonzero(self._leaving))
-            self._leaving[left] = False
-        if len(self._unread):
-            self._unread = cache.read(layer, self._unread)
+            leaving = np.flatnonzero(self._leaving).tolist()
+            for _, expert in cache.let_go(Expert(layer, expert) for expert in leaving):
+                self._leaving[expert] = False
+        if self._unread:
+            self._unread = cache.read(self._unread)
         ready = [expert for expert in self._todo if cache.slot_of[layer, expert] >= 0]
-        if len(self._unread):
+        if self._unread:
             ready = [expert for expert in ready if self._leaving[expert]] or ready
         self._todo.difference_update(ready)
         return ready

@@ -9,6 +9,7 @@ of them takes a chunk, nor says that one is there.
 
 import heapq
 from collections.abc import Collection
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import count
 
@@ -81,6 +82,10 @@ class SimulatedLink:
         self._disk, self._bus = roads.disk(), roads.bus()
         self._number = count()
         self._busy_s = self._busy_since = 0.0
+
+    def together(self) -> AbstractContextManager[None]:
+        """Nothing begins before time passes."""
+        return nullcontext()
 
     def submit(self, expert: Expert, slot: int, urgency: Urgency, precision: int) -> Ticket:
         """Queue a read."""

@@ -23,6 +23,7 @@ Shares = npt.NDArray[np.float64]
 HALF_LIFE = 64  # tokens after which routing weight counts half, see docs/LOG.md
 PRIOR = 0.25  # of what is known before counts: a text soon departs from its task
 _GAINS = 2.0 ** (np.arange(HALF_LIFE) / HALF_LIFE)
+_KNOWN = float(PRIOR * _GAINS.sum())  # what a share that is known counts as
 _NONE = np.zeros(1, dtype=np.int64)
 _NONE.setflags(write=False)
 _BLOCK = 64  # tokens that are searched at once for the next one that fetches
@@ -53,7 +54,7 @@ class LayerBook:
     def expect(self, popularity: Shares) -> None:
         """Forget what was counted: from now on it is `popularity` that is known."""
         # Tokens that had always been routed by it would leave the sum of all gains.
-        self._heat = popularity * (PRIOR * _GAINS.sum())
+        self._heat = popularity * _KNOWN
         self._clock = 0  # tokens since heat was halved
 
     def copy(self) -> "LayerBook":

@@ -52,10 +52,15 @@ class Emoe:
         """The set for the requests that run; without any, by popularity over all tasks."""
         scores = needs(running, known, stock.there.shape)
         nothing = np.asarray(~scores.astype(bool).any(axis=1))
-        if nothing.any():
+        hollow = nothing.any()
+        if hollow:
             scores[nothing] = known.shares(None)[nothing]
         if self._weigh:
             scores *= known.damage()
+        if self._worth:
+            scores += self._worth * stock.resident
+        if not hollow:
+            return self._split(scores, stock)
         kept: BoolArray = nothing & stock.resident.any(axis=1)
         wanted = stock.resident & kept[:, None]
         rest = replace(
@@ -63,7 +68,7 @@ class Emoe:
             slots=stock.slots - int(wanted.sum()),
             there=stock.there & ~kept[:, None],
         )
-        return wanted | self._split(scores + self._worth * stock.resident, rest)
+        return wanted | self._split(scores, rest)
 
 
 def needs(running: Sequence[Running], known: Known, shape: tuple[int, ...]) -> Scores:

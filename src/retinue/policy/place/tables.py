@@ -28,6 +28,9 @@ class Tables:
         self._shape, self._profile, self._forecaster = shape, profile, forecaster
         self._kept: dict[str | None, Shares] = {}
         self._asked: set[str | None] = set()
+        # By task, what the profile says of it, which does not change.
+        self._sensitive: dict[str | None, BoolArray] = {}
+        self._answers: dict[str | None, float] = {}
         self._damage: Shares | None = None
 
     @property
@@ -46,14 +49,17 @@ class Tables:
 
     def sensitive(self, task: str | None) -> BoolArray:
         """In which layers it matters to the task which expert serves: `[layers]`."""
-        if self._profile is None:
-            return np.ones(self._shape[0], dtype=bool)
-        return self._profile.sensitive(task)
+        if task not in self._sensitive:
+            known, every = self._profile, np.ones(self._shape[0], dtype=bool)
+            self._sensitive[task] = every if known is None else known.sensitive(task)
+        return self._sensitive[task]
 
     def answer_tokens(self, task: str | None) -> float:
         """How long the task's answers are on average; 0 if that is not known."""
-        lengths = None if self._profile is None else self._profile.output_tokens(task)
-        return 0.0 if lengths is None else lengths.mean
+        if task not in self._answers:
+            lengths = None if self._profile is None else self._profile.output_tokens(task)
+            self._answers[task] = 0.0 if lengths is None else lengths.mean
+        return self._answers[task]
 
     def knows(self, task: str | None) -> bool:
         """Whether it was ever asked for the table of `task`."""
