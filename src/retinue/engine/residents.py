@@ -22,7 +22,7 @@ from retinue.model.experts import ExpertHost
 from retinue.model.predictors import find_predictor
 from retinue.model.profiles import find_profile, learnt_profile
 from retinue.policy.base import BoolArray, Forecaster, Placement, Running, Stock
-from retinue.policy.place.occasions import Occasions
+from retinue.policy.place.occasions import Occasions, occasions_of
 from retinue.policy.place.tables import Tables
 from retinue.policy.policies import Policies
 from retinue.policy.predict.forecasters import LEARNED, forecaster
@@ -90,7 +90,7 @@ def residents_of(
     """The set of a preset that has one; `there` [layers, experts]: which experts the model has."""
     period = config.period or (known.profile.period if known.profile else None)
     tables = Tables((there.shape[0], there.shape[1]), known.profile, known.forecaster)
-    occasions = Occasions(policies, tables, period)
+    occasions = occasions_of(policies, tables, period)
     return Residents(host, policies.placement, tables, there, occasions)
 
 

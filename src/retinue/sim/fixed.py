@@ -14,7 +14,7 @@ from retinue.memory.attendance import demand_of
 from retinue.memory.base import Ticket, Urgency
 from retinue.policy.base import Forecaster, Running, Stock
 from retinue.policy.miss.book import Books
-from retinue.policy.place.occasions import Occasions
+from retinue.policy.place.occasions import occasions_of
 from retinue.policy.place.tables import Tables
 from retinue.policy.policies import Policies
 from retinue.policy.profile import Profile
@@ -43,7 +43,7 @@ class Fixed:
         shape = (self._there.shape[0], self._there.shape[1])
         self._tables = Tables(shape, known.profile, known.forecaster)
         period = known.profile.period if known.profile else None
-        self._occasions = Occasions(policies, self._tables, period)
+        self._occasions = occasions_of(policies, self._tables, period)
         self._books = Books(policies.fetch_above, shape)
         self._running: dict[int, Running] = {}
         self._used: dict[int, FloatArray] = {}  # by the prompts that are being read

@@ -31,14 +31,24 @@ class Occasion:
     key: list[Running]
 
 
-class Occasions:
-    """Asks the forecaster behind `tables` anew when that is due; `period` None: 40 prompts."""
+def occasions_of(policies: Policies, tables: Tables, period: int | None) -> "Occasions":
+    """Those of a preset; `period` None: 40 prompts."""
+    rhythm = Rhythm(period or PERIOD, impatient=policies.impatient)
+    keeps = policies.impatient and policies.fetch_above < KEEP_BELOW
+    return Occasions(policies.placement, tables, rhythm, keeps=keeps)
 
-    def __init__(self, policies: Policies, tables: Tables, period: int | None) -> None:
-        self._placement: Placement = policies.placement
-        self._tables = tables
-        self._rhythm, self._drift = Rhythm(period or PERIOD, impatient=policies.impatient), Drift()
-        self._keeps = policies.impatient and policies.fetch_above < KEEP_BELOW
+
+class Occasions:
+    """Asks the forecaster behind `tables` anew when `rhythm` says so.
+
+    `keeps`: other requests find the set as it is, until the next forecast.
+    """
+
+    def __init__(
+        self, placement: Placement, tables: Tables, rhythm: Rhythm, *, keeps: bool = False
+    ) -> None:
+        self._placement, self._tables, self._keeps = placement, tables, keeps
+        self._rhythm, self._drift = rhythm, Drift()
         self.placed: list[Running] | None = None  # what the set is for, as `Occasion.key` says it
         self.settled = False  # whether the requests asked for last leave nothing to be done
 
