@@ -106,19 +106,22 @@ class Fixed:
         counters.fetched += len(book.fetched)
         self._learn(layer, rows, parts)
         self._await(layer)
-        self._compute(demand_of(layer, *served.rows, recording.head.experts), book.fetched, tokens)
+        # Nothing waits here, but runs count such layers, and their times are divided by that.
+        late_s = stage.times.late_s if hits < len(demand.experts) else 0.0
+        serving = demand_of(layer, *served.rows, recording.head.experts)
+        self._compute(serving, book.fetched, tokens, late_s)
 
     def _await(self, layer: int) -> None:
         """Wait for what a new set brings to `layer`."""
         while tickets := [t for at, t in self._coming if at == layer and not t.settled]:
             self._stage.metrics.now.stall_s += self._stage.link.wait(tickets, WAIT_S)
 
-    def _compute(self, demand: Demand, fetched: IntArray, tokens: int) -> None:
+    def _compute(self, demand: Demand, fetched: IntArray, tokens: int, late_s: float) -> None:
         """Compute what is there, then what is read, as it comes."""
         stage, layer = self._stage, demand.layer
         coming = {expert: self._read(layer, expert) for expert in np.unique(fetched).tolist()}
         there = [expert for expert in demand.experts.tolist() if expert not in coming]
-        stage.compute(demand, there, tokens)
+        stage.compute(demand, there, tokens, late_s)
         needed = set(demand.experts.tolist())
         while coming:
             done = [expert for expert, ticket in coming.items() if ticket.settled]
