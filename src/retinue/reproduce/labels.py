@@ -44,12 +44,12 @@ def mislabelled(texts: Sequence[TaskIds], wrong: int) -> list[TaskIds]:
 
 
 def _cell(bench: Workbench, wrong: int) -> list[Row]:
-    texts = mislabelled(bench.texts, wrong)
+    texts, plain = mislabelled(bench.texts, wrong), bench.plain  # before this model is opened
     with bench.opened(preset=PRESET, experts=f"{SHARE}%") as llm:
         seconds = []
         for _ in range(bench.settings.repeats):
             started = time.perf_counter()
-            result = evaluate(llm.assembly, texts, bench.check, bench.plain)
+            result = evaluate(llm.assembly, texts, bench.check, plain)
             seconds.append((time.perf_counter() - started) / len(texts))
     total = result.total
     return [
