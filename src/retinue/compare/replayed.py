@@ -52,20 +52,19 @@ class Place:
 class Ran:
     """Live runs, by place and preset, as documents of `retinue bench`: of several the middle one.
 
-    `places` are those of the grid where `on-demand` ran; `plain` are all of its runs.
+    `places` are those of the grid where `on-demand` ran; `rows` are all runs.
     """
 
     def __init__(self, live: Sequence[Row], grid: Grid) -> None:
         self.runs: dict[tuple[Place, str], dict[str, Any]] = {}
-        self.plain: dict[Place, list[Row]] = {}
+        self.rows: dict[tuple[Place, str], list[Row]] = {}
         for place in (Place(budget, disk) for budget in grid.budgets for disk in grid.disks):
             where = {**asdict(place.budget), "read_limit": place.disk.limit}
             here = [row for row in live if where.items() <= row.items()]
             for name in dict.fromkeys(str(row["preset"]) for row in here):
                 runs = [row for row in here if row["preset"] == name]
                 self.runs[place, name] = as_bench(_middle(runs))
-                if name == BASE:
-                    self.plain[place] = runs
+                self.rows[place, name] = runs
         self.places = [place for place, name in self.runs if name == BASE]
 
     def slots(self, place: Place) -> int:
@@ -94,13 +93,14 @@ class Ran:
         found = zip(others, distances, strict=True)
         return [other for other, distance in found if distance == least] or [place]
 
-    def slopes(self, place: Place) -> dict[str, float | None]:
-        """What one more of something costs, by all runs of `on-demand` elsewhere on this disk.
+    def slopes(self, place: Place, preset: str = BASE) -> dict[str, float | None]:
+        """What one more of something costs, by all runs of `preset` elsewhere on this disk.
 
         Where all passes are alike, a slope says little: each counts as far as they varied.
         """
         others = [other for other in self.places if other != place and other.disk == place.disk]
-        rows = [row for other in others or self.elsewhere(place) for row in self.plain[other]]
+        near = others or self.elsewhere(place)
+        rows = [row for other in near for row in self.rows.get((other, preset), ())]
         return {f"{name}_s": _slope(rows, name) for name in ("late", "start")}
 
     def _far(self, place: Place, other: Place) -> tuple[bool, float, float]:
@@ -149,13 +149,13 @@ class Replays:
         ]
 
     def _setting(self, ran: "Ran", place: "Place") -> Setting:
-        facts, slopes = self._bench.facts, ran.slopes(place)
-        plain, found = list[Times](), dict[str, list[Times]]()
+        facts, plain, found = self._bench.facts, list[Times](), dict[str, list[Times]]()
         for at in ran.elsewhere(place):
-            plain.append(times_of_bench(facts, ran.runs[at, BASE] | slopes))
+            plain.append(times_of_bench(facts, ran.runs[at, BASE] | ran.slopes(place)))
             for (where, name), run in ran.runs.items():
                 if where == at and name != BASE:
-                    found.setdefault(name, []).append(times_of_bench(facts, run, plain[-1]))
+                    times = times_of_bench(facts, run | ran.slopes(place, name), plain[-1])
+                    found.setdefault(name, []).append(times)
         own = {name: averaged(times) for name, times in found.items()}
         speed = ran.read_speed(place)
         roads = Roads(speed.bytes_per_s, speed.latency_s, in_turn=place.disk.limit is not None)

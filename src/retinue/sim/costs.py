@@ -94,9 +94,8 @@ def times_of_profile(facts: Facts, costs: MachineCosts, rate: Rate | None) -> Ti
 def times_of_bench(facts: Facts, document: Mapping[str, Any], plain: Times | None = None) -> Times:
     """From a document of `retinue bench` on this model. Raises UsageError for one that is none.
 
-    `plain` are those of a preset that does not look ahead: they say what reads and waits take, and
-    what the document's preset took beyond is its looking ahead. Stalls are left out: a replay has
-    its own.
+    `plain` are those of a preset that does not look ahead: they say what waits take, and what the
+    document's preset took beyond is its looking ahead. Stalls are left out: a replay has its own.
     """
     try:
         decode, prompt = _Phase.of(document), _Phase.of(document, "prefill_")
@@ -106,7 +105,7 @@ def times_of_bench(facts: Facts, document: Mapping[str, Any], plain: Times | Non
         late_s = decode.each(document, "late_s", decode.lacking, decode.expert_s)
         start_s = decode.each(document, "start_s", decode.reads, decode.rest_s)
         if plain is not None:
-            late_s, start_s = plain.late_s, plain.start_s
+            late_s = plain.late_s
         layers = tokens * facts.moe_layers
         expert_s = max(0.0, decode.expert_s - decode.lacking * late_s) / looked_up
         layer_s, ahead_s = max(0.0, decode.rest_s - decode.reads * start_s) / layers, 0.0
