@@ -68,7 +68,7 @@ ARRIVALS: list[Row] = [
     for order, share in (("fcfs", 0.25), ("emoe", 0.75))
 ]
 LABELS: list[Row] = [
-    {"wrong": wrong, "added": 0.1 + wrong / 1000, "prompt_s": 0.1 + wrong / 2000}
+    {"wrong": wrong, "added": 0.1 + wrong / 1000, "prompt_s": 0.1, "slower": wrong / 200}
     for wrong in (0, 20, 40, 60, 80, 100)
 ]
 ROWS = {
