@@ -8,9 +8,14 @@ from pathlib import Path
 import pytest
 
 from command import Call, caller, refused
-from recordings import chance, trace_of
+from recordings import HEAD, chance, setting, trace_of
+from retinue.cli import simulated
+from retinue.config import Config
+from retinue.memory.machine import Speeds
 from retinue.model.profiles import read_profile
 from retinue.policy.presets import PRESETS
+from retinue.sim.cells import Cell
+from retinue.sim.recommend import Advice, Try
 
 TIMES = ("--expert-time", "1e-4", "--layer-time", "2e-4", "--disk", "1MB")
 KEYS = (
@@ -258,3 +263,16 @@ def test_what_is_best_is_remembered(call: Call, traced: Path, profile: Path) -> 
     assert not PRESETS[advice["preset"]].exact
     (kept,) = read_profile(profile).recommended
     assert PRESETS[kept.preset].exact, "approximate presets are named, never taken by themselves"
+
+
+def test_a_disk_as_it_is_is_remembered_as_auto_will_find_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """`auto` compares with what `plan` measures, large blocks; experts may come far slower."""
+    monkeypatch.setattr(simulated, "known_speeds", lambda folder: Speeds(5e9, 4e10))
+    known = simulated.Known(HEAD, "sample", Config())
+    cell, best = Cell("50%", setting(12, disk=1e9)), Try("promoe", None, 1.0, 10.0)
+    advice = Advice(best, 0.1, (best,))
+    entry = known.entry(cell, advice, here=True)
+    assert (entry.disk_bytes_per_s, entry.share, entry.preset) == (5e9, 0.5, "promoe")
+    assert known.entry(cell, advice, here=False).disk_bytes_per_s == 1e9

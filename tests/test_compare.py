@@ -329,7 +329,7 @@ def test_plots(tmp_path: Path) -> None:
     (rate,) = hits(listed, NATIVE)
     assert {series.label for series in rate.series} == {"auto", "on-demand"}
     best = [row | {"belady_hit_rate": 0.9} for row in listed]
-    assert hits(best, NATIVE)[0].series[0].y == [90, 90]
+    assert hits(best, NATIVE)[0].series[-1].y == [90, 90]
     one = [row for row in listed if row["experts"] == "25%"]
     assert not hits(one, NATIVE)
     assert not speed(wanted, one)

@@ -25,6 +25,11 @@ SHARES = [
     shares("random set", 40, 0.9),
     shares("emoe-fetch", 40, 0.01, fetched=9, bytes_read=100),
     shares("on demand", 40, 0.0, exact=True, fetched=80, bytes_read=1000),
+    shares("popularity", 60, 0.4),
+    shares("eMoE-A", 60, 0.2),
+    shares("popularity by task", 60, 0.1),
+    shares("emoe-fetch", 60, 0.005, fetched=5, bytes_read=50),
+    shares("on demand", 60, 0.0, exact=True, fetched=40, bytes_read=400),
 ]
 SENSITIVITY: list[Row] = [
     {"task": task, "side": side, "layers": layers, "exact": 100 - 12.5 * layers, "agreement": value}
@@ -63,7 +68,7 @@ ARRIVALS: list[Row] = [
     for order, share in (("fcfs", 0.25), ("emoe", 0.75))
 ]
 LABELS: list[Row] = [
-    {"wrong": wrong, "added": 0.1 + wrong / 1000, "prompt_s": 0.1 + wrong / 2000}
+    {"wrong": wrong, "added": 0.1 + wrong / 1000, "prompt_s": 0.1, "slower": wrong / 200}
     for wrong in (0, 20, 40, 60, 80, 100)
 ]
 ROWS = {
@@ -78,19 +83,18 @@ ROWS = {
 }
 SAID = {
     "shares": (
-        "With 40 % and nothing fetched popularity by task adds the least loss, +0.250",
-        "eMoE-A +0.300 nats a token (agreement 0.700, similarity 0.750), random set +0.900",
-        "emoe-fetch adds +0.010",
-        "10.0 times fewer bytes than on demand",
+        "with 40, 60 % of the experts and nothing fetched: popularity by task +0.250, +0.100;"
+        " eMoE-A +0.300, +0.200; random set +0.900, not run.",
+        "With misses fetched: emoe-fetch +0.010, +0.005, reading 10.0, 8.0 times fewer bytes",
     ),
     "sensitivity": (
         "Random from the input side, with 8 layers random a keeps the most next tokens (30%)",
         "b the fewest (20%); with half of the layers exact, 1 of 2 tasks keep 80%",
         "Random from the output side",
     ),
-    "period": ("x +0.100 nats a token with a forecast every 1 prompts, +0.300 every 40.",),
+    "period": ("to the next: x +0.100 every 1 and +0.300 every 40.",),
     "predictors": ("running-mean has the best F1, 0.800", "of the paper's two, emoe-a has 0.700"),
-    "refresh": ("emoe-a with 40 % of the experts, takes 0.030 s and moves 7 experts", "3.0% at"),
+    "refresh": ("emoe-a with 40 % of the experts, takes 30.0 ms and moves 7 experts", "3.0% at"),
     "memory": (
         "With 60 % of the experts 40 MiB are saved",
         "room for 5120 tokens, 10.0 times as many",

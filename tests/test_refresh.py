@@ -14,6 +14,7 @@ from retinue.errors import ReadError
 from retinue.metrics import Metrics
 from retinue.policy.base import Forecaster, Placement, Running
 from retinue.policy.place.emoe import Emoe
+from retinue.policy.place.occasions import Occasions
 from retinue.policy.place.popular import Popular, PopularByTask
 from retinue.policy.place.rhythm import Drift, Rhythm
 from retinue.policy.place.tables import Tables
@@ -104,7 +105,8 @@ class Rig:
         tables = Tables(SHAPE, profile(), forecast or self.forecast)
         there = np.ones(SHAPE, dtype=bool)
         rhythm = Rhythm(period, impatient=impatient)
-        self.residents = Residents(self.host, placement, tables, there, rhythm, keeps=keeps)
+        occasions = Occasions(placement, tables, rhythm, keeps=keeps)
+        self.residents = Residents(self.host, placement, tables, there, occasions)
         self.residents.start(None)
 
     def begin(self, *tasks: str) -> int:

@@ -173,6 +173,9 @@ def test_another_setting_is_another_study(
     command = (*study, "--only", "refresh", "--out", tmp_path)
     assert call(*command).code == 0
     refused(call(*command, "--per-task", 2), 2, "measured with another texts")
+    others = (*study, "--only", "labels", "--per-task", 2, "--out", tmp_path)
+    refused(call(*others), 2, "measured with another texts")  # one page shows both
+    assert not (tmp_path / "labels.json").exists()
     assert call(*command, "--per-task", 2, "--fresh").code == 0
     (tmp_path / "refresh.json").write_text("{}")
     refused(call(*command), 2, "cannot read")

@@ -43,8 +43,9 @@ def execute(options: Namespace) -> int:
     if options.fresh:
         for experiment in wanted:
             bench.ledger.forget(experiment.name)
-    for experiment in wanted:
-        bench.ledger.entry(experiment.name)  # refuse now what was measured with another setting
+    for experiment in chosen.experiments:
+        # The page shows what is in the folder: refuse now what was measured with another setting.
+        bench.ledger.entry(experiment.name)
     _say_what_is_missing()
     with said_once(), cancel_on(bench.interrupt, SIGINT, SIGTERM) as came:
         try:

@@ -131,7 +131,8 @@ def _recommend(
     for each in filled:
         advice = advise(table, allowed, each.cell)
         print(f"\n{advice_text(each, advice)}", file=audience(options.json))
-        entries += (known.entry(each.cell, advice),)
+        here = options.disk is None and not each.cell.setting.roads.in_turn
+        entries += (known.entry(each.cell, advice, here=here),)
     _remember(known, entries)
     labels = [each.cell.label for each in filled]
     return [asdict(one) | {"experts": label} for one, label in zip(entries, labels, strict=True)]

@@ -13,7 +13,7 @@ from retinue.config import Config, format_size, parse_size
 from retinue.engine.bands import compute_format
 from retinue.errors import Refused, UsageError
 from retinue.memory.home import find_here
-from retinue.memory.machine import cores, machine_name, remembered_speeds
+from retinue.memory.machine import cores, known_speeds, machine_name, remembered_speeds
 from retinue.memory.rates import remembered_rates
 from retinue.memory.read_speed import ReadSpeed, measure_reads
 from retinue.model.predictors import find_predictor
@@ -87,12 +87,17 @@ class Known:
             return Path(self._file).expanduser()
         return default_profile(self.folder) if self.folder is not None else None
 
-    def entry(self, cell: Cell, advice: Advice) -> Recommendation:
-        """What is worth remembering of `advice`."""
+    def entry(self, cell: Cell, advice: Advice, *, here: bool) -> Recommendation:
+        """What is worth remembering of `advice`; `here`: the disk is this machine's, as it is.
+
+        Then its speed is what `auto` will compare with: a replay's is that of experts, and less.
+        """
         facts = self._head.facts
         total = facts.total_experts if facts else len(self._head.routed) * self._head.experts
         setting, best = cell.setting, advice.best
         disk = setting.roads.disk_bytes_per_s
+        if here and self.folder is not None:
+            disk = known_speeds(self.folder).disk_bytes_per_s
         share = setting.slots / total
         return Recommendation(
             share, disk, best.preset, best.ring, round(advice.margin, 4), machine_name()

@@ -47,7 +47,10 @@ def quality(cells: Sequence[Row], disk: Disk) -> list[Chart]:
 
 
 def hits(cells: Sequence[Row], disk: Disk) -> list[Chart]:
-    """Hit rates over the share, and what Belady's rule would reach, where it was replayed."""
+    """Hit rates over the share, and what Belady's rule would reach, where it was replayed.
+
+    That comes last, so that a preset has the colour that it has in other plots.
+    """
     rows = [row for row in _on(cells, disk) if row["exact"]]
     if len({share(row) for row in rows}) < 2:
         return []
@@ -59,7 +62,7 @@ def hits(cells: Sequence[Row], disk: Disk) -> list[Chart]:
             f"Hit rate{which}, {disk.label}",
             "experts in memory, %",
             "hits, %",
-            [*oracle, *_lines(part, share, lambda row: 100 * (number(row, "hit_rate") or 0))],
+            [*_lines(part, share, lambda row: 100 * (number(row, "hit_rate") or 0)), *oracle],
         )
         for which, part in _parts(rows)
     ]

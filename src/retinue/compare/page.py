@@ -8,7 +8,7 @@ from retinue.compare.charts import hits, loss_added, quality, speed
 from retinue.compare.document import slower
 from retinue.compare.grid import BASE, DEFAULT, PLAIN, Budget, Disk, Grid
 from retinue.compare.verdict import DEMANDED, FASTER, SLOWER, WITHIN, Spread, spread
-from retinue.lab.base import Chart, Column, Row, number
+from retinue.lab.base import Chart, Column, Row, counted, number
 from retinue.lab.drawing import HOW_TO_GET, can_draw, draw
 from retinue.lab.page import Figure, Report, Section, Table
 from retinue.lab.tables import said, table_of
@@ -90,7 +90,7 @@ def report(grid: Grid, document: Mapping[str, Any]) -> Report:
 
 def _setting(document: Mapping[str, Any]) -> list[tuple[str, Any]]:
     limits = [limit or "none" for limit in document["read_limits"]]
-    amount = f"{document['runs']} runs, the presets in rotating order"
+    amount = f"{counted(int(document['runs']), 'run')}, the presets in rotating order"
     shown = {"experts": [share or "as memory allows" for share in document["experts"]]}
     return [
         *document["setting"].items(),
@@ -121,9 +121,11 @@ def _never_worse(grid: Grid, cells: Sequence[Row]) -> Section:
             "The median of the runs' ratios, each run beside the same run of"
             f" `{BASE}`, with the least and the most. {SIGNS[FASTER]} faster in every run,"
             f" {SIGNS[SLOWER]} slower in every run, {SIGNS[WITHIN]} within the spread,"
-            f" {DEMANDED_SIGN} slower as its paper demands. Of two equals, {runs} runs call the one"
-            f" slower by chance {0.5**runs:.1%} of the time.",
-        ],
+            f" {DEMANDED_SIGN} slower as its paper demands. Of two equals, {counted(runs, 'run')}"
+            f" would call the one slower by chance {0.5**runs:.1%} of the time.",
+        ]
+        if judged
+        else [],
     )
 
 
@@ -339,7 +341,8 @@ def _refused(rows: Sequence[Row]) -> Section | None:
     if not rows:
         return None
     table = table_of((Column("preset", "preset"), Column("reason", "reason")), rows)
-    return Section("refused", "What could not run", "", f"{len(rows)} refusals.", tables=[table])
+    found = f"{counted(len(rows), 'refusal')}."
+    return Section("refused", "What could not run", "", found, tables=[table])
 
 
 def _figures(name: str, charts: Sequence[Chart]) -> list[Figure]:

@@ -12,10 +12,8 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
 
 from retinue.config import Config
 from retinue.engine.learning import Learner
@@ -24,8 +22,8 @@ from retinue.model.experts import ExpertHost
 from retinue.model.predictors import find_predictor
 from retinue.model.profiles import find_profile, learnt_profile
 from retinue.policy.base import BoolArray, Forecaster, Placement, Running, Stock
-from retinue.policy.place.rhythm import Drift, Rhythm
-from retinue.policy.place.tables import Shares, Tables
+from retinue.policy.place.occasions import Occasions, occasions_of
+from retinue.policy.place.tables import Tables
 from retinue.policy.policies import Policies
 from retinue.policy.predict.forecasters import LEARNED, forecaster
 from retinue.policy.predict.own_prefill import OwnPrefill
@@ -36,8 +34,6 @@ from retinue.types import Facts, FloatArray
 log = logging.getLogger("retinue")
 
 AUTO = "auto"  # which looks for what is recommended, see `engine/reserve.py`
-KEEP_BELOW = 0.5  # of `fetch_above`: beyond it fetching is too rare to mend a set, see docs/LOG.md
-PERIOD = 40  # prompts between two refreshes where the profile says nothing, as in the paper
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,18 +88,14 @@ def residents_of(
     host: ExpertHost, policies: Policies, known: Beforehand, there: BoolArray, config: Config
 ) -> "Residents":
     """The set of a preset that has one; `there` [layers, experts]: which experts the model has."""
-    period = config.period or (known.profile.period if known.profile else None) or PERIOD
+    period = config.period or (known.profile.period if known.profile else None)
     tables = Tables((there.shape[0], there.shape[1]), known.profile, known.forecaster)
-    rhythm = Rhythm(period, impatient=policies.impatient)
-    keeps = policies.impatient and policies.fetch_above < KEEP_BELOW
-    return Residents(host, policies.placement, tables, there, rhythm, keeps=keeps)
+    occasions = occasions_of(policies, tables, period)
+    return Residents(host, policies.placement, tables, there, occasions)
 
 
 class Residents:
-    """The placement of one model. `rhythm` says when what `tables` hold is to be forecast anew.
-
-    `keeps`: other requests find the set as it is, until the next forecast.
-    """
+    """The placement of one model. `occasions` say when its set is to be chosen anew."""
 
     def __init__(
         self,
@@ -111,14 +103,10 @@ class Residents:
         placement: Placement,
         tables: Tables,
         there: BoolArray,
-        rhythm: Rhythm,
-        *,
-        keeps: bool = False,
+        occasions: Occasions,
     ) -> None:
         self._host, self._placement, self._tables = host, placement, tables
-        self._there, self._keeps = there, keeps
-        self._rhythm, self._drift = rhythm, Drift()
-        self._placed: list[Running] | None = None  # what the set was placed for
+        self._there, self._occasions = there, occasions
         self._settled: list[Running] | None = None  # with whom nothing is left to be done
         self._said: set[str | None] = set()
         self.bytes_read = 0  # by all changes
@@ -126,17 +114,17 @@ class Residents:
     @property
     def period(self) -> int | None:
         """Prompts between two forecasts; None where nothing is forecast."""
-        return self._rhythm.period if self._placement.periodic else None
+        return self._occasions.period
 
     @property
     def own(self) -> bool:
         """Whether each answer has a set of its own, which its prompt says."""
-        return self._tables.own
+        return self._occasions.own
 
     def start(self, task: str | None) -> None:
         """Load the first set, and let it serve from now on."""
         running = [Running(task, prompt_tokens=1)]
-        self._change(running, self._key(running))
+        self._change(running, self._occasions.key(running))
         self._host.arrival.settle()
         self._host.changes.active = True
         self._host.begin, self._host.observe = self.begin, self.observe
@@ -146,61 +134,36 @@ class Residents:
 
         Returns the bytes of that.
         """
-        if self._placed is not None and running == self._settled:
+        if self._occasions.placed is not None and running == self._settled:
             return 0
         started, before = time.perf_counter(), self.bytes_read
-        fresh = sum(request.new for request in running)
-        unheard = not all(self._tables.knows(request.task) for request in running)
-        early = self._tables.own or self._rhythm.due
-        due = fresh > 0 and self._placement.periodic and early
-        key = self._key(running)
-        if key != self._placed or due:
+        if (occasion := self._occasions.begin(running)) is not None:
             self._name_unknown(running)
-            if due:
-                self._tables.renew()
-                self._drift.reset()
-                self._rhythm.forecast()
-            if due or self._placed is None or not self._keeps:
-                self._change(running, key)
+            if occasion.places:
+                self._change(running, occasion.key)
                 metrics = self._host.metrics
                 metrics.refreshes += 1
                 metrics.refresh_bytes += self.bytes_read - before
                 metrics.refresh_s += time.perf_counter() - started
             else:
-                self._host.changes.books.expect(self._popularity(running))
-                self._placed = key
-        if unheard:
-            self._rhythm.change()
-        self._rhythm.count(fresh)
-        self._settled = None if fresh or unheard else list(running)
+                self._host.changes.books.expect(self._occasions.popularity(running))
+                self._occasions.placed = occasion.key
+        self._settled = list(running) if self._occasions.settled else None
         return self.bytes_read - before
 
     def observe(self, task: str | None, used: FloatArray) -> None:
         """A prompt of `task` was read; `used` [layers, experts] is what its own routers chose."""
-        self._drift.observe(self._tables.shares(task), used, self._host.cache.slot_of >= 0)
-        self._tables.observe(task, used)
-        if self._drift.due:
-            self._drift.reset()
-            self._rhythm.change()
-        if self._tables.own:
-            self._placed = None  # its answer has a set of its own
+        self._occasions.observe(task, used, self._host.cache.slot_of >= 0)
 
     @contextmanager
     def away(self) -> Iterator[None]:
         """Within, the plain model runs and use decides what stays; afterwards `begin` loads."""
         self._host.changes.active = False
-        self._placed = None
+        self._occasions.placed = None
         try:
             yield
         finally:
             self._host.changes.active = True
-
-    def _key(self, running: Sequence[Running]) -> list[Running]:
-        """What decides: the requests in any order, if the placement asks for them."""
-        if not self._placement.by_task:
-            return []
-        each = [replace(request, new=False) for request in running]
-        return sorted(each, key=lambda one: (str(one.task), one.prompt_tokens, one.answer_tokens))
 
     def _change(self, running: Sequence[Running], key: list[Running]) -> None:
         cache, placed = self._host.cache, self._host.changes.books.there()
@@ -208,13 +171,8 @@ class Residents:
         # read that failed, in which a layer may have fewer experts than a token needs.
         stock = Stock(cache.slots, cache.top_k, self._there, placed)
         wanted = self._placement.place(stock, running, self._tables)
-        self.bytes_read += self._host.arrival.place(wanted, self._popularity(running))
-        self._placed = key
-
-    def _popularity(self, running: Sequence[Running]) -> Shares:
-        """Each expert's share of routing weight, mean over the requests: [layers, experts]."""
-        known = [self._tables.shares(request.task) for request in running or (Running(None),)]
-        return known[0] if len(known) == 1 else np.asarray(np.mean(known, axis=0))
+        self.bytes_read += self._host.arrival.place(wanted, self._occasions.popularity(running))
+        self._occasions.placed = key
 
     def _name_unknown(self, running: Sequence[Running]) -> None:
         """Say once of each task that the profile does not know it."""

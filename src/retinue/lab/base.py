@@ -55,6 +55,11 @@ def number(row: Row, key: str) -> float | None:
     return float(value) if isinstance(value, (int, float)) else None
 
 
+def counted(count: int, what: str) -> str:
+    """`1 run`, `2 runs`."""
+    return f"{count} {what}{'s' * (count != 1)}"
+
+
 def lines_by(
     rows: Sequence[Row], label: str, x: str, y: str, spread: tuple[str, str] = ("", "")
 ) -> list[Series]:

@@ -72,8 +72,10 @@ class Bench:
     def opened(self, **settings: Any) -> Iterator[LLM]:
         """The model under the bench's configuration with some `settings` of `Config` changed.
 
-        The profile is left out where the preset reads none.
+        The profile is left out where the preset reads none. One at a time: another one would take
+        memory, and the time of what is measured.
         """
+        assert self._open is None, "a model is open already"
         config = replace(self.config, **settings)
         if not preset(config.preset).profiled:
             config = replace(config, profile=None)

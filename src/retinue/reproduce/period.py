@@ -27,8 +27,9 @@ def run(bench: Workbench) -> list[Row]:
 
 def _cell(bench: Workbench, forecaster: str, period: int) -> list[Row]:
     settings = {"preset": "emoe", "forecaster": forecaster, "period": period}
+    plain = bench.plain  # before this model is opened
     with bench.opened(experts=f"{SHARE}%", **settings) as llm:
-        result = evaluate(llm.assembly, bench.texts, bench.check, bench.plain)
+        result = evaluate(llm.assembly, bench.texts, bench.check, plain)
     total = result.total
     return [
         {
@@ -61,10 +62,15 @@ def verdict(rows: Sequence[Row]) -> str:
         if len(mine) > 1:
             first, last = mine[min(mine)], mine[max(mine)]
             parts.append(
-                f"{name} {first['added']:+.3f} nats a token with a forecast every"
-                f" {first['period']} prompts, {last['added']:+.3f} every {last['period']}"
+                f"{name} {first['added']:+.3f} every {first['period']} and"
+                f" {last['added']:+.3f} every {last['period']}"
             )
-    return f"With {SHARE} % of the experts: {'; '.join(parts)}." if parts else NOTHING_YET
+    if not parts:
+        return NOTHING_YET
+    return (
+        f"Loss added, in nats a token, with {SHARE} % of the experts, by prompts from one forecast"
+        f" to the next: {'; '.join(parts)}."
+    )
 
 
 EXPERIMENT = Experiment(

@@ -56,9 +56,12 @@ def _cell(bench: Workbench, forecaster: str, share: int) -> list[Row]:
 
 
 def charts(rows: Sequence[Row]) -> list[Chart]:
-    """Seconds of a refresh over the share."""
-    lines = lines_by(rows, "forecaster", "share", "seconds")
-    return [Chart("Time of a refresh", "experts in memory, %", "seconds", lines)] if lines else []
+    """Milliseconds of a refresh over the share."""
+    timed = [row | {"ms": 1000 * (number(row, "seconds") or 0.0)} for row in rows]
+    lines = lines_by(timed, "forecaster", "share", "ms")
+    if not lines:
+        return []
+    return [Chart("Time of a refresh", "experts in memory, %", "milliseconds", lines)]
 
 
 def verdict(rows: Sequence[Row]) -> str:
@@ -66,10 +69,11 @@ def verdict(rows: Sequence[Row]) -> str:
     if not rows:
         return NOTHING_YET
     worst = max(rows, key=lambda row: number(row, "seconds") or 0.0)
+    milliseconds = 1000 * (number(worst, "seconds") or 0.0)
     most = max(number(row, "of_time") or 0.0 for row in rows)
     return (
         f"The dearest, {worst['forecaster']} with {worst['share']} % of the experts, takes"
-        f" {worst['seconds']:.3f} s and moves {worst['experts']:.0f} experts"
+        f" {milliseconds:.1f} ms and moves {worst['experts']:.0f} experts"
         f" ({format_size(number(worst, 'bytes') or 0)}); of the time of reading the texts all"
         f" refreshes take {most:.1%} at most."
     )

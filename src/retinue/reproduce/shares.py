@@ -40,6 +40,7 @@ METHODS = (
     Method("on demand", "on-demand", exact=True),
     Method("look-ahead", "auto", exact=True),
 )
+COMPARED = ("eMoE-A", "popularity by task", "random set")  # beside the best
 
 
 def run(bench: Workbench) -> list[Row]:
@@ -143,52 +144,50 @@ def charts(rows: Sequence[Row]) -> list[Chart]:
 
 def verdict(rows: Sequence[Row]) -> str:
     """What the methods add at each share, from a forecast set to one drawn by chance."""
-    shares = list(dict.fromkeys(row["share"] for row in rows if row["share"] != 100))
-    told = [_told(share, [row for row in rows if row["share"] == share]) for share in shares]
-    return " ".join(told) if told else NOTHING_YET
-
-
-def _told(share: Value, rows: Sequence[Row]) -> str:
-    """One share's sentence."""
-    lossy = sorted((row for row in rows if not row["exact"]), key=_added)
-    unread = [row for row in lossy if not row["fetched"]]
-    if not unread:
-        return f"With {share} % nothing but what fetches was measured."
-    best = unread[0]
+    lossy = [row for row in rows if not row["exact"]]
+    shares = list(dict.fromkeys(row["share"] for row in lossy))
+    known: dict[str, dict[Value, Row]] = {}
+    for row in lossy:
+        known.setdefault(str(row["method"]), {})[row["share"]] = row
+    reading = [name for name, mine in known.items() if any(row["fetched"] for row in mine.values())]
+    still = sorted((name for name in known if name not in reading), key=lambda at: _mean(known[at]))
+    if not still:
+        return NOTHING_YET
+    percent = ", ".join(str(share) for share in shares)
+    chosen = [name for name in still if name in (still[0], *COMPARED)]
+    parts = [_told(name, known[name], shares) for name in chosen]
     text = (
-        f"With {share} % and nothing fetched {best['method']} adds the least loss, {_words(best)}"
+        f"Loss added, in nats a token, with {percent} % of the experts and nothing fetched:"
+        f" {'; '.join(parts)}."
     )
-    known = {row["method"]: row for row in rows}
-    others = ("eMoE-A", "popularity by task", "random set")
-    parts = [
-        f"{name} {_words(known[name])}"
-        for name in others
-        if name in known and known[name] is not best
-    ]
-    text += f"; {', '.join(parts)}" if parts else ""
-    return f"{text}.{_fetching(lossy, known.get('on demand'))}"
+    on_demand = {row["share"]: row for row in rows if row["method"] == "on demand"}
+    for name in reading:
+        fewer = _fewer(known[name], on_demand, shares)
+        text += f" With misses fetched: {_told(name, known[name], shares)}{fewer}."
+    return text
 
 
-def _fetching(lossy: Sequence[Row], on_demand: Row | None) -> str:
-    """What a few reads buy."""
-    reading = [row for row in lossy if row["fetched"]]
-    if not reading:
-        return ""
-    best = reading[0]
-    read, whole = number(best, "bytes_read"), number(on_demand or {}, "bytes_read")
-    text = f" With misses fetched, {best['method']} adds {_words(best)}"
-    if read and whole:
-        text += f", and reads {whole / read:.1f} times fewer bytes than on demand"
-    return f"{text}."
+def _told(name: str, mine: Mapping[Value, Row], shares: Sequence[Value]) -> str:
+    """One method's losses, share by share."""
+    told = [f"{mine[share]['added']:+.3f}" if share in mine else "not run" for share in shares]
+    return f"{name} {', '.join(told)}"
 
 
-def _added(row: Row) -> float:
-    return number(row, "added") or 0.0
+def _fewer(
+    mine: Mapping[Value, Row], on_demand: Mapping[Value, Row], shares: Sequence[Value]
+) -> str:
+    """How many times fewer bytes a method reads than on demand."""
+    told = []
+    for share in shares:
+        read = number(mine.get(share, {}), "bytes_read")
+        whole = number(on_demand.get(share, {}), "bytes_read")
+        if read and whole:
+            told.append(f"{whole / read:.1f}")
+    return f", reading {', '.join(told)} times fewer bytes than on demand" if told else ""
 
 
-def _words(row: Row) -> str:
-    similarity = f", similarity {row['similarity']:.3f}" if "similarity" in row else ""
-    return f"{row['added']:+.3f} nats a token (agreement {row['agreement']:.3f}{similarity})"
+def _mean(mine: Mapping[Value, Row]) -> float:
+    return statistics.mean(number(row, "added") or 0.0 for row in mine.values())
 
 
 EXPERIMENT = Experiment(

@@ -25,7 +25,7 @@ class Settings:
     quick: bool = False
 
 
-FULL = Settings((20, 40, 60, 80), 7, 1, 32, 2, 64)
+FULL = Settings((20, 40, 60, 80), 7, 1, 32, 3, 64)  # of three repeats one may be slow
 QUICK = Settings((20, 40), 1, 1, 12, 1, 0, quick=True)
 
 

@@ -105,7 +105,7 @@ def times_of_bench(facts: Facts, document: Mapping[str, Any], plain: Times | Non
         late_s = decode.each(document, "late_s", decode.lacking, decode.expert_s)
         start_s = decode.each(document, "start_s", decode.reads, decode.rest_s)
         if plain is not None:
-            late_s = plain.late_s
+            late_s = min(plain.late_s, decode.expert_s / max(1.0, decode.lacking))
         layers = tokens * facts.moe_layers
         expert_s = max(0.0, decode.expert_s - decode.lacking * late_s) / looked_up
         layer_s, ahead_s = max(0.0, decode.rest_s - decode.reads * start_s) / layers, 0.0

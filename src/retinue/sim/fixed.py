@@ -13,8 +13,8 @@ import numpy as np
 from retinue.memory.attendance import demand_of
 from retinue.memory.base import Ticket, Urgency
 from retinue.policy.base import Forecaster, Running, Stock
-from retinue.policy.miss.book import Books, Shares
-from retinue.policy.place.rhythm import Drift, Rhythm
+from retinue.policy.miss.book import Books
+from retinue.policy.place.occasions import occasions_of
 from retinue.policy.place.tables import Tables
 from retinue.policy.policies import Policies
 from retinue.policy.profile import Profile
@@ -23,8 +23,6 @@ from retinue.sim.recorded import Part
 from retinue.sim.stage import Stage
 from retinue.types import Demand, Expert, FloatArray, IntArray, Phase
 
-PERIOD = 40  # prompts between two forecasts where the profile says nothing, as in eMoE
-KEEP_BELOW = 0.5  # of `fetch_above`: beyond it a set changes with what runs
 WAIT_S = 1.0
 
 
@@ -44,13 +42,11 @@ class Fixed:
         self._placement, self._there = policies.placement, stage.sizes.there
         shape = (self._there.shape[0], self._there.shape[1])
         self._tables = Tables(shape, known.profile, known.forecaster)
-        period = (known.profile.period if known.profile else None) or PERIOD
-        self._rhythm, self._drift = Rhythm(period, impatient=policies.impatient), Drift()
-        self._keeps = policies.impatient and policies.fetch_above < KEEP_BELOW
+        period = known.profile.period if known.profile else None
+        self._occasions = occasions_of(policies, self._tables, period)
         self._books = Books(policies.fetch_above, shape)
         self._running: dict[int, Running] = {}
         self._used: dict[int, FloatArray] = {}  # by the prompts that are being read
-        self._placed: list[Running] | None = None
         self._coming: list[tuple[int, Ticket]] = []  # what a new set lacks, by layer
         self._phase: Phase = "prefill"
 
@@ -71,23 +67,12 @@ class Fixed:
         """A pass starts: the set for those that run is placed, if it is another one."""
         self._phase = phase
         running = list(self._running.values())
-        fresh = sum(request.new for request in running)
-        unheard = not all(self._tables.knows(request.task) for request in running)
-        due = fresh > 0 and self._placement.periodic and (self._tables.own or self._rhythm.due)
-        key = self._key(running)
-        if key != self._placed or due:
-            if due:
-                self._tables.renew()
-                self._drift.reset()
-                self._rhythm.forecast()
-            if due or self._placed is None or not self._keeps:
+        if (occasion := self._occasions.begin(running)) is not None:
+            if occasion.places:
                 self._change(running)
             else:
-                self._books.expect(self._popularity(running))
-            self._placed = key
-        if unheard:
-            self._rhythm.change()
-        self._rhythm.count(fresh)
+                self._books.expect(self._occasions.popularity(running))
+            self._occasions.placed = occasion.key
         self._running = {number: replace(each, new=False) for number, each in self._running.items()}
 
     def end_pass(self) -> None:
@@ -121,19 +106,22 @@ class Fixed:
         counters.fetched += len(book.fetched)
         self._learn(layer, rows, parts)
         self._await(layer)
-        self._compute(demand_of(layer, *served.rows, recording.head.experts), book.fetched, tokens)
+        # Nothing waits here, but runs count such layers, and their times are divided by that.
+        late_s = stage.times.late_s if hits < len(demand.experts) else 0.0
+        serving = demand_of(layer, *served.rows, recording.head.experts)
+        self._compute(serving, book.fetched, tokens, late_s)
 
     def _await(self, layer: int) -> None:
         """Wait for what a new set brings to `layer`."""
         while tickets := [t for at, t in self._coming if at == layer and not t.settled]:
             self._stage.metrics.now.stall_s += self._stage.link.wait(tickets, WAIT_S)
 
-    def _compute(self, demand: Demand, fetched: IntArray, tokens: int) -> None:
+    def _compute(self, demand: Demand, fetched: IntArray, tokens: int, late_s: float) -> None:
         """Compute what is there, then what is read, as it comes."""
         stage, layer = self._stage, demand.layer
         coming = {expert: self._read(layer, expert) for expert in np.unique(fetched).tolist()}
         there = [expert for expert in demand.experts.tolist() if expert not in coming]
-        stage.compute(demand, there, tokens)
+        stage.compute(demand, there, tokens, late_s)
         needed = set(demand.experts.tolist())
         while coming:
             done = [expert for expert, ticket in coming.items() if ticket.settled]
@@ -160,23 +148,7 @@ class Fixed:
             start = stop
             request = recording.requests[part.request]
             if part.stop == request.prompt_tokens and layer == recording.head.routed[-1]:
-                self._observe(request.task, used)
-
-    def _observe(self, task: str | None, used: FloatArray) -> None:
-        """A prompt of `task` was read."""
-        self._drift.observe(self._tables.shares(task), used, self._books.there())
-        self._tables.observe(task, used)
-        if self._drift.due:
-            self._drift.reset()
-            self._rhythm.change()
-        if self._tables.own:
-            self._placed = None
-
-    def _key(self, running: Sequence[Running]) -> list[Running]:
-        if not self._placement.by_task:
-            return []
-        each = [replace(request, new=False) for request in running]
-        return sorted(each, key=lambda one: (str(one.task), one.prompt_tokens, one.answer_tokens))
+                self._occasions.observe(request.task, used, self._books.there())
 
     def _change(self, running: Sequence[Running]) -> None:
         """Place another set, and start to read it."""
@@ -187,8 +159,4 @@ class Fixed:
             (layer, self._read(layer, expert))
             for layer, expert in np.argwhere(wanted & ~before).tolist()
         ]
-        self._books.place(wanted, self._popularity(running))
-
-    def _popularity(self, running: Sequence[Running]) -> Shares:
-        known = [self._tables.shares(request.task) for request in running or (Running(None),)]
-        return np.asarray(np.mean(known, axis=0))
+        self._books.place(wanted, self._occasions.popularity(running))
