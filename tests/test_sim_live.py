@@ -48,7 +48,7 @@ def watched(llm: LLM) -> Iterator[list[Seen]]:
     host = llm.assembly.host
 
     def watch(layer: int, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> None:
-        ahead = host.next_scores(layer, hidden)
+        ahead = host.scores(host.attendance.following.get(layer, -1), hidden)
         ids, given = index.numpy().astype(np.int64), weights.float().numpy().copy()
         seen.append(Seen(layer, ids, given, None if ahead is None else ahead.copy()))
 

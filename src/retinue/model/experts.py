@@ -119,13 +119,6 @@ class ExpertHost:
         with restriction.aside():
             return probabilities(router, hidden)
 
-    def next_scores(self, layer: int, hidden: torch.Tensor) -> FloatArray | None:
-        """What the router after `layer` says of `layer`'s input: probabilities [tokens, experts].
-
-        None after the last layer and where that router cannot be asked.
-        """
-        return self.scores(self.attendance.following.get(layer, -1), hidden)
-
     def enter(self, sequence: int, task: str | None, token_ids: Sequence[int]) -> None:
         """The request of that number has its first pass next."""
         embedding = None

@@ -36,6 +36,11 @@ class Passage:
         self._kernels, self._cache, self._metrics = kernels, cache, metrics
         self._allowed = np.zeros(len(cache.slot_of), dtype=np.int32)
 
+    @property
+    def layers(self) -> int:
+        """How many layers the model has, with experts or without."""
+        return len(self._allowed)
+
     def allow(self, allowed: bool) -> None:
         """Let the layers of the coming pass run so that never lack an expert; or none."""
         cache = self._cache
@@ -71,13 +76,13 @@ class Passage:
 
 
 class Noted:
-    """What the layers of one program note: `tables[n]` is the n-th of those that may run so."""
+    """What the layers of one program note, for the books."""
 
     def __init__(self, passage: Passage, tokens: int) -> None:
         self._passage, self._tokens = passage, tokens
-        self._layers: list[int] = []
-        self._rows: list[tuple[Any, ...]] = []  # table, noted, ran
-        self._seconds = np.zeros(1)
+        self._chosen: dict[int, IntArray] = {}  # by layer: the ids that ran last
+        self._tables: list[Any] = []  # which the library reads
+        self._ran, self._seconds = np.zeros(passage.layers, dtype=np.int64), np.zeros(1)
 
     def add(self, module: nn.Module | None, k: int) -> Any | None:
         """A table for `module` without its tensors' places; None: there is no kernel."""
@@ -85,27 +90,24 @@ class Noted:
         layer = self._passage.describe(module, table, k)
         if layer is None:
             return None
-        noted, ran = np.zeros(self._tokens * k, dtype=np.int64), np.zeros(1, dtype=np.int64)
-        table["tokens"] = self._tokens
-        table["noted"], table["ran"] = noted.ctypes.data, ran.ctypes.data
-        table["seconds"] = self._seconds.ctypes.data
-        self._layers.append(layer)
-        self._rows.append((table, noted, ran))
+        chosen = self._chosen[layer] = np.zeros(self._tokens * k, dtype=np.int64)
+        table["tokens"], table["noted"] = self._tokens, chosen.ctypes.data
+        table["ran"], table["seconds"] = self._ran[layer:].ctypes.data, self._seconds.ctypes.data
+        self._tables.append(table)
         return table
 
     def forget(self) -> None:
         """A step begins; one that failed may have left something."""
-        self._seconds[0] = 0.0
-        for _, _, ran in self._rows:
-            ran[0] = 0
+        self._ran[:], self._seconds[0] = 0, 0.0
 
     def tell(self) -> float:
         """Let the books know of what ran since they heard last; returns the seconds it took."""
-        for layer, (_, noted, ran) in zip(self._layers, self._rows, strict=True):
-            if ran[0]:
-                ran[0] = 0
-                self._passage.count(layer, noted)
+        ran: list[int] = self._ran.nonzero()[0].tolist()
+        if not ran:  # as mostly where experts are missing: this is asked before every such layer
+            return 0.0
+        for layer in ran:
+            self._passage.count(layer, self._chosen[layer])
         seconds = float(self._seconds[0])
-        self._seconds[0] = 0.0
         self._passage.spend(seconds)
+        self.forget()
         return seconds
