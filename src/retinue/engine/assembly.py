@@ -216,7 +216,7 @@ def _steps(
     """The prepared steps; that of one sequence is recorded now, as nobody waits for a token."""
     plain = host.changes.restriction is None
     reason = abilities.unprepared if plain else abilities.unprepared_restricted
-    steps = Steps(network.model, store, notes.append, reason, network.dense, host.passage)
+    steps = Steps(network.model, store, notes.append, reason, network.dense, host.native_layers)
     steps.prepare(1)
     return steps
 

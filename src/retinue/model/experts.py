@@ -24,7 +24,7 @@ from retinue.model.changes import Changes, distinct
 from retinue.model.exchange import Exchange
 from retinue.model.expert_map import ExpertsModule
 from retinue.model.kernels import ExpertKernel
-from retinue.model.passage import Passage
+from retinue.model.native_layers import NativeLayers
 from retinue.model.restriction import Rerouted
 from retinue.model.routing import Router, probabilities
 from retinue.model.shown import Shown
@@ -71,7 +71,7 @@ class ExpertHost:
         self.attendance = Attendance(cache, policies, order, metrics)
         self.changes = Changes(routers, modules, cache, policies, metrics)
         self.arrival = Arrival(self.attendance, self.changes.books)
-        self.passage = Passage(modules, self.kernels, cache, metrics)
+        self.native_layers = NativeLayers(modules, self.kernels, cache, metrics)
         self._needs = policies.needs
         self.shown = Shown(policies, self.scores)
         self._lowers = not policies.precision.exact
@@ -151,7 +151,7 @@ class ExpertHost:
         self.attendance.begin_pass(phase)
         watched = self.watch is not None or self.shown.wanted or self._watched
         changed = self._lowers or changes.reroutes or changes.thins
-        self.passage.allow(phase == "decode" and not watched and not changed)
+        self.native_layers.allow(phase == "decode" and not watched and not changed)
         if changes.restricted:
             self.arrival.begin_pass()
 

@@ -39,7 +39,7 @@ from retinue.model.grouped_linear import GroupedLinear
 from retinue.model.instruction import TYPES, Instruction, Operand
 from retinue.model.kv import Pool
 from retinue.model.lower import lower
-from retinue.model.passage import Noted, Passage
+from retinue.model.native_layers import NativeLayers, StepLog
 from retinue.model.record import (
     ATTEND,
     EXPERTS,
@@ -76,8 +76,8 @@ class Memory:
 class Program:
     """`run` computes one step: its inputs are where they were recorded, `logits` is its answer.
 
-    `clock` counts its time but for the experts'. `passage` says which experts may run natively,
-    for so many `tokens`.
+    `clock` counts its time but for the experts'. `native_layers` says which experts may run
+    natively, for so many `tokens`.
     """
 
     def __init__(
@@ -86,11 +86,11 @@ class Program:
         library: Native,
         memory: Memory,
         clock: Clock,
-        passage: Passage | None = None,
+        native_layers: NativeLayers | None = None,
         tokens: int = 1,
     ) -> None:
         self._clock, self._experts = clock, Clock()
-        self._noted = Noted(passage, tokens) if passage is not None else None
+        self._log = StepLog(native_layers, tokens) if native_layers is not None else None
         self._constants, self._library = recording.constants, library
         self._numbers: dict[float, int] = {}
         self._keep: list[Any] = []
@@ -112,16 +112,16 @@ class Program:
     def run(self) -> None:
         """Compute. Raises what experts raise; the next run begins anew."""
         started, self._experts.seconds = time.perf_counter(), 0.0
-        if self._noted is not None:
-            self._noted.forget()
+        if self._log is not None:
+            self._log.forget()
         for call in self._calls:
             call()
         self._catch_up()
         self._clock.seconds += time.perf_counter() - started - self._experts.seconds
 
     def _catch_up(self) -> None:
-        if self._noted is not None:
-            self._experts.seconds += self._noted.tell()
+        if self._log is not None:
+            self._experts.seconds += self._log.tell()
 
     # --- what runs natively
 
@@ -152,9 +152,9 @@ class Program:
             row_stride(ref) == ref.shape[-1] for ref in (*operation.args, operation.outputs[0])
         )
         known = index.dtype == torch.int64 and {hidden.dtype, weights.dtype} <= TYPES.keys()
-        if self._noted is None or not rows or not known:
+        if self._log is None or not rows or not known:
             return Torch(operation)
-        table = self._noted.add(operation.module, index.shape[-1])
+        table = self._log.add(operation.module, index.shape[-1])
         return Torch(operation) if table is None else Experts(operation, table)
 
     def _routed(self, before: Sequence[Operation], operation: Operation) -> Routed:

@@ -17,7 +17,7 @@ from retinue.memory import evaluator as layout
 from retinue.memory import native
 from retinue.metrics import Clock
 from retinue.model.kv import Pool, Segment, Store, window_left
-from retinue.model.passage import Passage
+from retinue.model.native_layers import NativeLayers
 from retinue.model.program import Memory, Program, Spans
 from retinue.model.record import record
 
@@ -30,8 +30,8 @@ class Steps:
     """The prepared steps of one model, by the number of sequences; made when first needed.
 
     `say` is told once why steps run unprepared, if they do. `reason`, if it is given, is why none
-    can be prepared. `clock` counts the time of steps but for their experts. `passage` says which
-    experts may run within a step.
+    can be prepared. `clock` counts the time of steps but for their experts. `native_layers` says
+    which experts may run within a step.
     """
 
     def __init__(
@@ -41,9 +41,9 @@ class Steps:
         say: Callable[[str], None],
         reason: str = "",
         clock: Clock | None = None,
-        passage: Passage | None = None,
+        native_layers: NativeLayers | None = None,
     ) -> None:
-        self._clock, self._passage = clock or Clock(), passage
+        self._clock, self._native_layers = clock or Clock(), native_layers
         self._model, self._store, self._say = model, store, say
         self._steps: dict[int, Step | None] = {}
         self._library = native.library()
@@ -76,8 +76,8 @@ class Steps:
         if count not in self._steps and not self._off:
             try:
                 assert self._library is not None
-                clock, passage = self._clock, self._passage
-                step = Step(self._model, self._store, count, self._library, clock, passage)
+                clock, native_layers = self._clock, self._native_layers
+                step = Step(self._model, self._store, count, self._library, clock, native_layers)
                 self._steps[count] = step
                 if step.native_share < LEAST_NATIVE:
                     raise Unsupported(f"only {step.native_share:.0%} of its operations are known")
@@ -101,7 +101,7 @@ class Step:
         count: int,
         library: native.Native,
         clock: Clock,
-        passage: Passage | None,
+        native_layers: NativeLayers | None,
     ) -> None:
         self._store = store
         self._tokens = torch.zeros(1, count, dtype=torch.int64)
@@ -112,7 +112,7 @@ class Step:
         recording = record(model, store, self._tokens, self._positions)
         pools = {n: layer for n, layer in enumerate(store.layers) if isinstance(layer, Pool)}
         memory = Memory(pools, self._spans_of)
-        self._program = Program(recording, library, memory, clock, passage, count)
+        self._program = Program(recording, library, memory, clock, native_layers, count)
         self.native_share = self._program.native_share
 
     def run(self, segments: Items[Segment]) -> torch.Tensor:

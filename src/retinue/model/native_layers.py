@@ -19,7 +19,7 @@ from retinue.model.kernels import ExpertKernel
 from retinue.types import IntArray
 
 
-class Passage:
+class NativeLayers:
     """Which layers of one model may run so, and whether the pass that runs allows it.
 
     It belongs to the engine's thread.
@@ -75,19 +75,19 @@ class Passage:
         self._metrics.now.expert_s += seconds
 
 
-class Noted:
+class StepLog:
     """What the layers of one program note, for the books."""
 
-    def __init__(self, passage: Passage, tokens: int) -> None:
-        self._passage, self._tokens = passage, tokens
+    def __init__(self, native_layers: NativeLayers, tokens: int) -> None:
+        self._native_layers, self._tokens = native_layers, tokens
         self._chosen: dict[int, IntArray] = {}  # by layer: the ids that ran last
         self._tables: list[Any] = []  # which the library reads
-        self._ran, self._seconds = np.zeros(passage.layers, dtype=np.int64), np.zeros(1)
+        self._ran, self._seconds = np.zeros(native_layers.layers, dtype=np.int64), np.zeros(1)
 
     def add(self, module: nn.Module | None, k: int) -> Any | None:
         """A table for `module` without its tensors' places; None: there is no kernel."""
         table = np.zeros(1, dtype=evaluator.LAYER)
-        layer = self._passage.describe(module, table, k)
+        layer = self._native_layers.describe(module, table, k)
         if layer is None:
             return None
         chosen = self._chosen[layer] = np.zeros(self._tokens * k, dtype=np.int64)
@@ -106,8 +106,8 @@ class Noted:
         if not ran:  # as mostly where experts are missing: this is asked before every such layer
             return 0.0
         for layer in ran:
-            self._passage.count(layer, self._chosen[layer])
+            self._native_layers.count(layer, self._chosen[layer])
         seconds = float(self._seconds[0])
-        self._passage.spend(seconds)
+        self._native_layers.spend(seconds)
         self.forget()
         return seconds

@@ -17,7 +17,7 @@ from retinue import LLM
 from retinue.errors import Cancelled
 from retinue.memory import evaluator, native
 from retinue.memory.native import Activation, ExpertsShape, Format
-from retinue.model.passage import Passage
+from retinue.model.native_layers import NativeLayers
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason=str(native.why_not()))
 
@@ -28,16 +28,18 @@ PROMPTS = [models.prompt_of(count, seed=count) for count in (30, 9, 17)]
 @contextmanager
 def seen(*, refused: bool = False) -> Iterator[list[int]]:
     """The layers that ran natively, in order; none does where it is `refused`."""
-    layers, count, allow = list[int](), Passage.count, Passage.allow
+    layers, count, allow = list[int](), NativeLayers.count, NativeLayers.allow
 
-    def counted(passage: Passage, layer: int, chosen: Any) -> None:
+    def counted(native_layers: NativeLayers, layer: int, chosen: Any) -> None:
         layers.append(layer)
-        count(passage, layer, chosen)
+        count(native_layers, layer, chosen)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Passage, "count", counted)
+        patch.setattr(NativeLayers, "count", counted)
         if refused:
-            patch.setattr(Passage, "allow", lambda passage, allowed: allow(passage, False))
+            patch.setattr(
+                NativeLayers, "allow", lambda native_layers, allowed: allow(native_layers, False)
+            )
         yield layers
 
 
