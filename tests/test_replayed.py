@@ -3,7 +3,8 @@
 import numpy as np
 
 from retinue.compare.grid import Disk
-from retinue.compare.replayed import Ran, as_bench, fed
+from retinue.compare.ran import Ran, as_bench
+from retinue.compare.replayed import fed
 from retinue.engine.tasks import TaskIds
 from retinue.sim.changed import Rows, choice_of
 from retinue.sim.costs import Times, averaged

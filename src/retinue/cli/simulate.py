@@ -6,18 +6,20 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from retinue.cli.compared import COMPARE, Compared
 from retinue.cli.options import config_from, useless
 from retinue.cli.simulated import Known, Machine, advice_text, cell_text, left_out_text
 from retinue.cli.terminal import audience, bar, emit_json, note
+from retinue.compare.grid import BASE
 from retinue.config import Config, parse_size
 from retinue.errors import Refused, UsageError
 from retinue.memory.budget import split
 from retinue.policy.presets import PRESETS
 from retinue.policy.recommended import Recommendation, joined
 from retinue.sim.candidates import Candidate, candidates, chosen
-from retinue.sim.cells import ORACLE, Cell, Filled, Table
+from retinue.sim.cells import ORACLE, Filled, Table
 from retinue.sim.passes import Load
-from retinue.sim.recommend import advise
+from retinue.sim.recommend import DEFAULT, LEAST_RUNS, advise
 from retinue.sim.recorded import Recording
 from retinue.sim.stage import Setting
 from retinue.trace import Trace, TraceHead
@@ -31,22 +33,24 @@ def execute(options: Namespace) -> int:
         useless(options, ("allow_approximate",), "without `--recommend`")
     trace = Trace(Path(options.trace))
     known = Known(trace.head, options.model, config)
-    machine = Machine(trace, known, options, config)
+    machine: Machine | Compared
+    if options.compared is not None:
+        machine = Compared(trace, known, options)
+    else:
+        machine = Machine(trace, known, options, config)
     load = _load(trace, options, config)
-    cells = [
-        Cell(label, Setting(slots, machine.roads(disk), machine.times, load, machine.own))
-        for label, slots in _rooms(trace.head, machine.facts, options, config)
-        for disk in machine.disks
-    ]
+    cells = machine.cells(_rooms(trace.head, machine.facts, options, config), load)
     wanted = chosen(options.presets)
-    if ORACLE not in [preset.name for preset in wanted]:
-        wanted.append(PRESETS[ORACLE])
+    beside = (ORACLE, DEFAULT) if options.recommend else (ORACLE,)
+    wanted += [PRESETS[name] for name in beside if name not in [row.name for row in wanted]]
     able, left_out = candidates(wanted, trace.head, known.of, timed=bool(load.arrivals))
     _check_named(options, left_out)
+    allowed = [_allowed(options, able, cell.setting) for cell in cells if options.recommend]
     if not trace.tokens:
         raise UsageError(f"the trace `{trace.file}` has no tokens", hint="record some texts")
     recording = Recording(trace, sorted(frozenset().union(*(each.needs for each in able))))
-    note(f"times are from {machine.times.source}; {len(trace)} requests, {trace.tokens} tokens")
+    source = cells[0].setting.times.source
+    note(f"times are from {source}; {len(trace)} requests, {trace.tokens} tokens")
     table = Table(recording, able, machine.read_bytes)
     with bar(len(cells) * len(able), "replay") as advance:
         filled = [table.fill(cell, advance) for cell in cells]
@@ -56,7 +60,7 @@ def execute(options: Namespace) -> int:
     print("\n\n".join(texts), file=audience(options.json))
     document = _document(trace, machine, filled, left_out)
     if options.recommend:
-        document["recommended"] = _recommend(options, known, table, able, filled)
+        document["recommended"] = _recommend(options, known, table, allowed, filled, machine)
     if options.json:
         emit_json(document)
     return 0
@@ -112,9 +116,9 @@ def _rooms(
 
 
 def _document(
-    trace: Trace, machine: Machine, filled: list[Filled], left_out: dict[str, str]
+    trace: Trace, machine: Machine | Compared, filled: list[Filled], left_out: dict[str, str]
 ) -> dict[str, Any]:
-    head, first = trace.head, filled[0].as_dict()
+    head, first, setting = trace.head, filled[0].as_dict(), filled[0].cell.setting
     document = {
         "trace": str(trace.file),
         "model": head.model,
@@ -122,8 +126,8 @@ def _document(
         "requests": len(trace),
         "tokens": trace.tokens,
         "read_bytes": machine.read_bytes,
-        "latency_s": machine.latency_s,
-        "times": asdict(machine.times),
+        "latency_s": setting.roads.latency_s,
+        "times": asdict(setting.times),
         "left_out": left_out,
         **first,
     }
@@ -134,22 +138,38 @@ def _recommend(
     options: Namespace,
     known: Known,
     table: Table,
-    able: list[Candidate],
+    allowed: list[list[Candidate]],
     filled: list[Filled],
+    machine: Machine | Compared,
 ) -> list[dict[str, Any]]:
-    """Find the best preset for each cell, and write exact ones into the profile."""
-    allowed = [each for each in able if each.preset.exact or options.allow_approximate]
-    if not allowed:
-        raise UsageError("no exact preset to choose from", hint="use `--allow-approximate`")
-    entries: tuple[Recommendation, ...] = ()
-    for each in filled:
-        advice = advise(table, allowed, each.cell)
+    """Find the best preset for each cell; what is sure and exact goes into the profile."""
+    rows, entries = [], tuple[Recommendation, ...]()
+    for each, able in zip(filled, allowed, strict=True):
+        evidence, cell = machine.evidence(each.cell), each.cell
+        advice = advise(table, able, cell, evidence)
         print(f"\n{advice_text(each, advice)}", file=audience(options.json))
-        here = options.disk is None and not each.cell.setting.roads.in_turn
-        entries += (known.entry(each.cell, advice, here=here),)
-    _remember(known, entries)
-    labels = [each.cell.label for each in filled]
-    return [asdict(one) | {"experts": label} for one, label in zip(entries, labels, strict=True)]
+        here = options.disk is None and not cell.setting.roads.in_turn
+        entry = known.entry(cell, advice, here=here)
+        entries += (entry,) if len(evidence.runs) >= LEAST_RUNS else ()
+        rows.append(asdict(entry) | {"experts": cell.label, "why_not": list(advice.why_not)})
+    if entries:
+        _remember(known, entries)
+    else:
+        note(f"nothing is kept; hint: {COMPARE}", "yellow")
+    return rows
+
+
+def _allowed(options: Namespace, able: list[Candidate], setting: Setting) -> list[Candidate]:
+    """Who may be recommended: where others' costs were measured, those whose own were as well."""
+    allowed = [each for each in able if each.preset.exact or options.allow_approximate]
+    if setting.own:
+        allowed = [each for each in allowed if each.preset.name in (BASE, *setting.own)]
+    if DEFAULT not in [each.preset.name for each in allowed]:
+        raise UsageError(
+            f"`{DEFAULT}` cannot be replayed, so nothing can be recommended in its place",
+            hint="record the trace with `--signals next_scores`",
+        )
+    return allowed
 
 
 def _remember(known: Known, entries: tuple[Recommendation, ...]) -> None:

@@ -3,7 +3,7 @@
 import json
 import math
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
@@ -34,10 +34,13 @@ from retinue.sim.costs import (
     with_given,
 )
 from retinue.sim.link import Roads
-from retinue.sim.recommend import Advice
+from retinue.sim.passes import Load
+from retinue.sim.recommend import Advice, Evidence
+from retinue.sim.stage import Setting
 from retinue.trace import Trace, TraceHead
 from retinue.types import Facts
 
+Room = tuple[str, int]  # what it is called, and how many experts fit
 _TIMES = ("expert_s", "layer_s", "elsewhere_s", "pass_s")
 LATENCY_S = 1e-4
 BENCH = "`retinue bench MODEL --json > FILE`, then `--bench FILE`"
@@ -106,36 +109,38 @@ class Known:
 
 
 class Machine:
-    """The machine that is simulated: `disks` in bytes a second, times of computing, sizes."""
+    """The machine that is simulated, in numbers: disks, times of computing, sizes."""
 
     def __init__(self, trace: Trace, known: Known, options: Namespace, config: Config) -> None:
         times = {name: getattr(options, f"{name[:-2]}_time") for name in _TIMES}
         seconds = [value for value in (options.latency, *times.values()) if value is not None]
         if wrong := [value for value in seconds if not 0 <= value < math.inf]:
             raise UsageError(f"a time is out of range: `{wrong[0]}`", hint="seconds, 0 or more")
-        self.facts = _facts(trace, options)
+        self.facts = facts_of(trace, options)
         given = 0 if options.expert_size is not None else trace.head.read_bytes
         self.read_bytes = given or self.facts.read_bytes
         self._bus = _positive("bus", options.bus) if options.bus is not None else None
-        benches = [document(Path(file)) for file in options.bench or ()]
-        bench = benches[0] if benches else None
+        bench = document(Path(options.bench)) if options.bench is not None else None
         self._in_turn = bench is not None and bench.get("read_limit") is not None
         place = known.folder or trace.file.resolve().parent
         given_whole = options.disk is not None and options.latency is not None
         speed = None if given_whole else self._read_speed(known.folder, bench)
-        self.disks = _disks(options.disk, place, speed)
-        self.latency_s = _latency(options.latency, speed)
-        self.times = with_given(self._times(known, bench, options, config), **times)
-        self.own = {
-            str(each.get("preset")): with_given(
-                times_of_bench(self.facts, each, self.times), **times
-            )
-            for each in benches[1:]
-        }
+        self._disks = _disks(options.disk, place, speed)
+        self._latency_s = _latency(options.latency, speed)
+        self._times = with_given(self._known_times(known, bench, options, config), **times)
 
-    def roads(self, disk: float) -> Roads:
-        """With a disk of `disk` bytes a second."""
-        return Roads(disk, self.latency_s, self._bus, self._in_turn)
+    def cells(self, rooms: Sequence[Room], load: Load) -> list[Cell]:
+        """Each room on each disk."""
+        roads = [Roads(disk, self._latency_s, self._bus, self._in_turn) for disk in self._disks]
+        return [
+            Cell(label, Setting(slots, road, self._times, load))
+            for label, slots in rooms
+            for road in roads
+        ]
+
+    def evidence(self, cell: Cell) -> Evidence:
+        """None: these are numbers of one run, or fewer."""
+        return Evidence()
 
     def _read_speed(self, folder: Path | None, bench: Mapping[str, Any] | None) -> ReadSpeed | None:
         """How fast experts are read: as `bench` says it, or measured where the model is here."""
@@ -143,7 +148,7 @@ class Machine:
             return found
         return None if folder is None else measure_reads(folder, self.read_bytes)
 
-    def _times(
+    def _known_times(
         self, known: Known, bench: Mapping[str, Any] | None, options: Namespace, config: Config
     ) -> Times:
         if bench is not None:
@@ -180,7 +185,7 @@ def _positive(name: str, text: str) -> int:
     return size
 
 
-def _facts(trace: Trace, options: Namespace) -> Facts:
+def facts_of(trace: Trace, options: Namespace) -> Facts:
     """What the trace says of the model; of an old one, with the size that is given."""
     head = trace.head
     if head.facts is not None and options.expert_size is None:
@@ -267,11 +272,14 @@ def advice_text(filled: Filled, advice: Advice) -> str:
     best, setting = advice.best, filled.cell.setting
     ring = "" if best.ring is None else f" with a ring of {best.ring:.0%} of the slots"
     disk = format_size(setting.roads.disk_bytes_per_s)
-    gain = f"{advice.margin:.1%} faster than `auto`" if advice.margin else "nothing gains more"
-    return (
+    gain = "nobody is surely faster"
+    if advice.margin:
+        gain = f"{advice.margin:.1%} faster than `auto`"
+    lines = [
         f"{filled.cell.label}, a disk of {disk}/s: `{best.preset}`{ring},"
         f" {best.decode_tokens_per_s:.2f} tokens/s; {gain}"
-    )
+    ]
+    return "\n".join([*lines, *(f"  {reason}: not named" for reason in advice.why_not)])
 
 
 def _times_over(ratio: float | None) -> str:

@@ -152,15 +152,19 @@ def _add_simulate(verbs: object) -> None:
         simulation.add_argument(name, type=kind, metavar=metavar, help=text)
     simulation.add_argument(
         "--bench",
-        action="append",
         metavar="FILE",
-        help="of `retinue bench --preset on-demand --json`: times of this machine; further ones are"
-        " of the preset that they name",
+        help="of `retinue bench --preset on-demand --json`: times of this machine",
+    )
+    simulation.add_argument(
+        "--compared",
+        metavar="DIR",
+        help="of `retinue compare`: the disks, and the times of each preset, as they were there",
     )
     simulation.add_argument(
         "--recommend",
         action="store_true",
-        help="try presets and divisions of the slots, and keep the best for `--preset auto`",
+        help="try presets and divisions of the slots; with --compared, keep who is surely better"
+        " than `auto` for `--preset auto`",
     )
     simulation.add_argument(
         "--allow-approximate",
