@@ -204,6 +204,7 @@ def test_times_from_a_run_of_bench(call: Call, traced: Path, tmp_path: Path) -> 
             "looks": 0,
             "late_s": 1e-3,
             "start_s": 1e-3,
+            "expand_s": 2e-3,
             "read_latency_s": 3e-4,
             "reads_bytes_per_s": 2e6,
             "prompt_tokens": 11,
@@ -223,6 +224,7 @@ def test_times_from_a_run_of_bench(call: Call, traced: Path, tmp_path: Path) -> 
     # Of 0.6 s for 600 experts 200 layers that lacked some took 0.2 s more; of 0.6 s for 300 layers
     # 200 reads took 0.2 s.
     assert (times["late_s"], times["start_s"], times["ahead_s"]) == (1e-3, 1e-3, 0)
+    assert times["expand_s"] == 2e-3
     assert times["expert_s"] == pytest.approx(0.4 / 600)
     assert times["layer_s"] == pytest.approx(0.4 / 300)
     assert done.document["latency_s"] == 3e-4

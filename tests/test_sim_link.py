@@ -34,6 +34,29 @@ def test_one_read_takes_latency_and_bytes() -> None:
     assert link.wait([ticket], 1.0) == 0.0
 
 
+def test_bits_of_another_precision_are_expanded_by_their_reader() -> None:
+    sizes = np.full((2, 1, 2 * READERS), MIB, dtype=np.int64)
+    link = SimulatedLink(IN_TURN, Sizes(sizes, sizes), expand_s=0.25)
+    own, other, last = (link.submit(Expert(0, at), at, Urgency.DEMAND, at % 2) for at in range(3))
+    assert link.wait([own], 9.0) == 1.0
+    assert link.wait([other], 9.0) == 1.25
+    link.advance(0.7)
+    assert (link.now, last.settled) == (2.95, False)
+    link.advance(0.05)
+    assert last.settled, "the disk went on meanwhile"
+    assert link.busy() == 3.0
+    tickets = [link.submit(Expert(0, at), at, Urgency.DEMAND, 1) for at in range(READERS + 1)]
+    link.wait([tickets[READERS]], 99.0)
+    # One more than there are readers begins when the first of them has expanded its bits.
+    assert link.now == pytest.approx(3.0 + READERS + 1 + 0.25)
+    dropped = link.submit(Expert(0, 1), 1, Urgency.DEMAND, 1)
+    link.advance(1.1)
+    link.cancel(dropped)
+    assert not dropped.settled, "its slot is still written to"
+    link.advance(0.2)
+    assert (dropped.settled, dropped.state) == (True, TicketState.CANCELLED)
+
+
 def test_reads_share_the_disk_and_wait_for_its_answer_together() -> None:
     link = link_of(MIB, Roads(MIB, latency_s=0.5, in_turn=True))
     tickets = [read(link, index) for index in range(3)]

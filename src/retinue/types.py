@@ -165,7 +165,8 @@ class Stats:
     prefill_dense_s: float = 0.0
     prefill_overhead_s: float = 0.0
     # How often what a replay takes times of was done, and what one of it took, where that varied:
-    # reads that were started, layers that lacked an expert, looks ahead.
+    # reads that were started, layers that lacked an expert, looks ahead; and expanding the bits of
+    # an expert that was read in another precision.
     reads: int = 0
     lacking: int = 0
     looks: int = 0
@@ -174,6 +175,7 @@ class Stats:
     prefill_looks: int = 0
     late_s: float | None = None
     start_s: float | None = None
+    expand_s: float | None = None
     reused_tokens: int = 0
     disk_bytes_per_s: float | None = None
     memory_bytes_per_s: float | None = None

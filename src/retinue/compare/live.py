@@ -124,6 +124,7 @@ def _counted(llm: LLM, requests: list[Request]) -> Row:
         "late_spread": decode.computing.spread,
         "start_s": decode.starting.slope,
         "start_spread": decode.starting.spread,
+        "expand_s": assembly.expand_s,
         "read_while_busy_bytes_per_s": _rate(mover.bytes_read, mover.busy_s),
         "texts": len(requests),
         "prefill_bytes_read": prefill.bytes_read,

@@ -73,6 +73,12 @@ class Assembly:
     notes: list[str]
 
     @property
+    def expand_s(self) -> float | None:
+        """See `DiskLink.expand_s`."""
+        link = self.cache.reads.link
+        return link.expand_s if isinstance(link, DiskLink) else None
+
+    @property
     def folder(self) -> Path:
         """The checkpoint's folder."""
         return self.network.checkpoint.folder

@@ -385,6 +385,7 @@ def _stats(assembly: "Assembly", request: Request) -> Stats:
         **{f"prefill_{name}": count for name, count in prefill.counts.items()},
         late_s=decode.computing.slope,
         start_s=decode.starting.slope,
+        expand_s=assembly.expand_s,
     )
 
 

@@ -89,6 +89,11 @@ class DiskLink:
         """Seconds so far in which the mover read something."""
         return self.mover.busy_s
 
+    @property
+    def expand_s(self) -> float | None:
+        """What an expert of another precision took after its bytes were there, on average."""
+        return None if self._nested is None else self._nested.store.decode_s
+
     def views(self, layer: int, expert: int, slot: int) -> Views:
         """The parameters of the expert that is READY in `slot`."""
         key = Expert(layer, expert)

@@ -11,11 +11,13 @@ import logging
 import os
 import queue
 import shutil
+import time
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -160,6 +162,7 @@ class NestedStore:
         for stage in range(self._tier.slots):
             self._stages.put(stage)
         self._checked: set[tuple[Expert, int]] = set()  # members are added by reader threads
+        self._lock, self._decoded, self._decoding_s = Lock(), 0, 0.0
 
     def task(self, expert: Expert, precision: str, slot: torch.Tensor) -> Task:
         """What reads `expert` into `slot` in `int8`, `int4` or `int2`."""
@@ -175,6 +178,12 @@ class NestedStore:
         found = self._layers[layer]
         return 0 if found is None else found.form.used_bytes(PRECISIONS[precision])
 
+    @property
+    def decode_s(self) -> float | None:
+        """What decoding a record took, on average; None where none was decoded."""
+        with self._lock:
+            return self._decoding_s / self._decoded if self._decoded else None
+
     def _read(self, expert: Expert, bits: int, slot: torch.Tensor, source: Source) -> int:
         layer = self._layers[expert.layer]
         assert layer is not None
@@ -184,8 +193,12 @@ class NestedStore:
             start = expert.index * layer.form.record_bytes
             got = source.read(layer.file, start, into, direct=True)
             self._check(layer, expert, bits, into[:got])
+            started = time.perf_counter()
             views = self._layouts[expert.layer][expert.index].views(slot)
             decode(layer.form, self._tier.tensor(stage), bits, views)
+            with self._lock:
+                self._decoded += 1
+                self._decoding_s += time.perf_counter() - started
             return got
         finally:
             self._stages.put(stage)

@@ -3,7 +3,8 @@
 They come from the command line, from a document of `retinue bench`, or from what is remembered of
 this machine. Every pass takes `pass_s`, every layer of it `layer_s` before its experts, and every
 expert `expert_s`; further tokens of a pass add to both. What else costs is counted: each layer that
-lacks an expert, each read that is started, each look ahead.
+lacks an expert, each read that is started, each look ahead; and each
+expert whose bits are expanded, which keeps its reader busy.
 """
 
 from collections.abc import Mapping, Sequence
@@ -40,6 +41,7 @@ class Times:
     late_s: float = 0.0  # the experts of a layer that lacks some, beyond what they take otherwise
     start_s: float = 0.0  # the engine's own time for each read that it starts
     ahead_s: float = 0.0  # looking ahead from one layer
+    expand_s: float = 0.0  # a reader's, for an expert of another precision, once it is read
     elsewhere_s: float | None = None
     source: str = "given"
 
@@ -132,6 +134,7 @@ def times_of_bench(facts: Facts, document: Mapping[str, Any], plain: Times | Non
         late_s=late_s,
         start_s=start_s,
         ahead_s=ahead_s,
+        expand_s=float(document.get("expand_s") or 0.0),
         source="a run of `retinue bench`",
     )
 

@@ -3,11 +3,13 @@
 The queue is that of `memory/mover.py`: the most urgent read goes first, a chunk at a time, as many
 chunks at once as there are reader threads, so that a demand waits for chunks that have begun and
 for nothing else. A chunk waits for the disk to answer, then passes the disk, and then the bus,
-where there is one. Readers share the interpreter's lock with the engine: while that holds it, none
-of them takes a chunk, nor says that one is there.
+where there is one; the reader of an expert in another precision then expands its bits. Readers
+share the interpreter's lock with the engine: while that holds it, none of them takes a chunk, nor
+says that one is there.
 """
 
 import heapq
+from collections import deque
 from collections.abc import Collection
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -54,10 +56,16 @@ class Roads:
 class Read:
     """A ticket: one expert's read."""
 
-    __slots__ = ("chunks", "error", "left", "running", "sequence", "settled", "state", "urgency")
+    __slots__ = (
+        *("chunks", "error", "expand_s", "left", "running", "sequence", "settled", "state"),
+        "urgency",
+    )
 
-    def __init__(self, chunks: int, left: int, urgency: Urgency, sequence: int) -> None:
+    def __init__(
+        self, chunks: int, left: int, urgency: Urgency, sequence: int, expand_s: float
+    ) -> None:
         self.chunks, self.left = chunks, left  # to begin with: chunks, and bytes of them
+        self.expand_s = expand_s  # what its last reader takes once all is there
         self.running = 0
         self.urgency, self.sequence = urgency, sequence
         self.state = TicketState.QUEUED
@@ -68,11 +76,14 @@ class Read:
 class SimulatedLink:
     """Reads experts in no time of ours. `now` is its clock; `advance`, `hold` and `wait` move it.
 
-    `start_s` is what whoever submits a read is busy with it.
+    `start_s` is what whoever submits a read is busy with it, `expand_s` what a reader is busy with
+    an expert of another precision, once it is read.
     """
 
-    def __init__(self, roads: Roads, sizes: Sizes, start_s: float = 0.0) -> None:
-        self._roads, self._start_s = roads, start_s
+    def __init__(
+        self, roads: Roads, sizes: Sizes, start_s: float = 0.0, expand_s: float = 0.0
+    ) -> None:
+        self._roads, self._start_s, self._expand_s = roads, start_s, expand_s
         self._wake_s = min(WAKE_S, roads.latency_s)
         self._sizes: list[list[list[int]]] = sizes.read_bytes.tolist()
         self.now = 0.0
@@ -80,6 +91,7 @@ class SimulatedLink:
         self._queue: list[tuple[int, int, Read]] = []
         self._idle = READERS
         self._disk, self._bus = roads.disk(), roads.bus()
+        self._expanding: deque[tuple[float, Chunk]] = deque()  # and when each will be done
         self._number = count()
         self._busy_s = self._busy_since = 0.0
 
@@ -91,7 +103,8 @@ class SimulatedLink:
         """Queue a read."""
         self.hold(self._start_s)
         size = self._sizes[precision][expert.layer][expert.index]
-        read = Read(-(-size // CHUNK_BYTES), size, urgency, next(self._number))
+        expand_s = self._expand_s if precision else 0.0
+        read = Read(-(-size // CHUNK_BYTES), size, urgency, next(self._number), expand_s)
         heapq.heappush(self._queue, (urgency, read.sequence, read))
         self.reads += 1
         return read
@@ -187,9 +200,23 @@ class SimulatedLink:
             chunk = disk.leave()
             bus.enter(at, chunk[1], chunk)
 
+    def _expanded(self, limit: float) -> tuple[float, Chunk] | None:
+        """The same, where some readers expand what they have read before they say so."""
+        expanding = self._expanding
+        while True:
+            until = min(limit, expanding[0][0]) if expanding else limit
+            found = self._through(until)
+            if found is None:
+                return expanding.popleft() if expanding and expanding[0][0] <= limit else None
+            at, (read, size) = found
+            last = read.running == 1 and not read.chunks
+            if not (last and read.expand_s and read.state is TicketState.QUEUED):
+                return found
+            expanding.append((max(self.now, at) + read.expand_s, (read, size)))
+
     def _end(self, limit: float) -> Read | None:
         """The next chunk ends by `limit`, or has ended meanwhile; its reader takes another one."""
-        found = self._through(limit)
+        found = self._through(limit) if not self._expand_s else self._expanded(limit)
         if found is None:
             return None
         ended, (read, size) = found

@@ -39,7 +39,8 @@ class Stage:
     def __init__(self, recording: Recording, setting: Setting, sizes: Sizes) -> None:
         self.recording, self.setting, self.sizes = recording, setting, sizes
         self.times, self.metrics = setting.times, Metrics()
-        self.link = SimulatedLink(setting.roads, sizes, setting.times.start_s)
+        own = setting.times
+        self.link = SimulatedLink(setting.roads, sizes, own.start_s, own.expand_s)
 
     @property
     def costs(self) -> Costs:
