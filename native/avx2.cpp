@@ -132,7 +132,7 @@ void multiply(const Tile& tile, const Block* blocks, int32_t count, int32_t stri
 
 const Kernels* avx2_kernels() {
     static const Kernels table = {"avx2",   false,    load, store, round_to, prepare,
-                                  activate, multiply, sum,  encode, decode};
+                                  activate, multiply, sum,  encode, decode, unnest};
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? &table : nullptr;
 }
 
