@@ -277,7 +277,8 @@ bool has_tiles() {
 
 const Kernels* amx_kernels() {
     static const Kernels table = {"avx512-amx", true,     load, store, round_to, prepare,
-                                  activate,     multiply, sum,  score, mix,   encode,   decode};
+                                  activate,     multiply, sum,  score, mix,   encode,
+                                  decode,       unnest};
     static const bool usable = has_tiles();
     return usable ? &table : nullptr;
 }

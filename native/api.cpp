@@ -101,6 +101,28 @@ void decode_rows(const retinue_matrix& matrix, int32_t type, uint8_t* out) {
     }
 }
 
+// So many groups at a time: what stays in a core's cache.
+constexpr int64_t kGroups = 32;
+
+void unnest_groups(const uint16_t* scales, const uint8_t* const* given, int32_t bits,
+                   int64_t groups, int32_t type, uint8_t* out) {
+    const int64_t element = type == RETINUE_TYPE_F32 ? 4 : 2;
+    const uint8_t* planes[3] = {given[0], given[1], given[2]};
+    float numbers[kGroups * kGroup], own[kGroups];
+    alignas(float) uint8_t rounded[kGroups * sizeof(float)];
+    for (int64_t start = 0; start < groups; start += kGroups) {
+        const int64_t count = std::min(kGroups, groups - start);
+        kernels().load(scales + start, RETINUE_TYPE_BF16, count, own);
+        kernels().store(own, type, count, rounded);
+        kernels().load(rounded, type, count, own);
+        kernels().unnest(planes, bits, own, count, numbers);
+        planes[0] += count * kGroup * 2 / 8;
+        if (bits > 2) planes[1] += count * kGroup * 2 / 8;
+        if (bits > 4) planes[2] += count * kGroup * 4 / 8;
+        kernels().store(numbers, type, count * kGroup, out + start * kGroup * element);
+    }
+}
+
 }  // namespace
 
 const Kernels& kernels() {
@@ -163,5 +185,21 @@ int32_t retinue_decode(const retinue_matrix* matrix, int32_t type, void* out) {
         return RETINUE_BAD_ARGUMENT;
     }
     decode_rows(*matrix, type, static_cast<uint8_t*>(out));
+    return RETINUE_OK;
+}
+
+int32_t retinue_unnest(const void* scales, const void* first, const void* second,
+                       const void* third, int32_t bits, int64_t groups, int32_t type, void* out) {
+    const bool known = bits == 2 || bits == 4 || bits == 8;
+    if (!known || !is_type(type) || groups < 0) return RETINUE_BAD_ARGUMENT;
+    if (groups == 0) return RETINUE_OK;
+    if (!scales || !first || (bits > 2 && !second) || (bits > 4 && !third) || !out) {
+        return RETINUE_BAD_ARGUMENT;
+    }
+    const uint8_t* const planes[3] = {static_cast<const uint8_t*>(first),
+                                      static_cast<const uint8_t*>(second),
+                                      static_cast<const uint8_t*>(third)};
+    unnest_groups(static_cast<const uint16_t*>(scales), planes, bits, groups, type,
+                  static_cast<uint8_t*>(out));
     return RETINUE_OK;
 }

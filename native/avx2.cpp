@@ -132,7 +132,8 @@ void multiply(const Tile& tile, const Block* blocks, int32_t count, int32_t stri
 
 const Kernels* avx2_kernels() {
     static const Kernels table = {"avx2",   false,    load, store, round_to, prepare,
-                                  activate, multiply, sum,  score, mix,   encode,   decode};
+                                  activate, multiply, sum,  score, mix,   encode,
+                                  decode,   unnest};
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? &table : nullptr;
 }
 

@@ -145,7 +145,7 @@ void multiply(const Tile& tile, const Block* blocks, int32_t count, int32_t stri
 
 const Kernels* avx512_kernels() {
     static const Kernels table = {"avx512-vnni", false, load, store, round_to, prepare, activate,
-                                  multiply, sum, score, mix, encode, decode};
+                                  multiply, sum, score, mix, encode, decode, unnest};
     return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") ? &table
                                                                                       : nullptr;
 }

@@ -346,6 +346,44 @@ void decode(const uint8_t* codes, const uint16_t* scales, int32_t format, float*
     }
 }
 
+// Of 32 weights in a plane of `kBits` bits each, those from `start` on, one a lane.
+template <int kBits>
+inline Bits fields_of(const uint8_t* plane, int start) {
+    constexpr int kEach = 32 / kBits;  // weights of a word
+    uint32_t low, high;
+    memcpy(&low, plane + start / kEach * 4, 4);
+    memcpy(&high, plane + (start + kWidth - 1) / kEach * 4, 4);
+    Bits number = {};
+    for (int i = 0; i < kWidth; i++) number[i] = static_cast<uint32_t>(start % kEach + i);
+    const Bits words = number < static_cast<uint32_t>(kEach) ? Bits{} + low : Bits{} + high;
+    return words >> number % kEach * kBits & ((1u << kBits) - 1u);
+}
+
+template <int kBits>
+inline void unnest_groups(const uint8_t* const* planes, const float* scales, int64_t groups,
+                          float* out) {
+    constexpr float kHalf = 1.0f / (1 << (kBits - 1)), kPull = kBits == 2 ? 0.9375f : 1.0f;
+    for (int64_t group = 0; group < groups; group++, out += kGroup) {
+#pragma GCC unroll 8
+        for (int start = 0; start < kGroup; start += kWidth) {
+            Bits code = fields_of<2>(planes[0] + group * 8, start);
+            if (kBits > 2) code = code << 2u | fields_of<2>(planes[1] + group * 8, start);
+            if (kBits > 4) code = code << 4u | fields_of<4>(planes[2] + group * 16, start);
+            // An integer below 2^23 in the lowest bits of 2^23.
+            const Floats number = floats_of(code | 0x4b000000u) - 8388608.0f;
+            const Floats value = ((number + 0.5f) * kHalf - 1.0f) * kPull * scales[group];
+            memcpy(out + start, &value, sizeof value);
+        }
+    }
+}
+
+void unnest(const uint8_t* const* planes, int32_t bits, const float* scales, int64_t groups,
+            float* out) {
+    if (bits == 2) unnest_groups<2>(planes, scales, groups, out);
+    if (bits == 4) unnest_groups<4>(planes, scales, groups, out);
+    if (bits == 8) unnest_groups<8>(planes, scales, groups, out);
+}
+
 }  // namespace
 }  // namespace retinue
 #endif

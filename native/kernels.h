@@ -70,6 +70,9 @@ struct Kernels {
     // A group of sixteen rows: x [32][16] to codes and scales, and back.
     void (*encode)(const float* x, int32_t format, uint8_t* codes, uint16_t* scales);
     void (*decode)(const uint8_t* codes, const uint16_t* scales, int32_t format, float* out);
+    // Nested bits times their groups' scales: out [groups][32].
+    void (*unnest)(const uint8_t* const* planes, int32_t bits, const float* scales, int64_t groups,
+                   float* out);
 };
 
 // Null where the machine, or the compiler's target, has not the instructions.

@@ -77,7 +77,7 @@ void multiply(const Tile& tile, const Block* blocks, int32_t count, int32_t stri
 
 const Kernels* portable_kernels() {
     static const Kernels table = {"portable", false, load, store, round_to, prepare, activate,
-                                  multiply, sum, score, mix, encode, decode};
+                                  multiply, sum, score, mix, encode, decode, unnest};
     return &table;
 }
 

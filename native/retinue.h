@@ -20,7 +20,8 @@
 // another order than several, of which each gets the same whatever the others are.
 //
 // Every function returns 0, or a RETINUE_ error; nothing is thrown and nothing printed. Two
-// threads at once may call `retinue_encode`, `retinue_decode` and `retinue_features`, no others.
+// threads at once may call `retinue_encode`, `retinue_decode`, `retinue_unnest` and
+// `retinue_features`, no others.
 #ifndef RETINUE_H
 #define RETINUE_H
 
@@ -31,7 +32,7 @@ extern "C" {
 #endif
 #pragma GCC visibility push(default)
 
-#define RETINUE_ABI 2  // changes with anything below, or in step.h
+#define RETINUE_ABI 3  // changes with anything below, or in step.h
 
 enum { RETINUE_OK = 0, RETINUE_BAD_ARGUMENT = 1, RETINUE_OUT_OF_MEMORY = 2 };
 enum { RETINUE_BF16 = 0, RETINUE_INT8 = 1, RETINUE_INT4 = 2 };               // of weights
@@ -93,6 +94,13 @@ int32_t retinue_encode(const void* x, int64_t x_stride, int32_t type, int32_t fo
 
 // The numbers that the matrix stands for, to out [rows, columns] of `type`. On the caller's thread.
 int32_t retinue_decode(const retinue_matrix* matrix, int32_t type, void* out);
+
+// What the first 2, 4 or 8 `bits` of weights in nested planes stand for, to out [groups][32] of
+// `type`. Planes of 2, 2 and 4 bits, the upper ones first, the first weight lowest in a byte; those
+// beyond `bits` may be null. scales: bfloat16 [groups], rounded to `type`; a code c stands for
+// ((c + 0.5) / 2^(bits - 1) - 1) * scale, with 2 bits times 15/16. On the caller's thread.
+int32_t retinue_unnest(const void* scales, const void* first, const void* second,
+                       const void* third, int32_t bits, int64_t groups, int32_t type, void* out);
 
 #pragma GCC visibility pop
 #ifdef __cplusplus

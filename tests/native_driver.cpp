@@ -82,6 +82,14 @@ void linear(int32_t format, int32_t type, int32_t rows, int32_t columns, int32_t
             "encode");
 }
 
+void nested(int32_t bits, int32_t type, int64_t groups) {
+    const Memory scales(2 * groups, 2), first(8 * groups, 1), second(8 * groups, 3);
+    const Memory third(16 * groups, 0), out(groups * 32 * size_of(type), 0);
+    require(retinue_unnest(scales.data, first.data, bits > 2 ? second.data : nullptr,
+                           bits > 4 ? third.data : nullptr, bits, groups, type, out.data) == 0,
+            "unnest");
+}
+
 void experts(int32_t format, int32_t type, int32_t hidden, int32_t inner, int32_t tokens) {
     const int32_t count = 3, k = 2;
     std::vector<std::unique_ptr<Matrix>> matrices;
@@ -194,6 +202,13 @@ int main() {
             attend(type, 8, 2, 128, 128);
         }
     }
+    for (int32_t bits = 2; bits <= 8; bits *= 2) {
+        for (int32_t type = RETINUE_TYPE_F32; type <= RETINUE_TYPE_F16; type++) {
+            for (int64_t groups : {0, 1, 33}) nested(bits, type, groups);
+        }
+    }
+    require(retinue_unnest(&state, &state, nullptr, nullptr, 4, 1, 0, &state) != RETINUE_OK,
+            "a plane that lacks is refused");
     const retinue_matrix wrong = {nullptr, nullptr, RETINUE_INT4, 1, 1, 0};
     require(retinue_linear(&wrong, &wrong, 1, 0, 1, nullptr, nullptr) == RETINUE_BAD_ARGUMENT,
             "a wrong argument is refused");

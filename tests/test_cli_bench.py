@@ -180,9 +180,12 @@ def test_the_table_of_where_the_time_went() -> None:
     "work", [("--prompt-tokens", 0), ("--new-tokens", -1), ("--prompt-tokens", 2048)]
 )
 def test_work_that_cannot_be_done(call: Call, work: tuple[str, int]) -> None:
-    done = call("bench", "sample", *MEMORY, *work)
-    assert done.code == 2
-    assert done.out == ""
+    refused(call("bench", "sample", *MEMORY, *work), 2, "is out of range")
+
+
+def test_prompts_are_as_long_as_they_are(call: Call) -> None:
+    done = call("bench", "sample", "--prompts", "some.txt", "--prompt-tokens", 5)
+    refused(done, 2, "`--prompt-tokens` is of no use with `--prompts`")
 
 
 def test_a_context_too_short_for_the_work_is_refused(

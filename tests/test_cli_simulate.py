@@ -128,6 +128,11 @@ def test_requests_together_and_by_chance(call: Call, traced: Path) -> None:
         (("--experts", "50%", "--disk", "0"), 2, "disk is out of range"),
         (("--rate", "0"), 2, "rate is out of range"),
         (("--layer-time", "-1"), 2, "a time is out of range: `-1.0`"),
+        (("--latency", "nan"), 2, "a time is out of range: `nan`"),
+        (("--pass-time", "inf"), 2, "a time is out of range: `inf`"),
+        (("--expert-size", "0"), 2, "expert_size is out of range: `0`"),
+        (("--bus", "0"), 2, "bus is out of range: `0`"),
+        (("--presets", "popular,emoe"), 3, "no preset of `popular,emoe` can be replayed"),
         (("--model", "no/such/model/here"), 2, "no such model here"),
         (("--bench", "none.json"), 2, "cannot read `none.json`"),
         (("--memory", "1KiB"), 3, "does not fit"),
@@ -142,6 +147,20 @@ def test_wrong_options(
     known |= dict(zip(words[::2], words[1::2], strict=True))
     flat = [word for pair in known.items() for word in pair]
     refused(call("simulate", traced, *flat), code, message)
+
+
+def test_what_only_recommend_asks_for(call: Call, traced: Path) -> None:
+    done = call("simulate", traced, "--experts", "40%", *TIMES, "--allow-approximate")
+    refused(done, 2, "`--allow-approximate` is of no use without `--recommend`")
+
+
+def test_the_room_may_come_from_the_environment(
+    call: Call, traced: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RETINUE_EXPERTS", "40%")
+    done = call("simulate", traced, *TIMES, "--presets", "on-demand")
+    assert done.code == 0, done.err
+    assert done.out.startswith("40%: room for 9 experts")
 
 
 def test_damaged_traces(call: Call, traced: Path, tmp_path: Path) -> None:

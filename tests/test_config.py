@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from retinue.config import Config, format_size, load_config, parse_size
-from retinue.errors import UsageError
+from retinue.errors import Unsupported, UsageError
 from retinue.types import Deadline, SamplingParams
 
 
@@ -165,12 +165,47 @@ def test_unknown_keys_are_named(tmp_path: Path) -> None:
         ("self_check", 2),
         ("stop", 5),
         ("memory", True),
+        ("memory", [1]),
+        ("preset", [1]),
+        ("deadlines", {"a": {"first": 3}}),
+        ("keys", 5),
     ],
 )
 def test_wrong_types_are_named(key: str, value: Any) -> None:
     with pytest.raises(UsageError, match=f"{key} has the wrong type") as caught:
         load_config({key: value}, environ={})
     assert f"`{value}`" in str(caught.value)
+    assert caught.value.hint.startswith("write ")
+
+
+def test_what_yaml_takes_for_a_number_is_a_text_where_one_is_meant(tmp_path: Path) -> None:
+    config = load_config({}, write(tmp_path, "api_key: 12345\ntask: 7\npreset: 5\n"), {})
+    assert (config.api_key, config.task, config.preset) == ("12345", "7", "5")
+
+
+def test_no_size_is_below_nothing() -> None:
+    with pytest.raises(UsageError, match="not a size: `-5`"):
+        parse_size(-5)
+
+
+def test_a_gpu_is_refused_as_long_as_none_is_used() -> None:
+    assert load_config({"gpu_memory": 0}, environ={}).gpu_memory == 0
+    for size in ("1GiB", "80%", 1 << 30):
+        with pytest.raises(Unsupported, match="uses no GPU") as caught:
+            load_config({}, environ={"RETINUE_GPU_MEMORY": str(size)})
+        assert "--gpu-memory" in caught.value.hint
+
+
+def test_what_a_variable_can_hold_may_come_from_the_environment() -> None:
+    environ = {"RETINUE_MAX_NEW_TOKENS": "7", "RETINUE_TEMPERATURE": "0.5", "RETINUE_STOP": "END"}
+    config = load_config({}, environ=environ | {"RETINUE_PROFILE": "a.json"})
+    assert (config.max_new_tokens, config.temperature) == (7, 0.5)
+    assert (config.stop, config.profile) == (("END",), "a.json")
+
+
+def test_the_port_does_not_since_kubernetes_sets_that_variable() -> None:
+    environ = {"RETINUE_PORT": "tcp://10.0.0.1:8000"}
+    assert load_config({}, environ=environ).port == Config().port
 
 
 @pytest.mark.parametrize(

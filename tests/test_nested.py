@@ -6,13 +6,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import kernels
 from disk import STEADY
+from kernels import ISAS, TYPES
 from retinue.memory.formats import Mxfp4
 from retinue.memory.grouped import Grouped
 from retinue.memory.layout import ExpertLayout, Window
-from retinue.memory.nested import GROUP, PULL, decode, encode, form_of
+from retinue.memory.nested import GROUP, PLANES, PULL, decode, decode_groups, encode, form_of
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -48,7 +49,7 @@ def truth(weights: torch.Tensor, bits: int) -> torch.Tensor:
 
 @STEADY
 @given(
-    st.sampled_from(DTYPES),
+    st.sampled_from(TYPES),
     st.integers(1, 40),
     st.integers(1, 70),
     st.sampled_from([1.0, 1e-3, 300.0]),
@@ -141,3 +142,35 @@ def test_a_damaged_weight_stays_one_weight() -> None:
     decode(form, record, 8, there)
     assert there["up"][0][0, :32].isfinite().all()
     assert not there["up"][0][0, 40].isfinite(), "and is still seen to be damaged"
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("planes", [1, 2, 3])
+@pytest.mark.parametrize("isa", ISAS)
+def test_the_library_decodes_to_the_same_bits(isa: str, planes: int, dtype: torch.dtype) -> None:
+    """Of all scales that there are, and of as many groups as do not fill a block."""
+    native, bits = kernels.kernels(isa), sum(PLANES[:planes])
+    random = torch.Generator().manual_seed(planes)
+    scales = torch.arange(1 << 15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    scales = scales[scales.isfinite()][:: 1 if bits == 8 else 37].contiguous()
+    groups = len(scales)
+    given = [
+        torch.randint(0, 256, (groups * GROUP * width // 8,), generator=random, dtype=torch.uint8)
+        for width in PLANES[:planes]
+    ]
+    found, wanted = (torch.zeros(groups * GROUP, dtype=dtype) for _ in range(2))
+    native.unnest(scales, given, bits, found)
+    decode_groups(given, scales, wanted)
+    assert torch.equal(found, wanted)
+
+
+def test_the_library_refuses_what_does_not_fit() -> None:
+    native = kernels.every()[0]
+    scales, out = torch.ones(3, dtype=torch.bfloat16), torch.zeros(96)
+    first = torch.zeros(24, dtype=torch.uint8)
+    for wrong in ([first[:23]], [first.short()], [first, first]):
+        with pytest.raises(ValueError, match=r"plane|zip"):
+            native.unnest(scales, wrong, 2, out)
+    for wrong_scales, wrong_out in ((scales.float(), out), (scales, out[:95])):
+        with pytest.raises(ValueError, match=r"scales|out"):
+            native.unnest(wrong_scales, [first], 2, wrong_out)

@@ -11,7 +11,7 @@ import pytest
 
 import models
 from command import Call, caller
-from retinue.errors import UsageError
+from retinue.errors import UsageError, WriteError
 from retinue.memory.home import sample_folder
 from retinue.model.predictors import (
     default_predictor,
@@ -153,7 +153,7 @@ def test_a_predictor_of_another_shape_is_refused(
 
 def test_an_unwritable_place_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UsageError, match="cannot write"):
+    with pytest.raises(WriteError, match="cannot write"):
         write_predictor(learned(), tmp_path / "file" / "predictor.npz")
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import models
-from retinue.errors import Unsupported, UsageError
+from retinue.errors import Unsupported, UsageError, WriteError
 from retinue.memory.home import sample_folder
 from retinue.model.profiles import default_profile, find_profile, read_profile, write_profile
 from retinue.model.survey import survey
@@ -142,8 +142,9 @@ def test_a_profile_of_another_shape_is_refused(olmoe: Path, tmp_path: Path) -> N
 
 def test_an_unwritable_place_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UsageError, match="cannot write"):
+    with pytest.raises(WriteError, match="cannot write") as caught:
         write_profile(profile("a"), tmp_path / "file" / "profile.json")
+    assert caught.value.hint
 
 
 def test_the_sample_ships_its_profile(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

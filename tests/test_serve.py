@@ -103,6 +103,10 @@ def test_closing_a_stream_cancels_it(client: openai.OpenAI, sample: Running) -> 
     stream.close()
     sample.idle()
     assert sample.server.metrics.tally.tasks["python_code"].cancelled == 1
+    said = dict(line.rsplit(" ", 1) for line in metrics(sample).splitlines() if line[0] != "#")
+    tasks = sum(float(said[name]) for name in said if name.startswith("retinue_task_prompt_tokens"))
+    (prompts,) = (float(said[name]) for name in said if name.startswith("vllm:prompt_tokens_total"))
+    assert prompts == tasks  # a prompt that was read counts, whatever became of its answer
 
 
 def test_tasks_are_inferred_and_their_degradation_counted(

@@ -281,6 +281,11 @@ def test_views(client: httpx.Client) -> None:
     assert (task["answered"], task["answer_tokens"], task["running"]) == (1, 3, 0)
 
 
+def test_one_page_of_documentation(client: httpx.Client) -> None:
+    assert client.get("/docs").status_code == 200
+    assert client.get("/redoc").status_code == 404
+
+
 def test_metrics_count(shared: Running, client: httpx.Client) -> None:
     def value(name: str) -> float:
         lines = client.get("/metrics").text.splitlines()

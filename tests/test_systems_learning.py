@@ -209,7 +209,9 @@ def test_a_prefill_has_one_map_and_a_batch_one_each() -> None:
     entries, cosines = store.followed(0)
     assert entries.tolist()[1] == 1
     assert cosines[1] == pytest.approx(1)
-    assert store.whole(np.array([0, 1]))[0] == pytest.approx((floats(UP) + floats(DOWN)) / 2)
+    row, each = np.zeros(len(UP), dtype=np.int64), np.arange(len(UP))
+    found = store.means(np.array([0, 1]), row, each)
+    assert found == pytest.approx((floats(UP) + floats(DOWN)) / 2)
 
 
 def test_a_full_store_drops_what_is_most_like_the_new_map() -> None:

@@ -1,5 +1,7 @@
 """Token ids to text: characters over several ids, stop strings, what is held back."""
 
+import logging
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -144,3 +146,16 @@ def test_a_real_tokenizer(text: str) -> None:
     stream = TextStream(tokenizer, ())
     shown = [stream.push(token) for token in ids]
     assert "".join([*shown, stream.finish()]) == stream.text == tokenizer.decode(ids)
+
+
+def test_a_text_that_is_too_long_is_no_matter_of_the_tokenizer(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """transformers would warn of what we refuse, on the server's log."""
+    tokenizer = load_tokenizer(sample_folder())
+    logger = logging.getLogger("transformers.tokenization_utils_base")
+    logger.addHandler(caplog.handler)
+    with caplog.at_level(logging.WARNING, logger.name):
+        assert len(tokenizer("word " * 3000)["input_ids"]) > 2048
+    logger.removeHandler(caplog.handler)
+    assert not caplog.records

@@ -161,7 +161,7 @@ def test_an_untrained_preset_names_the_command(call: Call, olmoe: Path, name: st
     done = call("run", olmoe, "--token-ids", "1 2 3", "--preset", name, *TINY)
     assert done.code == 3
     (kind,) = PRESETS[name].learned
-    assert f"retinue train-predictor MODEL --data FILE --kind {kind}" in done.err
+    assert f"retinue train-predictor {olmoe} --data FILE --kind {kind}" in done.err
 
 
 def test_the_sample_ships_every_kind(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

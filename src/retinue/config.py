@@ -12,30 +12,10 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from retinue.errors import UsageError
+from retinue.errors import Unsupported, UsageError
 from retinue.types import Deadline, SamplingParams
 
 ENVIRONMENT_PREFIX = "RETINUE_"
-ENVIRONMENT_KEYS = (
-    "memory",
-    "experts",
-    "context",
-    "kv_tokens",
-    "batch",
-    "chunk",
-    "preset",
-    "fetch_above",
-    "read_limit",
-    "task",
-    "period",
-    "forecaster",
-    "infer_task",
-    "precision",
-    "threads",
-    "self_check",
-    "eager",
-    "api_key",
-)
 AS_IS = "as-is"
 PRECISIONS = (AS_IS, "int8", "int4")
 CLASSIFIERS = ("learned", "keywords", "none")
@@ -54,6 +34,8 @@ def parse_size(text: str | int, *, whole: int | None = None) -> int:
     Raises UsageError for anything else, and for a share where there is no whole.
     """
     if isinstance(text, int):
+        if text < 0:
+            raise UsageError(f"not a size: `{text}`", hint="write 0 or more")
         return text
     share = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*", text)
     if share and whole is not None:
@@ -85,6 +67,11 @@ class Config:
 
     memory: str | int = _option(
         "80%", "upper bound for the peak resident memory of the process and its children", "SIZE"
+    )
+    gpu_memory: str | int | None = _option(
+        None,
+        "the same for the memory of the GPU; this version uses none, and refuses all but 0",
+        "SIZE",
     )
     experts: str | int | None = _option(
         None, "upper bound for the resident routed experts: a share of all, or a size", "SHARE"
@@ -177,6 +164,7 @@ class Config:
                 f"unknown precision: `{self.precision}`",
                 hint=f"this version serves: {', '.join(PRECISIONS)}",
             )
+        self._check_gpu()
         if self.infer_task not in CLASSIFIERS:
             raise UsageError(
                 f"infer_task is unknown: `{self.infer_task}`",
@@ -210,6 +198,13 @@ class Config:
         self.sampling()
         self.deadline(None)
 
+    def _check_gpu(self) -> None:
+        if self.gpu_memory is not None and parse_size(self.gpu_memory, whole=100) > 0:
+            raise Unsupported(
+                f"this version uses no GPU: `{self.gpu_memory}` of its memory",
+                hint="leave `--gpu-memory` out",
+            )
+
     def deadline(self, task: str | None) -> Deadline | None:
         """What a request of `task` is promised: its own line of `deadlines`, else that of all.
 
@@ -238,6 +233,10 @@ class Config:
         return SamplingParams(**values | {"temperature": self.temperature or 0.0})
 
 
+# All that a variable can hold; not the port: Kubernetes sets RETINUE_PORT itself, to an address.
+ENVIRONMENT_KEYS = tuple(
+    item.name for item in fields(Config) if item.name not in ("port", "deadlines", "keys", "routes")
+)
 DEFAULT_CONTEXT = 4096
 INSENSITIVE_ABOVE = 0.97  # agreement under random routing, see docs/LOG.md
 DEFAULT_BATCH = 8  # of the Python interface, whose `generate` takes many prompts
@@ -273,7 +272,9 @@ def _read_file(path: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UsageError(f"cannot read the configuration `{path}`: {error}") from error
+        raise UsageError(
+            f"cannot read the configuration `{path}`: {error}", hint="write YAML, in UTF-8"
+        ) from error
     if not isinstance(content, dict):
         raise UsageError(f"not a mapping: `{path}`", hint="write one `key: value` a line")
     return {str(key).replace("-", "_"): value for key, value in content.items()}
@@ -296,9 +297,30 @@ def _coerce(key: str, kind: object, value: Any) -> Any:
             return _tasks(value)
         if key == "stop":
             return (value,) if isinstance(value, str) else tuple(str(item) for item in value)
-        return value if isinstance(value, (str, int)) else str(value)
+        if isinstance(value, (list, dict)):
+            raise TypeError(value)
+        sized = isinstance(value, int) and kind in (str | int, str | int | None)
+        return value if sized else str(value)
     except (AttributeError, TypeError, ValueError) as error:
-        raise UsageError(f"{key} has the wrong type: `{value}`") from error
+        raise UsageError(
+            f"{key} has the wrong type: `{value}`", hint=_FORMS.get(kind, _FORMS[str])
+        ) from error
+
+
+_FORMS: dict[object, str] = {
+    bool: "write yes or no",
+    bool | None: "write yes or no",
+    int: "write a whole number",
+    int | None: "write a whole number",
+    float: "write a number",
+    float | None: "write a number",
+    str | int: "write a size such as 6GiB",
+    str | int | None: "write a size such as 6GiB",
+    str: "write a text",
+    tuple[str, ...]: "write a text, or a list of texts",
+    Mapping[str, Deadline]: "write `TASK: {first_token_s: 2, between_tokens_s: 0.5}`",
+    Mapping[str, Mapping[str, str]]: "write `NAME: {task: TASK}`, or `NAME: {}`",
+}
 
 
 def _deadline(given: Any) -> Deadline:

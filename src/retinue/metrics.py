@@ -42,8 +42,11 @@ class Line:
 
     def __iadd__(self, other: "Line") -> Self:
         """The points of both."""
-        for item in fields(self):
-            setattr(self, item.name, getattr(self, item.name) + getattr(other, item.name))
+        self.weight += other.weight
+        self.x += other.x
+        self.y += other.y
+        self.xx += other.xx
+        self.xy += other.xy
         return self
 
     @property
@@ -116,12 +119,15 @@ class PhaseCounters:
 
     def add(self, other: "PhaseCounters", *, tokens: int | None = None) -> None:
         """Count `other` as well; `tokens` instead of its own, where a request had a part in it."""
-        for item in fields(self):
-            mine = getattr(self, item.name)
-            mine += getattr(other, item.name)  # a list grows in place: it is not copied each time
-            setattr(self, item.name, mine)
+        for name in _COUNTED:
+            mine = getattr(self, name)
+            mine += getattr(other, name)  # a list grows in place: it is not copied each time
+            setattr(self, name, mine)
         if tokens is not None:
             self.tokens += tokens - other.tokens
+
+
+_COUNTED = tuple(item.name for item in fields(PhaseCounters))
 
 
 @dataclass(slots=True)
@@ -228,10 +234,13 @@ class Metrics:
     def count(self, layer: int, hits: int, pending: int = 0, misses: int = 0) -> None:
         """Count what one layer of the running pass looked up."""
         self.now.lacking += bool(pending or misses)
-        for counters in (self.now, self._layer(layer)):
-            counters.hits += hits
-            counters.pending += pending
-            counters.misses += misses
+        now, here = self.now, self._layer(layer)
+        now.hits += hits
+        here.hits += hits
+        if pending or misses:
+            for counters in (now, here):
+                counters.pending += pending
+                counters.misses += misses
 
     def count_choices(self, layer: int, missed: int, fetched: int) -> None:
         """Count tokens' choices that were not there, and those of them that were read."""
@@ -247,9 +256,10 @@ class Metrics:
 
     def _layer(self, layer: int) -> LayerCounters:
         key = (self.phase, layer)
-        if key not in self.layers:
-            self.layers[key] = LayerCounters()
-        return self.layers[key]
+        found = self.layers.get(key)
+        if found is None:
+            found = self.layers[key] = LayerCounters()
+        return found
 
     def begin(self, phase: Phase) -> PhaseCounters:
         """A pass of `phase` starts; returns its counters."""

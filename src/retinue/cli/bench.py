@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from retinue.cli.options import config_from
+from retinue.cli.options import config_from, useless
 from retinue.cli.terminal import audience, emit_json, note, table
 from retinue.config import Config, format_size
 from retinue.engine.bands import Machine, compute_format
@@ -25,13 +25,13 @@ from retinue.memory.read_speed import measure_reads
 from retinue.model.survey import survey
 from retinue.types import Facts, SamplingParams, Stats
 
+PROMPT_TOKENS = 64
+
 
 def execute(options: Namespace) -> int:
     """Measure one prefill and N decode steps; returns the exit code."""
-    prompt_tokens, new_tokens = options.prompt_tokens, options.new_tokens
-    if prompt_tokens < 1 or new_tokens < 0:
-        raise UsageError("--prompt-tokens must be 1 or more, --new-tokens 0 or more")
-    needed = prompt_tokens + new_tokens + 1
+    options = _work(options)
+    needed = options.prompt_tokens + options.new_tokens + 1
     config = config_from(options, context=None if options.prompts else needed)
     folder = locate(options.model, note)
     facts = survey(folder, config.precision)
@@ -73,6 +73,22 @@ def execute(options: Namespace) -> int:
     if options.json:
         emit_json(document)
     return 0
+
+
+def _work(options: Namespace) -> Namespace:
+    """The options with how many tokens there are. Raises UsageError for none, and for both ways."""
+    if options.prompts:
+        useless(options, ("prompt_tokens",), "with `--prompts`, which says what is read")
+    given = options.prompt_tokens
+    work = {
+        "prompt_tokens": PROMPT_TOKENS if given is None else given,
+        "new_tokens": options.new_tokens,
+    }
+    for (name, value), least in zip(work.items(), (1, 0), strict=True):
+        if value < least:
+            flag = "--" + name.replace("_", "-")
+            raise UsageError(f"{flag} is out of range: `{value}`", hint=f"{least} or more")
+    return Namespace(**vars(options) | work)
 
 
 def _measure(llm: LLM, options: Namespace, facts: Facts, config: Config) -> tuple[Stats, int]:

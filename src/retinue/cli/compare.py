@@ -13,8 +13,10 @@ from retinue.cli.laboratory import (
     digest_of_texts,
     said_once,
     texts_for,
+    unusual,
     write_files,
 )
+from retinue.cli.measure import output
 from retinue.cli.options import config_from
 from retinue.cli.terminal import audience, emit_json, note, table
 from retinue.compare import foresight, live
@@ -98,6 +100,7 @@ def _bench(options: Namespace, config: Config, cells: Grid) -> Bench:
         "precision": config.precision,
         "threads": config.threads,
         "new_tokens": cells.new_tokens,
+        **unusual(config, ("chunk", "eager", "profile")),
     }
     return Bench(
         model=options.model,
@@ -111,7 +114,7 @@ def _bench(options: Namespace, config: Config, cells: Grid) -> Bench:
 
 
 def _out(options: Namespace) -> Path:
-    return Path(options.out or "retinue-compare")
+    return output(options.out or "retinue-compare", folder=True)
 
 
 def _write(options: Namespace, cells: Grid, bench: Bench) -> dict[str, Any]:

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from retinue import __version__
 from retinue.cli.findings import Finding, fast_paths
-from retinue.cli.options import config_from
+from retinue.cli.options import ROOM, config_from, useless
 from retinue.cli.terminal import audience, emit_json, note, styled
 from retinue.config import ENVIRONMENT_KEYS, ENVIRONMENT_PREFIX, Config, format_size
+from retinue.engine.reserve import limits_of
 from retinue.errors import CheckpointError, RetinueError, UsageError
-from retinue.memory.budget import split
 from retinue.memory.files import ALIGNMENT, Reader
 from retinue.memory.headers import is_stand_in
 from retinue.memory.home import locate_headers, sample_folder, weights_near
@@ -21,12 +21,15 @@ from retinue.memory.machine import available_bytes, cores, known_speeds
 from retinue.policy.presets import preset
 
 SLOW_DISK_BYTES_PER_S = 0.5e9
+OF_A_MODEL = (*ROOM, "preset", "precision", "self_check", "eager")
 USEFUL_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16")
 
 
 def execute(options: Namespace) -> int:
     """Print the findings; returns 0, or 1 when one of them keeps retinue from working well."""
     config = config_from(options)
+    if options.model is None:
+        useless(options, OF_A_MODEL, "without a MODEL")
     preset(config.preset)
     folder = locate_headers(options.model, note) if options.model else sample_folder()
     if not any(folder.glob("*.safetensors")):
@@ -186,8 +189,7 @@ def _headers(folder: Path, config: Config) -> list[Finding]:
 
     try:
         facts = survey(folder, config.precision)
-        fixed = preset(config.preset).fixed
-        limits = split(facts, **config.room(), each_layer=fixed)
+        limits = limits_of(facts, preset(config.preset), config)
     except UsageError:
         raise
     except RetinueError as error:

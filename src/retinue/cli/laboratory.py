@@ -16,7 +16,7 @@ from retinue.cli.measure import encoder
 from retinue.cli.terminal import note
 from retinue.config import Config
 from retinue.engine.tasks import TaskIds, as_ids, cut_to, read_texts
-from retinue.errors import UsageError
+from retinue.errors import NO_ROOM, UsageError, WriteError
 from retinue.lab.setting import machine, today, versions
 from retinue.memory.home import sample_tasks
 from retinue.types import Facts
@@ -64,6 +64,13 @@ def said_once() -> Iterator[None]:
         logger.removeFilter(is_new)
 
 
+def unusual(config: Config, names: Sequence[str]) -> dict[str, Any]:
+    """Settings that measurements depend on; None where nobody changed the default."""
+    usual = Config()
+    given = {name: getattr(config, name) for name in names}
+    return {name: None if value == getattr(usual, name) else value for name, value in given.items()}
+
+
 def digest(content: Any) -> str:
     """A short name for what is JSON-shaped."""
     return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
@@ -94,13 +101,13 @@ def described(
 
 
 def write_files(folder: Path, files: Mapping[str, str]) -> None:
-    """Write each text under its name. Raises UsageError where that is not possible."""
+    """Write each text under its name. Raises WriteError where that is not possible."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in files.items():
             (folder / name).write_text(text, encoding="utf-8")
     except OSError as error:
-        raise UsageError(f"cannot write to `{folder}`: {error}") from error
+        raise WriteError(f"cannot write to `{folder}`: {error}", hint=NO_ROOM) from error
 
 
 def _data(options: Namespace) -> Path:

@@ -76,7 +76,7 @@ def _parse(arguments: Sequence[str] | None) -> Namespace:
     if place and len(rest) == len(words) == 1 and getattr(options, place) is None:
         setattr(options, place, rest.pop())
     if rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        options.parser.refuse(rest)
     return options
 
 

@@ -1,5 +1,6 @@
 """What `eval` and `profile` share: task texts, a model that is large enough for them, a bar."""
 
+import os
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
@@ -60,6 +61,24 @@ def measured(
                 raise Cancelled(f"stopped by {Signals(came[0]).name}, nothing is kept") from error
     finally:
         assembly.close()
+
+
+def output(out: str, *, folder: bool = False) -> Path:
+    """The file, or `folder`, that `--out` names: seen before the work whether it can be one.
+
+    Raises UsageError where another kind of thing is there, or above it.
+    """
+    place = Path(os.path.expanduser(out))  # noqa: PTH111  pathlib raises for `~nobody`
+    if place.exists() and place.is_dir() != folder:
+        is_there = "a file" if folder else "a folder"
+        raise UsageError(f"`{out}` is {is_there}", hint="name another place with `--out`")
+    above = next(each for each in (place, *place.absolute().parents) if each.exists())
+    if not os.access(above, os.W_OK) or (above != place and not above.is_dir()):
+        raise UsageError(
+            f"nothing can be written at `{out}`, since `{above}` does not allow it",
+            hint="name another place with `--out`",
+        )
+    return place
 
 
 @contextmanager

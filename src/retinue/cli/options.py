@@ -1,16 +1,20 @@
 """The options that mean the same in every verb, made from the fields of Config."""
 
+import sys
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Sequence
 from dataclasses import fields
-from typing import Any
+from difflib import get_close_matches
+from typing import Any, NoReturn
 
 from retinue.config import Config, load_config
+from retinue.errors import UsageError
 
 MODEL_HELP = (
     "a checkpoint folder, a repository id (ORG/NAME or ORG/NAME@REVISION, downloaded),"
     " or `sample`, the small trained model that ships along"
 )
-ROOM = ("memory", "experts", "context", "kv_tokens", "chunk", "batch")
+ROOM = ("memory", "gpu_memory", "experts", "context", "kv_tokens", "chunk", "batch")
 ENGINE = (
     *(*ROOM, "preset", "fetch_above", "task", "profile", "period", "forecaster"),
     *("precision", "threads", "read_limit", "self_check", "eager"),
@@ -24,6 +28,21 @@ SERVER = (
 SAMPLING = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop")
 
 
+class Parser(ArgumentParser):
+    """Says of a wrong command line what to do, as every error of ours does."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print usage, `message` and a hint; exit with 2."""
+        self.print_usage(sys.stderr)
+        self.exit(2, f"{self.prog}: error: {message}\n\nhint: `{self.prog} --help`\n")
+
+    def refuse(self, rest: Sequence[str]) -> NoReturn:
+        """The same for words that are left over, with what they may be meant for."""
+        near = get_close_matches(rest[0].partition("=")[0], self._option_string_actions, n=1)
+        guess = f"; did you mean `{near[0]}`?" if near else ""
+        self.error(f"unrecognized arguments: {' '.join(rest)}{guess}")
+
+
 def new_verb(verbs: Any, name: str, summary: str, example: str) -> ArgumentParser:
     """A parser for one verb, with an example in its help."""
     parser: ArgumentParser = verbs.add_parser(
@@ -34,6 +53,7 @@ def new_verb(verbs: Any, name: str, summary: str, example: str) -> ArgumentParse
         formatter_class=RawDescriptionHelpFormatter,
     )
     parser.add_argument("--json", action="store_true", help="one JSON document as the last line")
+    parser.set_defaults(parser=parser)
     return parser
 
 
@@ -72,6 +92,14 @@ def config_from(arguments: Namespace, **defaults: Any) -> Config:
     config = load_config(flags, arguments.config)
     unset = {key: value for key, value in defaults.items() if getattr(config, key) is None}
     return load_config({**_values(config), **unset}, environ={}) if unset else config
+
+
+def useless(options: Namespace, names: Sequence[str], why: str) -> None:
+    """Raise UsageError if one of `names` was given on the command line, where it does nothing."""
+    for name in names:
+        if getattr(options, name) is not None:
+            flag = "--" + name.replace("_", "-")
+            raise UsageError(f"`{flag}` is of no use {why}", hint="leave one of both out")
 
 
 def _values(config: Config) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from retinue.cli.measure import byte_bar
-from retinue.cli.options import config_from
+from retinue.cli.options import config_from, useless
 from retinue.cli.terminal import audience, emit_json, fail, note, table
 from retinue.config import AS_IS, Config, format_size
 from retinue.errors import CheckpointError, UsageError
@@ -56,6 +56,7 @@ def _check(options: Namespace) -> int:
 
     if options.out is not None:
         raise UsageError("--check writes nothing", hint="retinue pack PACK --check")
+    useless(options, ("memory", "gpu_memory", "precision", "threads"), "with `--check`")
     config_from(options)
     with byte_bar() as advance:
         wrong, count = damaged(locate(options.model, note), advance)

@@ -2,16 +2,21 @@
 
 from argparse import Namespace
 from dataclasses import asdict
+from pathlib import Path
 
 from retinue.cli.options import config_from
 from retinue.cli.terminal import audience, emit_json, fail, note
-from retinue.config import format_size
+from retinue.config import Config, format_size
 from retinue.engine.bands import Machine, compute_format
 from retinue.engine.plan import PROMPT_TOKENS, Plan, make_plan
+from retinue.engine.reserve import given_of, policies_of
+from retinue.errors import Refused
 from retinue.memory.home import locate_headers, weights_near
 from retinue.memory.machine import cores, known_speeds
 from retinue.memory.rates import known_rates
+from retinue.policy.preset import Preset
 from retinue.policy.presets import preset
+from retinue.types import Facts
 
 
 def execute(options: Namespace) -> int:
@@ -19,13 +24,15 @@ def execute(options: Namespace) -> int:
     from retinue.model.survey import survey
 
     config = config_from(options)
-    preset(config.preset)
+    chosen = preset(config.preset)
     folder = locate_headers(options.model, note)
     facts = survey(folder, config.precision)
     threads = config.threads or cores()
     rates = known_rates(threads, [compute_format(facts)])
     machine = Machine(known_speeds(weights_near(folder)), rates, threads)
     plan = make_plan(facts, config, machine)
+    if plan.split is not None:
+        plan.reasons.extend(_lacking(folder, facts, chosen, config))
     print(_text(plan), file=audience(options.json))
     if options.json:
         emit_json(_document(plan))
@@ -33,6 +40,15 @@ def execute(options: Namespace) -> int:
         fail(*plan.reasons)
         return 3
     return 0
+
+
+def _lacking(folder: Path, facts: Facts, chosen: Preset, config: Config) -> list[str]:
+    """What the preset still needs before it can run here, and how to get it."""
+    try:
+        policies_of(chosen, config, given_of(folder, facts, facts.total_experts, chosen, config))
+    except Refused as error:
+        return [f"`{chosen.name}` cannot run yet: {error}; {error.hint}"]
+    return []
 
 
 def _document(plan: Plan) -> dict[str, object]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from retinue.cli.measure import bar, measured
+from retinue.cli.measure import bar, measured, output
 from retinue.cli.options import config_from
 from retinue.cli.terminal import audience, emit_json, table
 from retinue.engine.profiling import Effort, make_profile, planned
@@ -25,13 +25,14 @@ def execute(options: Namespace) -> int:
     if not 0 <= above <= 1:
         raise UsageError(f"insensitive-above is out of range: `{above}`", hint="from 0 to 1")
     effort = Effort(options.sensitivity, above, options.answers, options.costs)
+    out = output(options.out) if options.out else None
     merged = read_profile(Path(options.merge)) if options.merge else None
     with measured(options, config) as (assembly, texts):
         if merged is not None:
             check_profile(merged, assembly.facts, Path(options.merge))
         with bar(planned(assembly, texts, effort)) as advance:
             profile = make_profile(assembly, texts, advance, effort)
-        file = Path(options.out) if options.out else default_profile(assembly.folder)
+        file = default_profile(assembly.folder) if out is None else out
     if merged is not None:
         profile = merged.plus(profile)
     write_profile(profile, file)

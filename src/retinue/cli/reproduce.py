@@ -15,8 +15,10 @@ from retinue.cli.laboratory import (
     digest_of_texts,
     said_once,
     texts_for,
+    unusual,
     write_files,
 )
+from retinue.cli.measure import output
 from retinue.cli.options import config_from
 from retinue.cli.terminal import audience, emit_json, note
 from retinue.errors import Cancelled
@@ -92,6 +94,7 @@ def _workbench(options: Namespace, chosen: Study) -> Workbench:
         "texts": digest_of_texts(texts),
         "precision": config.precision,
         "amount": "quick" if options.quick else "full",
+        **unusual(config, ("memory", "threads")),
     }
     return Workbench(
         model=options.model,
@@ -106,7 +109,7 @@ def _workbench(options: Namespace, chosen: Study) -> Workbench:
 
 
 def _out(options: Namespace, chosen: Study) -> Path:
-    return Path(options.out or f"retinue-{chosen.name}")
+    return output(options.out or f"retinue-{chosen.name}", folder=True)
 
 
 def _write(options: Namespace, chosen: Study, bench: Workbench) -> tuple[Path, dict[str, Any]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from retinue.cli.interrupts import cancel_on
-from retinue.cli.options import config_from
+from retinue.cli.options import config_from, useless
 from retinue.cli.terminal import emit_json, fail, note, summary
 from retinue.config import Config, format_size
 from retinue.engine.bands import Machine
@@ -29,6 +29,8 @@ def execute(options: Namespace) -> int:
     config = config_from(options)
     prompt = _prompt(options)
     params = replace(config.sampling(), logprobs=options.logprobs, ignore_eos=options.ignore_eos)
+    if not options.json:
+        useless(options, ("logprobs",), "without `--json`, which shows them")
     folder = locate(options.model, note)
     speeds = _speeds(folder, config) if options.json else None
     with _open(folder, config) as llm:

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from retinue.cli.compared import COMPARE, Compared
-from retinue.cli.options import config_from
+from retinue.cli.options import config_from, useless
 from retinue.cli.simulated import Known, Machine, advice_text, cell_text, left_out_text
 from retinue.cli.terminal import audience, bar, emit_json, note
 from retinue.compare.grid import BASE
 from retinue.config import Config, parse_size
-from retinue.errors import UsageError
+from retinue.errors import Refused, UsageError
 from retinue.memory.budget import split
 from retinue.policy.presets import PRESETS
 from retinue.policy.recommended import Recommendation, joined
@@ -29,6 +29,8 @@ from retinue.types import Facts
 def execute(options: Namespace) -> int:
     """Replay the trace through presets in every cell; returns the exit code."""
     config = config_from(options)
+    if not options.recommend:
+        useless(options, ("allow_approximate",), "without `--recommend`")
     trace = Trace(Path(options.trace))
     known = Known(trace.head, options.model, config)
     machine: Machine | Compared
@@ -42,6 +44,7 @@ def execute(options: Namespace) -> int:
     beside = (ORACLE, DEFAULT) if options.recommend else (ORACLE,)
     wanted += [PRESETS[name] for name in beside if name not in [row.name for row in wanted]]
     able, left_out = candidates(wanted, trace.head, known.of, timed=bool(load.arrivals))
+    _check_named(options, left_out)
     allowed = [_allowed(options, able, cell.setting) for cell in cells if options.recommend]
     if not trace.tokens:
         raise UsageError(f"the trace `{trace.file}` has no tokens", hint="record some texts")
@@ -63,6 +66,16 @@ def execute(options: Namespace) -> int:
     return 0
 
 
+def _check_named(options: Namespace, left_out: dict[str, str]) -> None:
+    """Raise Refused where not one of the presets that were named can be replayed."""
+    if options.presets and {preset.name for preset in chosen(options.presets)} <= left_out.keys():
+        raise Refused(
+            f"no preset of `{options.presets}` can be replayed: "
+            + "; ".join(f"`{name}` {why}" for name, why in left_out.items()),
+            hint="leave `--presets` out for those that can",
+        )
+
+
 def _load(trace: Trace, options: Namespace, config: Config) -> Load:
     """How requests come: all at once, or by chance at a rate."""
     arrivals: tuple[float, ...] = ()
@@ -81,14 +94,15 @@ def _rooms(
     head: TraceHead, facts: Facts, options: Namespace, config: Config
 ) -> list[tuple[str, int]]:
     """How many experts fit, for every room that is asked for, each with what it is called."""
-    if options.memory is not None or options.experts is None:
-        shares = options.experts.split(",") if options.experts else [None]
+    given = config.experts
+    if options.memory is not None or given is None:
+        shares = str(given).split(",") if given is not None else [None]
         room = config.room()
         found = [split(facts, **room | {"experts": share and share.strip()}) for share in shares]
         labels = [share.strip() if share else str(config.memory) for share in shares]
         return [(label, each.slots) for label, each in zip(labels, found, strict=True)]
     rooms = []
-    for share in options.experts.split(","):
+    for share in str(given).split(","):
         size = parse_size(share.strip(), whole=facts.total_experts * facts.slot_bytes)
         slots = min(size // facts.slot_bytes, facts.total_experts)
         if slots < head.top_k:

@@ -1,6 +1,7 @@
 """What `retinue simulate` knows of model and machine, and how it shows what came out."""
 
 import json
+import math
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -111,10 +112,14 @@ class Machine:
     """The machine that is simulated, in numbers: disks, times of computing, sizes."""
 
     def __init__(self, trace: Trace, known: Known, options: Namespace, config: Config) -> None:
+        times = {name: getattr(options, f"{name[:-2]}_time") for name in _TIMES}
+        seconds = [value for value in (options.latency, *times.values()) if value is not None]
+        if wrong := [value for value in seconds if not 0 <= value < math.inf]:
+            raise UsageError(f"a time is out of range: `{wrong[0]}`", hint="seconds, 0 or more")
         self.facts = facts_of(trace, options)
         given = 0 if options.expert_size is not None else trace.head.read_bytes
         self.read_bytes = given or self.facts.read_bytes
-        self._bus = parse_size(options.bus) if options.bus is not None else None
+        self._bus = _positive("bus", options.bus) if options.bus is not None else None
         bench = document(Path(options.bench)) if options.bench is not None else None
         self._in_turn = bench is not None and bench.get("read_limit") is not None
         place = known.folder or trace.file.resolve().parent
@@ -122,11 +127,7 @@ class Machine:
         speed = None if given_whole else self._read_speed(known.folder, bench)
         self._disks = _disks(options.disk, place, speed)
         self._latency_s = _latency(options.latency, speed)
-        times = {name: getattr(options, f"{name[:-2]}_time") for name in _TIMES}
         self._times = with_given(self._known_times(known, bench, options, config), **times)
-        seconds = [options.latency, *times.values()]
-        if wrong := [value for value in seconds if value is not None and value < 0]:
-            raise UsageError(f"a time is out of range: `{wrong[0]}`", hint="seconds, 0 or more")
 
     def cells(self, rooms: Sequence[Room], load: Load) -> list[Cell]:
         """Each room on each disk."""
@@ -177,6 +178,13 @@ def document(file: Path) -> Mapping[str, Any]:
     return content
 
 
+def _positive(name: str, text: str) -> int:
+    """The size that `text` says. Raises UsageError for none at all."""
+    if (size := parse_size(text)) < 1:
+        raise UsageError(f"{name} is out of range: `{text}`", hint="1 byte or more")
+    return size
+
+
 def facts_of(trace: Trace, options: Namespace) -> Facts:
     """What the trace says of the model; of an old one, with the size that is given."""
     head = trace.head
@@ -187,7 +195,7 @@ def facts_of(trace: Trace, options: Namespace) -> Facts:
             f"the trace `{trace.file}` does not say how large experts are",
             hint="record it again with `retinue trace`, or give `--expert-size SIZE`",
         )
-    size, total = parse_size(options.expert_size), len(head.routed) * head.experts
+    size, total = _positive("expert_size", options.expert_size), len(head.routed) * head.experts
     known = {
         "name": head.model,
         "family": "",

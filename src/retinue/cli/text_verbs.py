@@ -41,7 +41,7 @@ def _add_trace(verbs: object) -> None:
         " is large",
     )
     add_config_options(
-        trace, ("memory", "experts", "context", "precision", "threads", "self_check")
+        trace, ("memory", "gpu_memory", "experts", "context", "precision", "threads", "self_check")
     )
 
 
@@ -88,7 +88,8 @@ def _add_profile(verbs: object) -> None:
         help="measure what a pass, a token and the read of an expert cost here",
     )
     add_config_options(
-        profile, ("memory", "experts", "context", "precision", "threads", "self_check")
+        profile,
+        ("memory", "gpu_memory", "experts", "context", "precision", "threads", "self_check"),
     )
 
 
@@ -121,7 +122,17 @@ def _add_train_predictor(verbs: object) -> None:
     )
     training.add_argument("--out", metavar="FILE", help="write there, not to the cache folder")
     add_config_options(
-        training, ("memory", "experts", "context", "precision", "threads", "self_check", "seed")
+        training,
+        (
+            "memory",
+            "gpu_memory",
+            "experts",
+            "context",
+            "precision",
+            "threads",
+            "self_check",
+            "seed",
+        ),
     )
 
 
@@ -189,7 +200,16 @@ def _add_compare(verbs: object) -> None:
         "--out", metavar="DIR", help="for report and measurements (default: retinue-compare)"
     )
     comparison.add_argument("--fresh", action="store_true", help="measure again what is there")
-    names = ("context", "chunk", "profile", "precision", "threads", "self_check", "eager")
+    names = (
+        "gpu_memory",
+        "context",
+        "chunk",
+        "profile",
+        "precision",
+        "threads",
+        "self_check",
+        "eager",
+    )
     add_config_options(comparison, names)
 
 
@@ -208,7 +228,7 @@ def _add_reproduce(verbs: object) -> None:
     reproduction.add_argument("--only", metavar="NAMES", help="experiments, with commas between")
     reproduction.add_argument("--quick", action="store_true", help="fewer texts, shares, repeats")
     reproduction.add_argument("--fresh", action="store_true", help="measure again what is there")
-    names = ("memory", "context", "profile", "precision", "threads", "self_check")
+    names = ("memory", "gpu_memory", "context", "profile", "precision", "threads", "self_check")
     add_config_options(reproduction, names)
 
 

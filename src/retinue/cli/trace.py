@@ -4,7 +4,7 @@ from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
-from retinue.cli.measure import bar, measured
+from retinue.cli.measure import bar, measured, output
 from retinue.cli.options import config_from
 from retinue.cli.terminal import audience, emit_json
 from retinue.config import format_size
@@ -17,7 +17,7 @@ def execute(options: Namespace) -> int:
     """Run the texts through the plain model and write their routing; returns the exit code."""
     config = replace(config_from(options), preset="auto", task=None, profile=None)
     earlier = Trace(Path(options.merge)) if options.merge else None
-    out = Path(options.out)
+    out = output(options.out)
     signals = _signals(options)
     with measured(options, config) as (assembly, texts):
         head = trace_head(assembly, options.detail, signals, config.precision)

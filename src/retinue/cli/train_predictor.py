@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from retinue.cli.learnt import Made, as_json, as_text
-from retinue.cli.measure import bar
+from retinue.cli.measure import bar, output
 from retinue.cli.options import config_from
 from retinue.cli.recorded import Recorded, recorded
 from retinue.cli.terminal import audience, emit_json, note
@@ -33,13 +33,14 @@ def execute(options: Namespace) -> int:
     for name, value, least in (("epochs", options.epochs, 1), ("seed", seed, 0)):
         if value is not None and value < least:
             raise UsageError(f"{name} is out of range: `{value}`", hint=f"{least} or more")
+    out = output(options.out) if options.out else None
     found = recorded(options, config)
     try:
         made = _learn(found, options.epochs, seed)
     finally:
         if found.measures.whole is not None:
             found.measures.whole.close()
-    file = Path(options.out) if options.out else default_predictor(found.folder)
+    file = default_predictor(found.folder) if out is None else out
     write_predictor(_merged(found, made, options, file), file)
     texts = len(found.texts)
     print(as_text(made, found.head.routed), file=audience(options.json))

@@ -10,6 +10,7 @@ from retinue.cli.options import (
     ROOM,
     SAMPLING,
     SERVER,
+    Parser,
     add_config_options,
     new_verb,
 )
@@ -33,7 +34,7 @@ SIMULATION = (
 
 def build_parser() -> ArgumentParser:
     """All verbs with their options. Imports no model code: `--help` answers at once."""
-    parser = ArgumentParser(
+    parser = Parser(
         prog="retinue",
         description="Runs Mixture-of-Experts language models in a fraction of their memory.",
     )
@@ -116,7 +117,7 @@ def _add_bench(verbs: object) -> None:
         "retinue bench ./OLMoE-1B-7B --memory 6GiB --prompt-tokens 512 --new-tokens 32",
     )
     bench.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    bench.add_argument("--prompt-tokens", type=int, default=64, metavar="N", help="(default: 64)")
+    bench.add_argument("--prompt-tokens", type=int, metavar="N", help="(default: 64)")
     bench.add_argument("--new-tokens", type=int, default=32, metavar="N", help="(default: 32)")
     bench.add_argument("--prompts", metavar="FILE", help="texts, one a line, instead of random ids")
     add_config_options(bench, (*ENGINE, "seed"))
@@ -136,7 +137,7 @@ def _add_pack(verbs: object) -> None:
         action="store_true",
         help="compare all bytes of MODEL, a pack, with its checksums",
     )
-    add_config_options(pack, ("memory", "precision", "threads"))
+    add_config_options(pack, ("memory", "gpu_memory", "precision", "threads"))
 
 
 def _add_simulate(verbs: object) -> None:
@@ -166,9 +167,12 @@ def _add_simulate(verbs: object) -> None:
         " than `auto` for `--preset auto`",
     )
     simulation.add_argument(
-        "--allow-approximate", action="store_true", help="with --recommend: try these as well"
+        "--allow-approximate",
+        action="store_true",
+        default=None,
+        help="with --recommend: try these as well",
     )
-    names = ("memory", "context", "chunk", "batch", "profile", "threads", "seed")
+    names = ("memory", "gpu_memory", "context", "chunk", "batch", "profile", "threads", "seed")
     add_config_options(simulation, names)
 
 

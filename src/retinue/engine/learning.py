@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from retinue.engine.request import Request
-from retinue.errors import Unsupported, UsageError
+from retinue.errors import Unsupported, UsageError, WriteError
 from retinue.model.profiles import find_profile, learnt_profile, read_profile, write_profile
 from retinue.policy.measured import Counts, rounded_length
 from retinue.policy.profile import Profile, TaskCounts
@@ -110,7 +110,7 @@ class Learner:
         self._saved_s, self._unsaved = self._clock(), 0
         try:
             write_profile(self._learnt, self._file)
-        except UsageError as error:
+        except WriteError as error:
             self._unsaved = 1  # still to be written, but not tried again with every request
             if not self._warned:
                 log.warning("what requests teach is not kept: %s", error)

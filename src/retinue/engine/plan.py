@@ -1,11 +1,13 @@
 """What fits where and how fast it will be, from facts and measured speeds alone. No torch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from retinue.config import Config, format_size
 from retinue.engine.bands import Band, Machine, Reads, compute_format, decode_band, prefill_band
+from retinue.engine.reserve import limits_of
 from retinue.errors import DoesNotFit
-from retinue.memory.budget import Split, budget_bytes, split
+from retinue.memory.budget import Split, budget_bytes
+from retinue.policy.preset import Preset
 from retinue.policy.presets import preset
 from retinue.types import Facts
 
@@ -30,11 +32,12 @@ class Plan:
 
 def make_plan(facts: Facts, config: Config, machine: Machine) -> Plan:
     """Divide the budget and estimate speeds."""
-    none, fixed = Band(0.0, 0.0), preset(config.preset).fixed
+    none, chosen = Band(0.0, 0.0), preset(config.preset)
+    fixed = chosen.fixed
     try:
-        limits = split(facts, **config.room(), each_layer=fixed)
+        limits = limits_of(facts, chosen, config)
     except DoesNotFit as error:
-        budget, smallest = budget_bytes(config.memory), _smallest(facts, config, fixed)
+        budget, smallest = budget_bytes(config.memory), _smallest(facts, config, chosen)
         return Plan(facts, budget, smallest, None, none, none, [str(error), error.hint])
     return Plan(
         facts,
@@ -47,11 +50,10 @@ def make_plan(facts: Facts, config: Config, machine: Machine) -> Plan:
     )
 
 
-def _smallest(facts: Facts, config: Config, fixed: bool) -> int:
+def _smallest(facts: Facts, config: Config, chosen: Preset) -> int:
     """The smallest budget, whether that or `--experts` is what is too small."""
     try:
-        room = config.room() | {"experts": None}
-        return split(facts, **room, each_layer=fixed).smallest
+        return limits_of(facts, chosen, replace(config, experts=None)).smallest
     except DoesNotFit as error:
         return error.smallest_bytes
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from retinue.config import Config
 from retinue.errors import RetinueError, Unsupported, UsageError
 from retinue.memory.budget import Split, nested_bytes, split
-from retinue.memory.home import locate
+from retinue.memory.home import called, locate
 from retinue.memory.machine import machine_name, remembered_speeds
 from retinue.memory.tier import Tier
 from retinue.model.predictors import find_predictor
@@ -56,11 +56,9 @@ def reserve(model: str | Path, config: Config, beside: int = 0) -> Reserved:
     folder = locate(model, notes.append)
     chosen = preset(config.preset)
     facts = survey(folder, config.precision)
-    if chosen.nested:
-        beside += nested_bytes(facts.slot_bytes)
-    limits = split(facts, **config.room(), each_layer=chosen.fixed, beside=beside)
+    limits = limits_of(facts, chosen, config, beside)
     given = given_of(folder, facts, limits.slots, chosen, config)
-    policies = _policies(chosen, config, given)
+    policies = policies_of(chosen, config, given)
     if config.preset == AUTO:
         better = _recommended(folder, facts, limits.slots, config, notes)
         chosen, given, policies = better or (chosen, given, policies)
@@ -68,6 +66,13 @@ def reserve(model: str | Path, config: Config, beside: int = 0) -> Reserved:
     tier.touch()
     seconds = time.perf_counter() - started
     return Reserved(folder, config, facts, chosen, given, policies, limits, tier, seconds, notes)
+
+
+def limits_of(facts: Facts, chosen: Preset, config: Config, beside: int = 0) -> Split:
+    """How `config` divides the budget under a preset. Raises DoesNotFit."""
+    if chosen.nested:
+        beside += nested_bytes(facts.slot_bytes)
+    return split(facts, **config.room(), each_layer=chosen.fixed, beside=beside)
 
 
 def _recommended(
@@ -85,7 +90,7 @@ def _recommended(
         if not chosen.exact or chosen.fixed or chosen.replayed:
             raise Unsupported("it is approximate, or for replays alone")
         given = given_of(folder, facts, slots, chosen, config)
-        policies = replace(_policies(chosen, config, given), ring=best.ring)
+        policies = replace(policies_of(chosen, config, given), ring=best.ring)
     except RetinueError as error:
         notes.append(f"auto: `{best.preset}` is recommended for this machine, but: {error}")
         return None
@@ -127,10 +132,11 @@ def given_of(folder: Path, facts: Facts, slots: int, chosen: Preset, config: Con
         slots=slots,
         profile=find_profile(folder, facts, config.profile) if chosen.profiled else None,
         learned={} if learned is None else learned.arrays(chosen.kinds),
+        place=called(folder),
     )
 
 
-def _policies(chosen: Preset, config: Config, given: Given) -> Policies:
+def policies_of(chosen: Preset, config: Config, given: Given) -> Policies:
     """The preset's policies, with the threshold of fetching that the user wants."""
     policies = chosen.build(given)
     if chosen.exact and not policies.exact:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from retinue.errors import UsageError
+from retinue.errors import NO_ROOM, UsageError, WriteError
 from retinue.lab.base import Row
 
 
@@ -48,7 +48,7 @@ class Ledger:
         return self._entries[experiment]
 
     def keep(self, experiment: str) -> None:
-        """Write the entry, whole or not at all. Raises UsageError where that is not possible."""
+        """Write the entry, whole or not at all. Raises WriteError where that is not possible."""
         file, entry = self._file(experiment), self.entry(experiment)
         draft = file.with_name(f".{file.name}.part")
         content = {"setting": self._setting, **asdict(entry)}
@@ -57,7 +57,7 @@ class Ledger:
             draft.write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
             draft.replace(file)
         except OSError as error:
-            raise UsageError(f"cannot write `{file}`: {error}") from error
+            raise WriteError(f"cannot write `{file}`: {error}", hint=NO_ROOM) from error
 
     def forget(self, experiment: str) -> None:
         """Delete what there is of `experiment`."""

@@ -156,7 +156,10 @@ def demand_of(layer: int, chosen: IntArray, weights: FloatArray, experts: int) -
     if len(chosen) == 1:  # a decoding token, as a rule: each expert once
         order = ids.argsort(kind="stable")
         found = ids[order]
-        if found[-1] < experts and (found[1:] > found[:-1]).all():
+        if found[-1] >= experts:  # those that mean none are the last
+            order = order[: np.count_nonzero(found < experts)]
+            found = found[: len(order)]
+        if (found[1:] > found[:-1]).all():
             return Demand(layer, found, np.ones(len(found), np.int64), given[order])
     there = ids < experts
     distinct, at, tokens = np.unique(ids[there], return_inverse=True, return_counts=True)

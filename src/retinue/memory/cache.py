@@ -101,23 +101,24 @@ class ExpertCache:
 
     def view(self, ahead: tuple[Ahead, ...] = (), route: Route | None = None) -> View:
         """The facts that policies may see now."""
-        return View(
-            step=self.step,
-            layer=self.layer,
-            phase=self.phase,
-            layers=len(self.slot_of),
-            experts=self.experts,
-            top_k=self.top_k,
-            slots=self.slots,
-            resident=self.ready,
-            last_used=self.history.last_used,
-            heat=self.history.heat,
-            ahead=ahead,
-            route=route,
-            precision=self.precision,
-            costs=self.costs,
-            kept=self.history.kept_share,
-            busy=self.reads.busy,
+        history = self.history
+        return View(  # by place: it is made twice a layer, and names would cost half as much again
+            self.step,
+            self.layer,
+            self.phase,
+            len(self.rows),
+            self.experts,
+            self.top_k,
+            self._slots.slots,
+            self.ready,
+            history.last_used,
+            history.heat,
+            ahead,
+            route,
+            self.precision,
+            self.costs,
+            history.kept_share,
+            self.reads.busy,
         )
 
     # --- the step
@@ -183,7 +184,7 @@ class ExpertCache:
             self._drop_worse(layer, experts, precision)
         row, ids = self.rows[layer], experts.tolist()
         kept = set() if keep is None else set(keep.tolist())
-        self._make_room(sum(1 for expert in ids if row[expert] == ABSENT))
+        self._make_room([row[expert] for expert in ids].count(ABSENT))
         for position, expert in enumerate(ids):
             state = row[expert]
             if state >= 0:
@@ -241,9 +242,13 @@ class ExpertCache:
         """
         layer, row, ids = want.layer, self.rows[want.layer], want.experts.tolist()
         self._standing.expected[layer, want.experts] = True
-        under_way = self.reads.ahead
-        absent = sum(1 for expert in ids if row[expert] == ABSENT)
-        self._make_room(min(absent, limit - under_way), spare_expected=True)
+        states = [row[expert] for expert in ids]
+        absent, under_way = states.count(ABSENT), 0
+        if absent:
+            under_way = self.reads.ahead
+            self._make_room(min(absent, limit - under_way), spare_expected=True)
+        elif LOADING not in states:
+            return
         for position, expert in enumerate(ids):
             if row[expert] == LOADING:
                 self.reads.hurry(Expert(layer, expert), urgency)

@@ -64,6 +64,11 @@ def sample_folder() -> Path:
     return Path(str(files("retinue"))) / "data" / "sample"
 
 
+def called(folder: Path) -> str:
+    """What a command line calls the checkpoint in `folder`."""
+    return SAMPLE if folder.resolve() == sample_folder().resolve() else str(folder)
+
+
 def sample_tasks() -> Path:
     """Texts of eight tasks for the sample model: JSON lines."""
     return Path(str(files("retinue"))) / "data" / "sample-tasks.jsonl"

@@ -3,11 +3,12 @@
 Knows tensors and matrices, no model and no policy. Arguments are checked here, since what the
 library is given wrong would be read beyond its end; a mistake is a `ValueError`, for only our own
 code calls this. The library has scratch and threads of its own: one caller at a time, except for
-`encode` and `decode`. `native/retinue.h` says how a matrix lies in memory.
+`encode`, `decode` and `unnest`. `native/retinue.h` says how a matrix lies in memory.
 """
 
 import ctypes
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import cache
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-ABI = 2
+ABI = 3
 LIBRARY = Path(__file__).resolve().parents[1] / "libretinue.so"
 LANES, GROUP = 16, 32
 SWITCH = "RETINUE_NATIVE"
@@ -249,6 +250,26 @@ class Native:
         _check(self._c.retinue_decode(encoded, _type(dtype), out.data_ptr()))
         return out
 
+    def unnest(
+        self, scales: torch.Tensor, planes: Sequence[torch.Tensor], bits: int, out: torch.Tensor
+    ) -> None:
+        """Write `out` [groups * 32], contiguous, from as many planes as `bits` take.
+
+        `scales` are bfloat16 [groups], planes bytes, as `memory/nested.py` has them.
+        """
+        groups = len(scales)
+        _tensor("scales", scales, torch.bfloat16, (groups,))
+        _tensor("out", out, out.dtype, (groups * GROUP,))
+        widths = (2, 2, 4)[: {2: 1, 4: 2, 8: 3}[bits]]
+        for plane, width in zip(planes, widths, strict=True):
+            _tensor("plane", plane, torch.uint8, (groups * GROUP * width // 8,))
+        addresses = [plane.data_ptr() for plane in planes] + [None, None]
+        _check(
+            self._c.retinue_unnest(
+                scales.data_ptr(), *addresses[:3], bits, groups, _type(out.dtype), out.data_ptr()
+            )
+        )
+
 
 @cache
 def library() -> Native | None:
@@ -311,4 +332,5 @@ _ARGUMENTS: dict[str, list[type]] = {
     "retinue_encode": [_P, _L, _I, _I, _I, _I, _P, _P],
     "retinue_evaluate": [_P, _L, ctypes.POINTER(_L)],
     "retinue_decode": [ctypes.POINTER(Matrix), _I, _P],
+    "retinue_unnest": [_P, _P, _P, _P, _I, _L, _I, _P],
 }

@@ -21,6 +21,7 @@ import torch
 from retinue.memory.files import ALIGNMENT
 from retinue.memory.formats import Packed
 from retinue.memory.layout import Block, ExpertLayout
+from retinue.memory.native import library
 
 GROUP = 32
 PRECISIONS = {"int8": 8, "int4": 4, "int2": 2}
@@ -145,13 +146,20 @@ def decode(form: NestedForm, record: torch.Tensor, bits: int, views: Views) -> N
         whole = part.count == part.groups * GROUP and block.is_contiguous()
         out = block.view(-1) if whole else torch.empty(part.groups * GROUP, dtype=block.dtype)
         own = scales[part.start : part.start + part.groups]
-        _decode_groups(_planes(form, part, record, bits), own, out)
+        planes, native = _planes(form, part, record, bits), library()
+        if native is not None:
+            native.unnest(own, planes, bits, out)
+        else:
+            decode_groups(planes, own, out)
         if not whole:
             block.copy_(out[: part.count].view(block.shape))
 
 
-def _decode_groups(planes: list[torch.Tensor], scales: torch.Tensor, out: torch.Tensor) -> None:
-    """out: [groups * 32]. Sums of the planes' values are exact; the product is rounded once."""
+def decode_groups(planes: list[torch.Tensor], scales: torch.Tensor, out: torch.Tensor) -> None:
+    """What the native library does, without it: out [groups * 32].
+
+    Sums of the planes' values are exact; the product is rounded once.
+    """
     quarters, halves = _LOOKUPS[out.dtype]
     tables = _tables(out.dtype, len(planes))
     for start in range(0, len(scales), SCRATCH_GROUPS):

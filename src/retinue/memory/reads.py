@@ -40,7 +40,7 @@ class Reads:
     @property
     def ahead(self) -> int:
         """How many of them nobody has asked for yet."""
-        return sum(1 for ticket, _ in self.loading.values() if ticket.urgency > 0)
+        return len([0 for ticket, _ in self.loading.values() if ticket.urgency > 0])
 
     def start(self, key: Expert, slot: int, urgency: Urgency, precision: int) -> None:
         """Read `key` into `slot`."""
@@ -77,7 +77,7 @@ class Reads:
     def settled(self) -> list[tuple[Expert, int, bool]]:
         """Those that ended since this was asked last: who, where, and whether it was read."""
         ended = [key for key, (ticket, _) in self.loading.items() if ticket.settled]
-        found = []
+        found: list[tuple[Expert, int, bool]] = []
         for key in ended:
             ticket, slot = self.loading.pop(key)
             found.append((key, slot, ticket.state is TicketState.DONE))
@@ -105,7 +105,9 @@ class Reads:
 
     def wait(self, timeout_s: float) -> float:
         """Wait until some read settles, or the timeout. Returns the seconds that passed."""
-        tickets = [ticket for ticket, _ in (*self.loading.values(), *self.draining)]
+        tickets = [ticket for ticket, _ in self.loading.values()]
+        if self.draining:
+            tickets += [ticket for ticket, _ in self.draining]
         assert tickets, "nothing to wait for: a layer needs more slots than there are"
         return self.link.wait(tickets, timeout_s)
 

@@ -50,7 +50,7 @@ class Standing:
     def victims(self, count: int, allowed: int, view: View, *, spare_expected: bool) -> IntArray:
         """Up to `count` experts, the first to leave first; `allowed` of those that stay: [n]."""
         idle = self._idle()
-        found = self._first(idle & ~self.expected, count, allowed, view)
+        found = self._first(idle > self.expected, count, allowed, view)
         if len(found) < count and not spare_expected:
             allowed -= int(np.count_nonzero(~self.transient.ravel()[found]))
             more = self._first(idle & self.expected, count - len(found), allowed, view)
@@ -76,7 +76,7 @@ class Standing:
         (ids,) = chosen.ravel().nonzero()
         if not 0 < count < len(ids):
             return ids[: max(count, 0)]
-        layers, experts = self._layers.take(ids), self._experts.take(ids)
+        layers, experts = self._layers[ids], self._experts[ids]
         priorities = self._evictor.priorities(layers, experts, view)
         return ids[least(priorities, count)]
 

@@ -5,6 +5,7 @@ file and in `expert_map.py`, and pyproject.toml pins the minor range that was te
 """
 
 import json
+import sys
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -268,9 +269,12 @@ def load_tokenizer(folder: Path) -> Any | None:
         return None
     try:
         with _quiet():
-            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, OSError, KeyError) as error:
         raise CheckpointError(f"cannot load the tokenizer of `{folder}`: {error}") from error
+    # What does not fit we refuse, with numbers; transformers would warn of it besides.
+    tokenizer.model_max_length = sys.maxsize
+    return tokenizer
 
 
 def end_tokens(network: Network) -> frozenset[int]:

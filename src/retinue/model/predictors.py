@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from retinue.errors import UsageError
+from retinue.errors import NO_ROOM, UsageError, WriteError
 from retinue.memory.home import sample_folder, sample_predictor
 from retinue.memory.machine import cache_folder
 from retinue.model.profiles import check_shape
@@ -71,7 +71,7 @@ def read_predictor(file: Path) -> Learned:
 
 
 def write_predictor(learned: Learned, file: Path) -> None:
-    """Write `learned`, whole or not at all. Raises UsageError where that is not possible."""
+    """Write `learned`, whole or not at all. Raises WriteError where that is not possible."""
     arrays: dict[str, npt.NDArray[Any]] = {
         f"{name}/{key}": array
         for name, network in learned.networks.items()
@@ -87,7 +87,7 @@ def write_predictor(learned: Learned, file: Path) -> None:
         draft.write_bytes(content.getvalue())
         draft.replace(file)
     except OSError as error:
-        raise UsageError(f"cannot write the predictor `{file}`: {error}") from error
+        raise WriteError(f"cannot write the predictor `{file}`: {error}", hint=NO_ROOM) from error
 
 
 def kept(arrays: Mapping[str, npt.NDArray[Any]]) -> dict[str, FloatArray]:

@@ -6,9 +6,10 @@ A profile is safe to delete: `retinue profile` makes it again.
 import json
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 
-from retinue.errors import Unsupported, UsageError
-from retinue.memory.home import PACK_PROFILE, sample_folder, sample_profile
+from retinue.errors import NO_ROOM, Unsupported, UsageError, WriteError
+from retinue.memory.home import PACK_PROFILE, called, sample_folder, sample_profile
 from retinue.memory.machine import cache_folder, machine_name
 from retinue.model.survey import fingerprint
 from retinue.policy.predict.learned import Learned
@@ -46,7 +47,8 @@ def find_profile(folder: Path, facts: Facts, file: str | None) -> Profile:
             return replace(profile, costs=None) if elsewhere else profile
     raise Unsupported(
         f"there is no profile of `{facts.name}`, which this preset needs",
-        hint=f"make one with `retinue profile {folder} --data FILE`, or give `--profile FILE`",
+        hint=f"make one with `retinue profile {quote(called(folder))} --data FILE`, or give"
+        " `--profile FILE`",
     )
 
 
@@ -83,11 +85,11 @@ def read_profile(file: Path) -> Profile:
 
 
 def write_profile(profile: Profile, file: Path) -> None:
-    """Write `profile`, whole or not at all. Raises UsageError where that is not possible."""
+    """Write `profile`, whole or not at all. Raises WriteError where that is not possible."""
     draft = file.with_name(f".{file.name}.part")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         draft.write_text(json.dumps(profile.as_dict(), ensure_ascii=False, separators=(",", ":")))
         draft.replace(file)
     except OSError as error:
-        raise UsageError(f"cannot write the profile `{file}`: {error}") from error
+        raise WriteError(f"cannot write the profile `{file}`: {error}", hint=NO_ROOM) from error

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from shlex import quote
 from typing import Any
 
 from retinue.errors import Refused
@@ -30,13 +31,15 @@ class Given:
     profile: Profile | None = None
     learned: Mapping[str, Arrays] = field(default_factory=dict)
     future: Future | None = None
+    place: str = "MODEL"  # what a command line calls the model
 
     def foreseen(self) -> Future:
         """The future. Raises Refused where nobody knows it."""
         if self.future is None:
+            trace = f"retinue trace {quote(self.place)} --out FILE"
             raise Refused(
                 "this preset knows what will be needed, so that only a replay can run it",
-                hint="`retinue trace MODEL --out FILE`, then `retinue simulate FILE`",
+                hint=f"`{trace}`, then `retinue simulate FILE`",
             )
         return self.future
 
@@ -45,7 +48,7 @@ class Given:
         if kind not in self.learned:
             raise Refused(
                 f"this preset needs a `{kind}`, which nobody trained for `{self.model}`",
-                hint=f"`retinue train-predictor MODEL --data FILE --kind {kind}`",
+                hint=f"`retinue train-predictor {quote(self.place)} --data FILE --kind {kind}`",
             )
         return self.learned[kind]
 
@@ -54,7 +57,7 @@ class Given:
         if self.profile is None:
             raise Refused(
                 f"this preset needs a profile of `{self.model}`",
-                hint="make it with `retinue profile MODEL --data FILE`",
+                hint=f"make it with `retinue profile {quote(self.place)} --data FILE`",
             )
         return self.profile
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from retinue.policy.base import Prompt, Route, Signal, View
+from retinue.policy.base import Prompt, Signal, View
 from retinue.policy.ranks import before, shares
 from retinue.types import Demand, FloatArray, IntArray
 
@@ -49,9 +49,14 @@ class SequenceUses:
         if (route := view.route) is None:
             return
         score = before(shares(route.experts, route.weights, view.experts))
+        if len(route.sequences) == 1:
+            one = self._of(int(route.sequences[0]), view, 1)
+            self._count(one, route.layer, route.experts[0], score[0])
+            return
         for sequence in np.unique(route.sequences).tolist():
             rows = route.sequences == sequence
-            self._count(self._of(sequence, view, int(rows.sum())), route, rows, score)
+            one = self._of(sequence, view, int(rows.sum()))
+            self._count(one, route.layer, route.experts[rows], score[rows])
 
     def recent(self, layers: IntArray, experts: IntArray) -> FloatArray:
         """R / T, from 0 for never to 1 for the last token; the mean over sequences."""
@@ -70,8 +75,10 @@ class SequenceUses:
 
     def _mean(self, layers: IntArray, found: list[Counts]) -> FloatArray:
         """Over sequences; 0 for each entry where none runs."""
-        whole = sum(found, np.zeros(len(layers)))
-        return np.asarray(whole / max(len(found), 1), dtype=np.float32)
+        if not found:
+            return np.zeros(len(layers), dtype=np.float32)
+        whole = found[0] if len(found) == 1 else sum(found, np.zeros(len(layers))) / len(found)
+        return np.asarray(whole, dtype=np.float32)
 
     def _of(self, sequence: int, view: View, tokens: int) -> _Sequence:
         """The sequence, with the tokens of this pass counted once."""
@@ -85,12 +92,11 @@ class SequenceUses:
             one.tokens += tokens
         return one
 
-    def _count(
-        self, one: _Sequence, route: Route, rows: npt.NDArray[np.bool_], score: FloatArray
-    ) -> None:
-        ids, own = route.experts[rows], score[rows]
+    def _count(self, one: _Sequence, layer: int, ids: IntArray, own: FloatArray) -> None:
+        """`ids` and their scores, of some tokens or of one."""
         valid = ids < one.uses.shape[1]
-        layer = route.layer
-        one.last[layer, ids[valid]] = one.tokens
-        np.add.at(one.uses[layer], ids[valid], 1)
-        np.add.at(one.high[layer], ids[valid & (own <= self._high)], 1)
+        high = ids[valid & (own <= self._high)]
+        ids = ids[valid]
+        one.last[layer, ids] = one.tokens
+        np.add.at(one.uses[layer], ids, 1)
+        np.add.at(one.high[layer], high, 1)

@@ -123,7 +123,7 @@ class Server:
 
 def create_app(server: Server) -> FastAPI:
     """The application of `server`."""
-    app = FastAPI(title="retinue", version=__version__, responses=RESPONSES)
+    app = FastAPI(title="retinue", version=__version__, responses=RESPONSES, redoc_url=None)
     app.add_middleware(Gate, config=server.config, responded=server.metrics.responded)
     app.add_exception_handler(Problem, _on_problem)
     app.add_exception_handler(RetinueError, _on_problem)

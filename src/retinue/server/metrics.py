@@ -113,12 +113,19 @@ class ServerMetrics:
             self.tally.count(piece.tokens)
             if before is None:
                 self._first.labels(self._name).observe(now - call.began)
+                self._read(request)
             else:
                 self._between.labels(self._name).observe(now - before)
             self._last[key] = now
         if piece.finish is not None:
             self._last.pop(key, None)
             self._end(call, request, piece.finish, now)
+
+    def _read(self, request: Request) -> None:
+        """A prompt was read: counted then, as its answer's tokens are, whatever its end."""
+        self._prompts.labels(self._name).inc(len(request.prompt))
+        self._asked.labels(self._name).inc(len(request.prompt))
+        self._found.labels(self._name).inc(request.reused)
 
     def _end(self, call: Call, request: Request, finish: str, now: float) -> None:
         name = self._name
@@ -135,9 +142,6 @@ class ServerMetrics:
         self._prompt.labels(name).observe(len(request.prompt))
         self._answer.labels(name).observe(len(request.token_ids))
         self._longest.labels(name).observe(request.params.max_new_tokens)
-        self._prompts.labels(name).inc(len(request.prompt))
-        self._asked.labels(name).inc(len(request.prompt))
-        self._found.labels(name).inc(request.reused)
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(f"vllm:{name}", text, [LABEL], buckets=buckets, registry=self.registry)

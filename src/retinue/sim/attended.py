@@ -117,7 +117,9 @@ class Attended:
             asks = "hidden" in policies.routing.needs
             hidden = recording.signal("hidden", parts, place) if asks else None
             choice = choice_of(layer, rows, scores, self._phase, hidden)
-            there = np.broadcast_to(cache.ready[layer, : scores.shape[1]], scores.shape)
+            there = cache.ready[layer, None, : scores.shape[1]]
+            if len(scores) > 1:
+                there = np.broadcast_to(there, scores.shape)
             served = reroute(policies.routing, choice, there)
             rows, degraded = served.rows, degraded + served.degraded
             stage.metrics.now.rerouted += served.rerouted
@@ -130,7 +132,8 @@ class Attended:
 
     def _count_worse(self, demand: Demand, ready: Sequence[int]) -> None:
         """Count what is served in another precision than the checkpoint's."""
-        at = np.searchsorted(demand.experts, ready)
-        weight, worse = demand.weight[at], self.cache.precision[demand.layer, ready] > 0
+        weight = demand.weight[demand.experts.searchsorted(ready)]
+        worse = weight[self.cache.precision[demand.layer, ready] > 0]
         given = 0.0 if self._changes else float(weight.sum())  # or else it was counted before
-        self._stage.metrics.count_weight(demand.layer, given, float(weight[worse].sum()))
+        lost = float(worse.sum()) if len(worse) else 0.0
+        self._stage.metrics.count_weight(demand.layer, given, lost)

@@ -44,10 +44,12 @@ def choice_of(
     hidden: the router's input, for a routing that asks for it.
     """
     scores = scores.copy()
+    if len(scores) == 1:
+        ids = rows.experts[0]
+        scores[0, ids[ids < scores.shape[1]]] *= ULP
+        return Choice(layer, scores, rows.experts, rows.weights, hidden, phase=phase)
     there = rows.experts < scores.shape[1]
-    at = each_row(len(scores)), np.where(there, rows.experts, 0)
-    own = scores[at]
-    scores[at] = np.where(there, own * ULP, own)
+    scores[there.nonzero()[0], rows.experts[there]] *= ULP
     return Choice(layer, scores, rows.experts, rows.weights, hidden, phase=phase)
 
 
@@ -59,6 +61,8 @@ def reroute(routing: Routing, choice: Choice, resident: BoolArray) -> Served:
     if ranking is None:
         return Served(own, nothing)
     top_k = choice.experts.shape[1]
+    if len(ranking) == 1:
+        return _reroute_one(choice, (-ranking[0]).argsort(kind="stable")[:top_k], own)
     ids = (-ranking).argsort(axis=1, kind="stable")[:, :top_k]
     replaced = (choice.experts[:, :, None] != ids[:, None]).all(axis=2)
     same = ~replaced.any(axis=1)
@@ -68,10 +72,23 @@ def reroute(routing: Routing, choice: Choice, resident: BoolArray) -> Served:
     return Served(rows, degraded, int(np.count_nonzero(replaced)))
 
 
+def _reroute_one(choice: Choice, ids: IntArray, own: Rows) -> Served:
+    """The same for one token, of which `ids` [k] rank first."""
+    mine = set(ids.tolist())
+    replaced = [expert not in mine for expert in choice.experts[0].tolist()]
+    count = sum(replaced)
+    if not count:
+        return Served(own, np.zeros(1, dtype=np.float32))
+    degraded = (choice.weights * np.array([replaced])).sum(axis=1)
+    return Served(Rows(ids[None], _weights(choice, ids[None])), degraded, count)
+
+
 def thin(thinning: Thinning, route: Route, view: View, rows: Rows) -> Served:
     """Leave out the experts of `rows` that `thinning` does not keep; their ids then mean none."""
     route = Route(route.layer, *rows, route.sequences, route.scores, route.hidden, route.token_ids)
     keep, lost, gain = left_out(thinning, route, view)
+    if keep.all():
+        return Served(rows, lost)
     weights = np.where(keep, rows.weights * gain[:, None], 0).astype(np.float32)
     return Served(Rows(np.where(keep, rows.experts, view.experts), weights), lost)
 

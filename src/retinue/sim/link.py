@@ -114,8 +114,9 @@ class SimulatedLink:
     def wait(self, tickets: Collection[Ticket], timeout_s: float) -> float:
         """Let time pass until one of `tickets` settles, or the timeout."""
         started, limit = self.now, self.now + timeout_s
-        if any(ticket.settled for ticket in tickets):
-            return 0.0
+        for ticket in tickets:
+            if ticket.settled:
+                return 0.0
         if self._queue:
             self._begin()
         while (read := self._end(limit)) is not None:
@@ -135,7 +136,10 @@ class SimulatedLink:
 
     def advance(self, seconds: float) -> None:
         """Let time pass, in which something else is done."""
-        self.advance_to(self.now + seconds)
+        if self._idle == READERS and not self._queue:
+            self.now += seconds  # nothing is under way
+        else:
+            self.advance_to(self.now + seconds)
 
     def advance_to(self, until: float) -> None:
         """The same, until `until`; nothing if that has passed."""
@@ -171,15 +175,16 @@ class SimulatedLink:
     def _through(self, limit: float) -> tuple[float, Chunk] | None:
         """The next chunk that is where it is needed, and when, if that is no later than `limit`."""
         disk, bus = self._disk, self._bus
+        if bus is None:
+            at = disk.due()
+            return None if at > limit else (at, disk.leave())
         while True:
             at = disk.due()
-            if bus is not None and (due := bus.due()) <= at:
+            if (due := bus.due()) <= at:
                 return (due, bus.leave()) if due <= limit else None
             if at > limit:
                 return None
             chunk = disk.leave()
-            if bus is None:
-                return at, chunk
             bus.enter(at, chunk[1], chunk)
 
     def _end(self, limit: float) -> Read | None:
@@ -188,13 +193,15 @@ class SimulatedLink:
         if found is None:
             return None
         ended, (read, size) = found
-        self.now = max(self.now, ended)
+        if ended > self.now:
+            self.now = ended
         self.bytes_read += size
         self._idle += 1
         read.running -= 1
-        if read.state is TicketState.QUEUED and not (read.chunks or read.running):
-            read.state = TicketState.DONE
-        read.settled = read.state is not TicketState.QUEUED and not read.running
+        if not read.running:
+            if read.state is TicketState.QUEUED and not read.chunks:
+                read.state = TicketState.DONE
+            read.settled = read.state is not TicketState.QUEUED
         if self._idle == READERS:
             self._busy_s += self.now - self._busy_since
         if self._queue:

@@ -85,11 +85,13 @@ class Recording:
 
     def rows(self, parts: Sequence[Part], place: int | slice) -> tuple[IntArray, FloatArray]:
         """Experts and weights of the parts' tokens in the layer at `place`, [tokens, k] each."""
+        if len(parts) == 1:
+            (part,) = parts
+            request, tokens = self.requests[part.request], slice(part.start, part.stop)
+            return request.experts[tokens, place], request.weights[tokens, place]
         each = [(self.requests[part.request], slice(part.start, part.stop)) for part in parts]
         experts = [request.experts[tokens, place] for request, tokens in each]
         weights = [request.weights[tokens, place] for request, tokens in each]
-        if len(parts) == 1:
-            return experts[0], weights[0]
         return np.concatenate(experts), np.concatenate(weights)
 
     def signal(self, name: str, parts: Sequence[Part], place: int) -> FloatArray | None:

@@ -74,12 +74,14 @@ class Stage:
         """What the routers chose for the tokens of a pass in the layer at `place`."""
         recording = self.recording
         experts, weights = recording.rows(parts, place)
-        counts = [part.stop - part.start for part in parts]
+        sequences = np.array([part.request for part in parts])
+        if len(parts) > 1 or len(experts) > 1:
+            sequences = sequences.repeat([part.stop - part.start for part in parts])
         return Route(
             recording.head.routed[place],
             experts,
             weights,
-            np.repeat([part.request for part in parts], counts),
+            sequences,
             recording.signal("scores", parts, place) if "scores" in needs else None,
             recording.signal("hidden", parts, place) if "hidden" in needs else None,
             recording.token_ids(parts) if "token_ids" in needs else None,

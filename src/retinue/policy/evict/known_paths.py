@@ -7,7 +7,7 @@ pass that runs, not of what waits; what this pass does not need any more goes by
 
 import numpy as np
 
-from retinue.policy.base import View
+from retinue.policy.base import BoolArray, View
 from retinue.policy.evict.recency import Recency
 from retinue.policy.predict.chosen import Chooser
 from retinue.types import FloatArray, IntArray
@@ -18,15 +18,28 @@ class KnownPaths:
 
     def __init__(self, chooser: Chooser) -> None:
         self._chooser, self._recency = chooser, Recency()
+        # By layer what was said last, and whom that needs.
+        self._needed: dict[int, tuple[FloatArray, BoolArray]] = {}
 
     def priorities(self, layers: IntArray, experts: IntArray, view: View) -> FloatArray:
         """Below 0 by age for what is not needed; else 1 and more, the sooner the more."""
         found = self._recency.priorities(layers, experts, view)
-        for layer in np.unique(layers[layers > view.layer]).tolist():
-            scores = self._chooser.scores(layer)
-            if scores is None:
-                continue
-            chosen = np.argsort(-scores, axis=1, kind="stable")[:, : view.top_k]
-            needed = (layers == layer) & np.isin(experts, chosen)
-            found[needed] = 1 + view.layers - (layer - view.layer)
+        for layer in range(view.layer + 1, view.layers):
+            needed = self._needs(layer, view)
+            if needed is not None:
+                at = (layers == layer) & needed[experts]
+                found[at] = 1 + view.layers - (layer - view.layer)
         return found
+
+    def _needs(self, layer: int, view: View) -> BoolArray | None:
+        """Whom the tokens of the pass choose in `layer`: [experts]; None: nobody knows."""
+        scores = self._chooser.scores(layer)
+        if scores is None:
+            return None
+        whole = scores if scores.base is None else scores.base  # a part of it is a new object
+        said, needed = self._needed.get(layer, (None, None))
+        if needed is None or said is not whole:
+            needed = np.zeros(view.experts, dtype=bool)
+            needed[(-scores).argsort(axis=1, kind="stable")[:, : view.top_k]] = True
+            self._needed[layer] = whole, needed
+        return needed

@@ -24,4 +24,4 @@ class MapFrequency:
         entries, _ = self._maps.followed(view.layer)
         if not len(entries):
             return used
-        return np.asarray(used * self._maps.whole(entries)[layers, experts], dtype=np.float32)
+        return np.asarray(used * self._maps.means(entries, layers, experts), dtype=np.float32)

@@ -18,7 +18,8 @@ Quotas = Callable[[View], FloatArray]  # slots of each layer: [layers]
 def even(view: View) -> FloatArray:
     """As many slots for each layer that has ever run: `[layers]`."""
     routed = (view.last_used >= 0).any(axis=1) | view.resident.any(axis=1)
-    return np.asarray(routed * (view.slots / max(1, routed.sum())), dtype=np.float32)
+    each = np.float32(view.slots / max(1, int(np.count_nonzero(routed))))
+    return np.where(routed, each, np.float32(0))
 
 
 def over_quota(quotas: FloatArray, view: View) -> BoolArray:
@@ -26,7 +27,7 @@ def over_quota(quotas: FloatArray, view: View) -> BoolArray:
 
     The layer that runs gives for itself: it has to as soon as one more would be too much.
     """
-    held = np.count_nonzero(view.resident, axis=1).astype(np.float32)
+    held: FloatArray = np.add.reduce(view.resident, axis=1, dtype=np.float32)
     held[view.layer] += 1
     return np.asarray(held > np.maximum(quotas, 1))
 
@@ -43,9 +44,9 @@ class Quota:
     def priorities(self, layers: IntArray, experts: IntArray, view: View) -> FloatArray:
         """The rank by `inner`, after that of all entries whose layers are over their quota."""
         inner = self._inner.priorities(layers, experts, view)
-        order = np.argsort(inner, kind="stable")
+        order = inner.argsort(kind="stable")
         ranked = inner[order]
         rank = np.zeros(len(inner), dtype=np.float32)
-        rank[order[1:]] = np.cumsum(ranked[1:] != ranked[:-1])  # of equals the same
-        rank += ~over_quota(self._quotas(view), view)[layers] * np.float32(len(layers))
+        rank[order[1:]] = (ranked[1:] != ranked[:-1]).cumsum()  # of equals the same
+        rank[~over_quota(self._quotas(view), view)[layers]] += np.float32(len(layers))
         return rank

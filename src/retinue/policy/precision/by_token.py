@@ -8,12 +8,11 @@ quantiles over the tokens just seen are the capacities; the widths are 2, 4 and 
 one bit being too narrow to read by themselves.
 """
 
-from collections import deque
-
 import numpy as np
 
 from retinue.policy.base import Signal, View
 from retinue.policy.ranks import shares
+from retinue.policy.window import Window
 from retinue.types import Demand, FloatArray, IntArray, Want
 
 CAPACITIES = (0.3, 0.4, 0.3)  # of the most bits, fewer, the fewest
@@ -28,7 +27,8 @@ class ByToken:
 
     def __init__(self, capacities: tuple[float, float, float] = CAPACITIES) -> None:
         self._steps = np.cumsum([1 - sum(capacities), *capacities[:-1]])
-        self._seen: dict[int, deque[float]] = {}
+        self._places = np.clip(1 - self._steps, 0, 1).tolist()
+        self._seen: dict[int, Window] = {}
         self._bounds: dict[int, FloatArray] = {}  # by layer, of what has been seen
         self.exact = not sum(capacities)
 
@@ -39,8 +39,9 @@ class ByToken:
             ids = view.route.experts
             part = shares(ids, view.route.weights, view.experts)
             valid = ids < view.experts
-            np.maximum.at(best, ids[valid], part[valid])
-            self._see(demand.layer, part[valid])
+            seen = part[valid]
+            np.maximum.at(best, ids[valid], seen)
+            self._see(demand.layer, seen)
         return self._width(demand.layer, best[demand.experts])
 
     def pick_ahead(self, want: Want, view: View) -> IntArray:
@@ -49,7 +50,9 @@ class ByToken:
         return self._width(want.layer, np.asarray(want.scores / whole, dtype=np.float32))
 
     def _see(self, layer: int, part: FloatArray) -> None:
-        self._seen.setdefault(layer, deque(maxlen=SEEN)).extend(part[-SEEN:].tolist())
+        if layer not in self._seen:
+            self._seen[layer] = Window(SEEN)
+        self._seen[layer].extend(part[-SEEN:].tolist())
         self._bounds.pop(layer, None)
 
     def _width(self, layer: int, part: FloatArray) -> IntArray:
@@ -59,17 +62,18 @@ class ByToken:
         bounds = self._bounds.get(layer)
         if bounds is None:
             seen = self._seen.get(layer)
-            bounds = self._quantiles(np.array(seen) if seen else part)
-            if seen:  # a layer's first pass goes by itself
-                self._bounds[layer] = bounds
+            if seen:
+                bounds = self._bounds[layer] = self._quantiles(seen)
+            else:  # a layer's first pass goes by itself
+                alone = Window(SEEN)
+                alone.extend(part[-SEEN:].tolist())
+                bounds = self._quantiles(alone)
         return np.asarray((part[:, None] < bounds).sum(axis=1), dtype=np.int64)
 
-    def _quantiles(self, seen: FloatArray) -> FloatArray:
+    def _quantiles(self, seen: Window) -> FloatArray:
         """Where the steps lie in `seen`, which is not empty."""
-        ordered = np.sort(seen)
-        places = np.clip(1 - self._steps, 0, 1) * (len(ordered) - 1)
-        low = places.astype(np.int64)
-        high = np.minimum(low + 1, len(ordered) - 1)
-        bounds = ordered[low] + (places - low) * (ordered[high] - ordered[low])
-        bounds[self._steps < 1e-9] = np.inf  # of what has no capacity nothing is read
-        return np.asarray(bounds)
+        bounds = []
+        for place in self._places:
+            low, high, part = seen.between(place)
+            bounds.append(low + part * (high - low))
+        return np.where(self._steps < 1e-9, np.inf, bounds)  # of no capacity nothing is read

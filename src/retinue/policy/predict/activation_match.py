@@ -11,6 +11,7 @@ from itertools import pairwise
 import numpy as np
 
 from retinue.policy.base import Signal, View
+from retinue.policy.ranks import each_row
 from retinue.policy.watch.activations import Activations
 from retinue.types import Demand, FloatArray, Want
 
@@ -47,14 +48,13 @@ def by_score(layers: list[int], scores: FloatArray, count: int) -> list[Want]:
 
     scores: [layers, experts]; 0 or less is not wanted. A `Want` for each stretch of one layer.
     """
-    best = np.argsort(-scores, axis=1, kind="stable")[:, :count]
-    values = np.take_along_axis(scores, best, axis=1)
-    order = np.argsort(-values, axis=None, kind="stable")
-    order = order[: np.count_nonzero(values > 0)]
-    rows, experts, values = order // best.shape[1], best.ravel()[order], values.ravel()[order]
+    best = (-scores).argsort(axis=1, kind="stable")[:, :count]
+    values = scores[each_row(len(best)), best].ravel()
+    order = (-values).argsort(kind="stable")[: np.count_nonzero(values > 0)]
+    rows, experts, values = order // best.shape[1], best.ravel()[order], values[order]
     if not len(rows):
         return []
-    cuts = [0, *(np.flatnonzero(np.diff(rows)) + 1).tolist(), len(rows)]
+    cuts = [0, *((rows[1:] != rows[:-1]).nonzero()[0] + 1).tolist(), len(rows)]
     return [
         Want(layers[rows[start]], experts[start:stop], values[start:stop])
         for start, stop in pairwise(cuts)

@@ -43,7 +43,11 @@ class Chosen:
 
 
 def _want(layer: int, scores: FloatArray, top_k: int) -> Want:
-    chosen = np.argsort(-scores, axis=1, kind="stable")[:, :top_k]
+    if len(scores) == 1:  # each of them once
+        best = (-scores[0]).argsort(kind="stable")[:top_k]
+        best.sort()
+        return Want(layer, best, np.ones(len(best), dtype=np.float32))
+    chosen = (-scores).argsort(axis=1, kind="stable")[:, :top_k]
     tokens = np.bincount(chosen.ravel(), minlength=scores.shape[1])
-    order = np.argsort(-tokens, kind="stable")[: np.count_nonzero(tokens)]
+    order = (-tokens).argsort(kind="stable")[: np.count_nonzero(tokens)]
     return Want(layer, order, tokens[order].astype(np.float32))

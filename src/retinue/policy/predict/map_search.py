@@ -11,6 +11,7 @@ import numpy as np
 
 from retinue.policy.base import Signal, View
 from retinue.policy.predict.activation_match import by_score
+from retinue.policy.ranks import each_row
 from retinue.policy.watch.expert_maps import ExpertMaps
 from retinue.types import Demand, FloatArray, Want
 
@@ -53,11 +54,11 @@ def smallest_sets(rows: FloatArray, delta: FloatArray, least: int) -> FloatArray
 
     rows: [requests, experts]; delta: [requests], clipped to between 0 and 1.
     """
-    order = np.argsort(-rows, axis=1, kind="stable")
-    ranked = np.take_along_axis(rows, order, axis=1)
-    before = np.cumsum(ranked, axis=1) - ranked  # the sum of those that are better
-    taken = before < np.clip(delta, 0, 1)[:, None]
+    order = each_row(len(rows)), (-rows).argsort(axis=1, kind="stable")
+    ranked = rows[order]
+    before = ranked.cumsum(axis=1) - ranked  # the sum of those that are better
+    taken = before < delta.clip(0, 1)[:, None]
     taken[:, :least] = True
     chosen = np.zeros_like(rows)
-    np.put_along_axis(chosen, order, np.where(taken, ranked, 0), axis=1)
+    chosen[order] = np.where(taken, ranked, 0)
     return chosen

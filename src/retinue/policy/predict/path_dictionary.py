@@ -14,7 +14,7 @@ import numpy as np
 from retinue.policy.base import Signal, View
 from retinue.policy.predict.trail import Trail
 from retinue.policy.preset import Arrays
-from retinue.policy.ranks import shares
+from retinue.policy.ranks import each_row, shares
 from retinue.types import Demand, FloatArray, IntArray, Want
 
 
@@ -65,4 +65,4 @@ class PathDictionary:
 def _heaviest(experts: IntArray, weights: FloatArray, count: int) -> IntArray:
     """Each token's expert with the most weight: [tokens]."""
     best = shares(experts, weights, count).argmax(axis=1)
-    return np.take_along_axis(experts, best[:, None], axis=1)[:, 0]
+    return np.asarray(experts[each_row(len(best))[:, 0], best])

@@ -11,12 +11,11 @@ norm of its hidden state alone, where the paper multiplies by the attention that
 no policy sees; every layer is pruned, where the authors' code takes the ten that bear it best.
 """
 
-from collections import deque
-
 import numpy as np
 
 from retinue.policy.base import BoolArray, Route, Signal, View
 from retinue.policy.ranks import before, shares
+from retinue.policy.window import Window
 from retinue.types import FloatArray
 
 PROTECTED = 0.02  # of a pass's tokens, rounded down: none where there is but one
@@ -33,27 +32,34 @@ class CalibratedTail:
     def __init__(self, quantile: float = 0.5, protected: float = PROTECTED) -> None:
         self._quantile, self._protected = quantile, protected
         self.exact = quantile <= 0
-        self._seen: dict[int, deque[float]] = {}
+        self._seen: dict[int, Window] = {}
 
     def keep(self, route: Route, view: View) -> BoolArray:
         """Whose better ones do not reach the bound yet; all of what matters most."""
         part = shares(route.experts, route.weights, view.experts)
         above = before(part)
         bound = self._bound(route.layer, part)
-        kept = (above < bound) | (above == 0)
-        kept[self._important(route)] = True
-        return np.asarray(kept)
+        kept: BoolArray = (above < bound) | (above == 0)
+        if int(self._protected * len(kept)):
+            kept[self._important(route)] = True
+        return kept
 
     def _bound(self, layer: int, part: FloatArray) -> float:
         """What the first half of the ranks has together, in the tokens seen so far."""
         half = max(1, part.shape[1] // 2)
         first = -np.sort(-part, axis=1)[:, :half].sum(axis=1)
-        seen = self._seen.setdefault(layer, deque(maxlen=SEEN))
-        seen.extend(first.tolist())
+        if layer not in self._seen:
+            self._seen[layer] = Window(SEEN)
+        seen = self._seen[layer]
+        seen.extend(first[-SEEN:].tolist())
         if len(seen) < ENOUGH or self.exact:
             return 2.0  # no share reaches it
         # The larger the quantile of dropped tokens, the smaller the share that is enough.
-        return float(np.quantile(np.array(seen), 1 - self._quantile))
+        low, high, between = seen.between(1 - self._quantile)
+        # From the nearer end, as numpy rounds it.
+        if between < 0.5:
+            return low + (high - low) * between
+        return high - (high - low) * (1 - between)
 
     def _important(self, route: Route) -> BoolArray:
         """The tokens with the largest hidden states: [tokens]."""

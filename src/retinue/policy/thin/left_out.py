@@ -19,6 +19,9 @@ class LeftOut(NamedTuple):
 def left_out(thinning: Thinning, route: Route, view: View) -> LeftOut:
     """Ask `thinning`. Who is none already is not left out."""
     keep = thinning.keep(route, view) | (route.experts >= view.experts)
+    if keep.all():
+        nothing = np.zeros(len(keep), dtype=np.float32)
+        return LeftOut(keep, nothing, nothing + 1)
     lost = np.asarray(np.where(keep, 0, route.weights).sum(axis=1), dtype=np.float32)
     if not thinning.renormalises:
         return LeftOut(keep, lost, np.ones_like(lost))

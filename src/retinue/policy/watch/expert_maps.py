@@ -52,6 +52,7 @@ class ExpertMaps:
         self._squares = np.zeros(0, np.float32)  # of the own map, layers so far
         self._running = np.zeros(0, dtype=np.int64)
         self._step, self._seen = -1, 0  # layers of this pass
+        self._followed: dict[int, tuple[IntArray, FloatArray]] = {}  # until something changes
         self.used = np.zeros((layers, experts), np.int64)  # in how many passes
 
     def begin(self, prompt: Prompt) -> None:
@@ -64,6 +65,7 @@ class ExpertMaps:
         self._squares = grown(self._squares, seat + 1)
         self._forget(np.array([seat]))
         self._own_embeddings[seat], self._meant[seat] = 0, 0
+        self._followed.clear()
         if prompt.embedding is not None:
             self._own_embeddings[seat] = _unit(prompt.embedding)
             self._meant[seat] = self._embeddings @ self._own_embeddings[seat]
@@ -71,6 +73,7 @@ class ExpertMaps:
     def observe(self, demand: Demand, view: View) -> None:
         """Add this layer to each request's map; the first one ends the maps of the pass before."""
         route = view.route
+        self._followed.clear()
         if view.step != self._step:
             self._store(self._running)
             self._step, self._seen, self._running = view.step, 0, self._running[:0]
@@ -92,6 +95,7 @@ class ExpertMaps:
         if seat is not None:
             self._store(self._running[self._running == seat])
             self._running = self._running[self._running != seat]
+            self._followed.clear()
 
     def meant(self) -> tuple[IntArray, FloatArray]:
         """By embedding, for each request of the pass: the nearest entry, and its cosine."""
@@ -99,7 +103,9 @@ class ExpertMaps:
 
     def followed(self, layer: int) -> tuple[IntArray, FloatArray]:
         """By the layers up to `layer`, the one that ran last: the nearest entry, and its cosine."""
-        return _nearest(self._cosines(self._running, layer))
+        if layer not in self._followed:
+            self._followed[layer] = _nearest(self._cosines(self._running, layer))
+        return self._followed[layer]
 
     def foresees(self, ahead: int) -> bool:
         """Whether the layer `ahead` of the last one has layers enough before it to go by."""
@@ -109,10 +115,11 @@ class ExpertMaps:
         """`layer` in the maps of `entries`: [entries, experts]."""
         return np.asarray(self._maps[layer, entries])
 
-    def whole(self, entries: IntArray) -> FloatArray:
-        """The mean of the maps of `entries`: [layers, experts]."""
-        found = self._maps[:, entries]
-        return np.asarray(found[:, 0] if len(entries) == 1 else found.mean(axis=1))
+    def means(self, entries: IntArray, layers: IntArray, experts: IntArray) -> FloatArray:
+        """Of the mean of the maps of `entries`: [n], as many as `layers` and `experts`."""
+        if len(entries) == 1:
+            return np.asarray(self._maps[layers, entries[0], experts])
+        return np.asarray(self._maps[:, entries].mean(axis=1)[layers, experts])
 
     def _cosines(self, seats: IntArray, layer: int) -> FloatArray:
         """Of the maps up to `layer`: [seats, entries]."""

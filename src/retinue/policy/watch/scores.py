@@ -46,5 +46,5 @@ def _best(scores: FloatArray, count: int) -> FloatArray:
     experts = scores.shape[1]
     if count < experts:
         kept = np.partition(scores, experts - count, axis=1)[:, experts - count, None]
-        scores = np.where(scores >= kept, scores, 0)
+        scores = np.where(scores >= kept, scores, np.float32(0))
     return np.asarray(scores[0] if len(scores) == 1 else scores.mean(axis=0), dtype=np.float32)
