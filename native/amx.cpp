@@ -1,6 +1,6 @@
 // Kernels for AMX: a product of 16 tokens with 16 rows in one instruction. Each sum is made as in
 // avx512.cpp, of the same groups in the same order, so that int8 and int4 give the same bits.
-#include "elementwise.h"
+#include "attend.h"
 
 #if defined(__AMX_INT8__) && defined(__AMX_BF16__) && defined(__linux__)
 #include <immintrin.h>
@@ -277,7 +277,8 @@ bool has_tiles() {
 
 const Kernels* amx_kernels() {
     static const Kernels table = {"avx512-amx", true,     load, store, round_to, prepare,
-                                  activate,     multiply, sum,  encode, decode, unnest};
+                                  activate,     multiply, sum,  score, mix,   encode,
+                                  decode,       unnest};
     static const bool usable = has_tiles();
     return usable ? &table : nullptr;
 }

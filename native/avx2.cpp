@@ -1,5 +1,5 @@
 // Kernels for AVX2: as avx512.cpp, with the sixteen rows of a tile in two registers.
-#include "elementwise.h"
+#include "attend.h"
 
 #if defined(__AVX2__) && defined(__FMA__)
 #include <immintrin.h>
@@ -132,7 +132,8 @@ void multiply(const Tile& tile, const Block* blocks, int32_t count, int32_t stri
 
 const Kernels* avx2_kernels() {
     static const Kernels table = {"avx2",   false,    load, store, round_to, prepare,
-                                  activate, multiply, sum,  encode, decode, unnest};
+                                  activate, multiply, sum,  score, mix,   encode,
+                                  decode,   unnest};
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? &table : nullptr;
 }
 

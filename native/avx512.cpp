@@ -1,6 +1,6 @@
 // Kernels for AVX-512 with VNNI: sixteen rows in the lanes of a register, so that no sum ever goes
 // across lanes, and one instruction multiplies four columns.
-#include "elementwise.h"
+#include "attend.h"
 
 #if defined(__AVX512VNNI__)
 #include <immintrin.h>
@@ -145,7 +145,7 @@ void multiply(const Tile& tile, const Block* blocks, int32_t count, int32_t stri
 
 const Kernels* avx512_kernels() {
     static const Kernels table = {"avx512-vnni", false, load, store, round_to, prepare, activate,
-                                  multiply, sum, encode, decode, unnest};
+                                  multiply, sum, score, mix, encode, decode, unnest};
     return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") ? &table
                                                                                       : nullptr;
 }

@@ -224,7 +224,7 @@ using Bits = uint32_t __attribute__((vector_size(4 * kWidth)));
 
 inline Bits bits_of(Floats x) { return reinterpret_cast<Bits>(x); }
 inline Floats floats_of(Bits bits) { return reinterpret_cast<Floats>(bits); }
-inline Floats all(float x) { return Floats{} + x; }
+inline Floats all(float x) { return x - Floats{}; }  // + would have to mind -0
 
 // A group of these rows.
 struct Numbers {

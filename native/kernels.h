@@ -37,6 +37,15 @@ struct Tile {
     int32_t groups() const { return static_cast<int32_t>(ceil_div(columns, kGroup)); }
 };
 
+// What one key head has of some tokens in a pool, F32 or BF16: row t lies `places[t] * pitch`
+// numbers behind `at`.
+struct Rows {
+    const void* at;
+    const int64_t* places;
+    int64_t pitch, count;
+    int32_t type, width;
+};
+
 struct Kernels {
     const char* name;
     bool pairs;  // whether bfloat16 times bfloat16 reads `pairs`
@@ -53,6 +62,11 @@ struct Kernels {
     void (*multiply)(const Tile& tile, const Block* blocks, int32_t count, int32_t stride,
                      float* out);
     void (*sum)(const float* rows, const float* weights, int32_t k, int32_t hidden, float* out);
+    // scores[g * stride + t] = query g of queries [group][width] times row t.
+    void (*score)(const float* queries, int32_t group, const Rows& rows, int64_t stride,
+                  float* scores);
+    // out [group][width] += all rows by weights[g * stride + t].
+    void (*mix)(const float* weights, int32_t group, const Rows& rows, int64_t stride, float* out);
     // A group of sixteen rows: x [32][16] to codes and scales, and back.
     void (*encode)(const float* x, int32_t format, uint8_t* codes, uint16_t* scales);
     void (*decode)(const uint8_t* codes, const uint16_t* scales, int32_t format, float* out);

@@ -1,5 +1,5 @@
 // Kernels in plain C++, for any machine.
-#include "elementwise.h"
+#include "attend.h"
 
 namespace retinue {
 namespace {
@@ -77,7 +77,7 @@ void multiply(const Tile& tile, const Block* blocks, int32_t count, int32_t stri
 
 const Kernels* portable_kernels() {
     static const Kernels table = {"portable", false, load, store, round_to, prepare, activate,
-                                  multiply, sum, encode, decode, unnest};
+                                  multiply, sum, score, mix, encode, decode, unnest};
     return &table;
 }
 

@@ -156,6 +156,30 @@ void layer(int32_t format, int32_t type, int32_t hidden, int32_t inner, int32_t 
     require(retinue_run_layer(&made) == RETINUE_ABSENT, "a layer that may not run");
 }
 
+// Two sequences whose tokens lie anywhere in pools that end with the last of them.
+void attend(int32_t type, int32_t key_heads, int32_t group, int32_t width, int32_t wide) {
+    const int64_t lengths[] = {1, 53}, starts[] = {0, 4};
+    std::vector<int64_t> first = {7}, second;
+    for (int64_t t = 0; t < lengths[1]; t++) second.push_back((t * 29 + 8) % 54);
+    const int64_t* places[] = {first.data(), second.data()};
+    const int32_t heads = key_heads * group;
+    const auto made = [&](size_t count) {
+        auto memory = std::make_unique<Memory>(count * size_of(type), 0);
+        memory->numbers(type, count);
+        return memory;
+    };
+    const auto query = made(2ul * heads * width), key = made(2ul * key_heads * width);
+    const auto value = made(2ul * key_heads * wide), sinks = made(heads);
+    const auto keys = made(54ul * key_heads * width), values = made(54ul * key_heads * wide);
+    const Memory out(2ul * heads * wide * size_of(type), 0);
+    const retinue_sequences sequences = {2, places, starts, lengths};
+    const retinue_attention made_of = {
+        type, heads, key_heads, width, wide, 0, 0.5f, 3.0f, &sequences, query->data, key->data,
+        value->data, sinks->data, {1l * heads * width, width, 1}, {1l * key_heads * width, width, 1},
+        {1l * key_heads * wide, wide, 1}, keys->data, values->data, out.data};
+    require(retinue_attend(&made_of) == 0, "attend");
+}
+
 }  // namespace
 
 int main() {
@@ -172,6 +196,11 @@ int main() {
             }
         }
         experts(RETINUE_INT4, RETINUE_TYPE_F32, 24, 40, 1500);
+        for (int32_t type = RETINUE_TYPE_F32; type <= RETINUE_TYPE_BF16; type++) {
+            attend(type, 3, 1, 7, 5);
+            attend(type, 2, 13, 24, 40);
+            attend(type, 8, 2, 128, 128);
+        }
     }
     for (int32_t bits = 2; bits <= 8; bits *= 2) {
         for (int32_t type = RETINUE_TYPE_F32; type <= RETINUE_TYPE_F16; type++) {

@@ -9,6 +9,7 @@ import pytest
 import models
 from command import Call, caller, refused
 from retinue.cli.main import main
+from retinue.engine import packing
 from retinue.memory.home import called, sample_folder
 
 HELLO = "A: Hello there!"
@@ -98,6 +99,16 @@ def test_a_place_that_takes_no_folder_is_seen_before_the_work(
     call: Call, texts: Path, verb: str
 ) -> None:
     refused(call(*verb.split(), "sample", "--out", texts), 2, "is a file")
+
+
+def test_who_stops_a_pack_is_told_that_it_goes_on(
+    call: Call, olmoe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(packing, "pack", stopped)
+    refused(call("pack", olmoe, tmp_path / "pack"), 1, "interrupted")
 
 
 def test_a_hint_names_the_model_as_a_command_line_does(tmp_path: Path) -> None:

@@ -1,18 +1,15 @@
-"""The native library's small instructions and its attention, against torch's own."""
+"""The native library's small instructions, against torch's own."""
 
 from collections.abc import Callable
-from types import SimpleNamespace
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch.nn import functional
 
-from retinue.memory import evaluator, native
+from retinue.memory import native
 from retinue.metrics import Clock
 from retinue.model.program import Memory, Program, Spans
-from retinue.model.record import ATTEND, Recording, _needed, _Recorder
+from retinue.model.record import Recording, _needed, _Recorder
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason=str(native.why_not()))
 
@@ -104,73 +101,3 @@ def test_no_number_is_lost_at_the_ends_of_the_exponential() -> None:
     a = torch.tensor([-1e30, -104.0, -87.5, -86.0, -0.0, 1e-7, 88.0, 88.7, 89.0, float("nan")])
     got = evaluated(lambda a, b: torch.exp(a), a, a)
     torch.testing.assert_close(got, a.exp(), rtol=1e-6, atol=1e-37, equal_nan=True)
-
-
-@pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(
-    ("heads", "key_heads", "cap", "sinks"),
-    [(4, 4, 0.0, False), (6, 2, 5.0, False), (4, 1, 0, True)],
-)
-def test_attention(
-    heads: int, key_heads: int, cap: float, sinks: bool, dtype: torch.dtype, threads: int
-) -> None:
-    width, wide, tokens, count = 24, 40, 1024, 3
-    random = torch.Generator().manual_seed(3)
-
-    def some(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=random).to(dtype)
-
-    query, sink = some(count, heads, width), some(heads) if sinks else None
-    new = [some(count, key_heads, size) for size in (width, wide)]
-    pools = [some(tokens, key_heads, size) for size in (width, wide)]
-    stops, starts = np.array([400, 1, 37]), np.array([0, 0, 20])
-    order = torch.randperm(tokens, generator=random)
-    places = [order[:500], order[500:600], order[600:700]]
-    wanted = [p.clone() for p in pools]
-    for s in range(count):
-        for pool, states in zip(wanted, new, strict=True):
-            pool[places[s][stops[s] - 1]] = states[s]
-    out = torch.zeros(count, heads, wide, dtype=dtype)
-    run_attention((query, *new), pools, (places, starts, stops), (cap, sink), (out, threads))
-    for got, pool in zip(pools, wanted, strict=True):
-        assert torch.equal(got, pool)
-    for s in range(count):
-        own = places[s][starts[s] : stops[s]]
-        keys, values = (p[own].float().repeat_interleave(heads // key_heads, 1) for p in wanted)
-        scores = torch.einsum("hd,thd->ht", query[s].float(), keys) * 0.3
-        scores = cap * torch.tanh(scores / cap) if cap else scores
-        if sink is not None:
-            scores = torch.cat([scores, sink.float()[:, None]], dim=1)
-        weights = scores.softmax(-1)[:, : len(own)]
-        answer = torch.einsum("ht,thd->hd", weights, values).to(dtype)
-        rounding = 1e-5 if dtype == torch.float32 else 2**-7
-        torch.testing.assert_close(out[s], answer, rtol=rounding, atol=rounding)
-
-
-def run_attention(states: Any, pools: Any, spans: Any, options: Any, result: Any) -> None:
-    """One ATTEND over [count, heads, width] states, as a step would."""
-    (places, starts, stops), (cap, sink), (out, threads) = spans, options, result
-    table = np.zeros(1, dtype=evaluator.SEQUENCES)
-    addresses = np.array([p.data_ptr() for p in places], dtype=np.uint64)
-    table["count"], table["places"] = len(starts), addresses.ctypes.data
-    table["starts"], table["stops"] = starts.ctypes.data, stops.ctypes.data
-    recorder = _Recorder()
-    query, key, value = (each.unsqueeze(0).transpose(1, 2) for each in states)
-    kept = {"scaling": 0.3, "softcap": cap, "s_aux": sink}
-    module: Any = SimpleNamespace(layer_idx=0)
-    recorder.note(ATTEND, (query, key, value), kept, out.unsqueeze(0), module)
-    keys = [pool.unsqueeze(0).transpose(1, 2) for pool in pools]
-    pool: Any = SimpleNamespace(window=None, all_states=lambda: keys)
-    library = native.library()
-    assert library is not None
-    found = recorder.ref(out)
-    recording = Recording(_needed(recorder.operations, found), recorder.constants, found)
-    memory = Memory({0: pool}, lambda window: Spans(window, starts, table))
-    program = Program(recording, library, memory, Clock())
-    library.set_threads(threads)
-    try:
-        program.run()
-    finally:
-        library.set_threads(1)
-    out.copy_(program.logits)

@@ -37,15 +37,15 @@ import numpy as np
 from retinue.engine.learning import Finished, Learner
 from retinue.policy.profile import Profile
 
-whole, left = Path.write_text, [int(sys.argv[2])]
+whole, left = Path.write_bytes, [int(sys.argv[2])]
 
-def write_text(self, text, *rest, **named):
+def write_bytes(self, content, *rest, **named):
     left[0] -= 1
-    whole(self, text if left[0] else text[: len(text) // 2], *rest, **named)
+    whole(self, content if left[0] else content[: len(content) // 2], *rest, **named)
     if not left[0]:
         os.kill(os.getpid(), signal.SIGKILL)
 
-Path.write_text = write_text
+Path.write_bytes = write_bytes
 learner = Learner(Profile("tiny", 2, 4, 1, {}), Path(sys.argv[1]))
 while True:
     learner.learn(Finished("a", np.ones((2, 4), np.float32), [5], 7))

@@ -247,3 +247,4 @@ def test_what_cannot_be_trained(
     assert done.code == 2
     assert message in done.err
     assert "hint:" in done.err
+    assert "text/s" not in done.err  # it is seen before texts run

@@ -145,6 +145,10 @@ def test_an_unwritable_place_is_said(tmp_path: Path) -> None:
     with pytest.raises(WriteError, match="cannot write") as caught:
         write_profile(profile("a"), tmp_path / "file" / "profile.json")
     assert caught.value.hint
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(WriteError):
+        write_profile(profile("a"), tmp_path / "folder")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["file", "folder"]
 
 
 def test_the_sample_ships_its_profile(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from retinue.cli.verbs import build_parser
+
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 MARK = "<!-- needs a checkpoint -->"
@@ -135,6 +137,19 @@ def test_python_block(block: Block, folder: Path) -> None:
     compile(block.text, f"README.md:{block.line}", "exec")
     if not block.needs_checkpoint:
         run([sys.executable, "-c", block.text], folder)
+
+
+def commands_of_the_docs() -> list[str]:
+    """Every line of `retinue` in a block of docs/, but for the log, which tells of old ones."""
+    files = [file for file in sorted((ROOT / "docs").glob("*.md")) if file.name != "LOG.md"]
+    blocks = [block for file in files for block in read_blocks(file.read_text(encoding="utf-8"))]
+    lines = [line for block in blocks if block.language == "sh" for line in block.commands]
+    return [line for line in lines if line.startswith("retinue ")]
+
+
+@pytest.mark.parametrize("command", commands_of_the_docs())
+def test_commands_of_the_docs_are_understood(command: str) -> None:
+    build_parser().parse_args(shlex.split(command)[1:])
 
 
 # --- the reader itself

@@ -80,9 +80,6 @@ class WriteError(RetinueError):
     """The disk did not take what was to be kept; it may be full."""
 
 
-NO_ROOM = "make room there, or name another place"  # the hint of most of them
-
-
 class SelfCheckFailed(RetinueError):
     """The fast path and the reference path disagree at load."""
 

@@ -16,9 +16,10 @@ from retinue.cli.measure import encoder
 from retinue.cli.terminal import note
 from retinue.config import Config
 from retinue.engine.tasks import TaskIds, as_ids, cut_to, read_texts
-from retinue.errors import NO_ROOM, UsageError, WriteError
+from retinue.errors import UsageError
 from retinue.lab.setting import machine, today, versions
 from retinue.memory.home import sample_tasks
+from retinue.memory.whole_file import write_whole
 from retinue.types import Facts
 
 
@@ -102,12 +103,8 @@ def described(
 
 def write_files(folder: Path, files: Mapping[str, str]) -> None:
     """Write each text under its name. Raises WriteError where that is not possible."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, text in files.items():
-            (folder / name).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise WriteError(f"cannot write to `{folder}`: {error}", hint=NO_ROOM) from error
+    for name, text in files.items():
+        write_whole(folder / name, text.encode())
 
 
 def _data(options: Namespace) -> Path:

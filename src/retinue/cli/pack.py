@@ -9,7 +9,7 @@ from retinue.cli.measure import byte_bar
 from retinue.cli.options import config_from, useless
 from retinue.cli.terminal import audience, emit_json, fail, note, table
 from retinue.config import AS_IS, Config, format_size
-from retinue.errors import CheckpointError, UsageError
+from retinue.errors import Cancelled, CheckpointError, UsageError
 from retinue.memory.home import locate
 from retinue.memory.machine import resident_bytes
 
@@ -46,8 +46,11 @@ def execute(options: Namespace) -> int:
 def _pack(folder: Path, out: Path, precision: str, config: Config) -> dict[str, Any]:
     from retinue.engine.packing import pack
 
-    with byte_bar() as advance:
-        return pack(folder, out, precision, config, advance)
+    try:
+        with byte_bar() as advance:
+            return pack(folder, out, precision, config, advance)
+    except KeyboardInterrupt as error:
+        raise Cancelled("interrupted", hint="the same command goes on from there") from error
 
 
 def _check(options: Namespace) -> int:

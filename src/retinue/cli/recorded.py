@@ -76,6 +76,7 @@ def _run(options: Namespace, config: Config) -> Recorded:
     kinds, seed = kinds_of(options.kind), config.seed or 0
     beside = LIMIT_BYTES if {*kinds} - {*NETWORKS} else 0
     with measured(options, config, beside) as (assembly, ids):
+        divide(ids, seed)  # refuse too few texts before they run
         facts, folder = assembly.facts, assembly.folder
         kinds = _possible(kinds, "all" in options.kind, assembly, config)
         parts = [kind for kind in kinds if kind not in NETWORKS]

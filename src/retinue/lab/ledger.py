@@ -10,8 +10,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from retinue.errors import NO_ROOM, UsageError, WriteError
+from retinue.errors import UsageError
 from retinue.lab.base import Row
+from retinue.memory.whole_file import write_whole
 
 
 @dataclass(slots=True)
@@ -50,14 +51,8 @@ class Ledger:
     def keep(self, experiment: str) -> None:
         """Write the entry, whole or not at all. Raises WriteError where that is not possible."""
         file, entry = self._file(experiment), self.entry(experiment)
-        draft = file.with_name(f".{file.name}.part")
         content = {"setting": self._setting, **asdict(entry)}
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            draft.write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
-            draft.replace(file)
-        except OSError as error:
-            raise WriteError(f"cannot write `{file}`: {error}", hint=NO_ROOM) from error
+        write_whole(file, json.dumps(content, ensure_ascii=False, indent=1).encode())
 
     def forget(self, experiment: str) -> None:
         """Delete what there is of `experiment`."""

@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from retinue.errors import NO_ROOM, UsageError, WriteError
+from retinue.errors import UsageError
 from retinue.memory.home import sample_folder, sample_predictor
 from retinue.memory.machine import cache_folder
+from retinue.memory.whole_file import write_whole
 from retinue.model.profiles import check_shape
 from retinue.model.survey import fingerprint
 from retinue.policy.predict.learned import AGAIN, Learned, learned_from
@@ -81,13 +82,7 @@ def write_predictor(learned: Learned, file: Path) -> None:
         arrays |= {f"{kind}/{key}": _narrow(array) for key, array in part.arrays.items()}
     content = io.BytesIO()
     np.savez_compressed(content, **{ABOUT: np.array(json.dumps(learned.about()))}, **arrays)  # type: ignore[arg-type]
-    draft = file.with_name(f".{file.name}.part")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        draft.write_bytes(content.getvalue())
-        draft.replace(file)
-    except OSError as error:
-        raise WriteError(f"cannot write the predictor `{file}`: {error}", hint=NO_ROOM) from error
+    write_whole(file, content.getvalue(), "the predictor")
 
 
 def kept(arrays: Mapping[str, npt.NDArray[Any]]) -> dict[str, FloatArray]:

@@ -8,9 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from shlex import quote
 
-from retinue.errors import NO_ROOM, Unsupported, UsageError, WriteError
+from retinue.errors import Unsupported, UsageError
 from retinue.memory.home import PACK_PROFILE, called, sample_folder, sample_profile
 from retinue.memory.machine import cache_folder, machine_name
+from retinue.memory.whole_file import write_whole
 from retinue.model.survey import fingerprint
 from retinue.policy.predict.learned import Learned
 from retinue.policy.profile import Profile, profile_from
@@ -86,10 +87,5 @@ def read_profile(file: Path) -> Profile:
 
 def write_profile(profile: Profile, file: Path) -> None:
     """Write `profile`, whole or not at all. Raises WriteError where that is not possible."""
-    draft = file.with_name(f".{file.name}.part")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        draft.write_text(json.dumps(profile.as_dict(), ensure_ascii=False, separators=(",", ":")))
-        draft.replace(file)
-    except OSError as error:
-        raise WriteError(f"cannot write the profile `{file}`: {error}", hint=NO_ROOM) from error
+    content = json.dumps(profile.as_dict(), ensure_ascii=False, separators=(",", ":"))
+    write_whole(file, content.encode(), "the profile")
