@@ -55,6 +55,7 @@ def test_every_preset_that_the_trace_can_replay(call: Call, traced: Path) -> Non
     assert rows.keys() | left_out.keys() == PRESETS.keys()
     assert not rows.keys() & left_out.keys()
     assert "profile" in left_out["popular"]
+    assert "retinue train-predictor" in left_out["promoe"]
     for row in rows.values():
         assert set(KEYS) <= row.keys()
     assert document["belady"] == rows["belady"]

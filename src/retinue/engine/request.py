@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from retinue.engine.blocks import Table
 from retinue.engine.text import TextStream
-from retinue.errors import RetinueError
+from retinue.errors import RetinueError, UsageError
 from retinue.metrics import Costs, Usage
 from retinue.types import Deadline, FinishReason, SamplingParams, TokenLogprob
 
@@ -141,9 +141,14 @@ def new_request(
     task: str | None = None,
     deadline: Deadline | None = None,
 ) -> Request:
-    """A request that waits."""
+    """A request that waits. Raises UsageError where `params` are not SamplingParams."""
     from retinue.model.sampler import Sampler  # imports torch, see engine/llm.py
 
+    if not isinstance(params, SamplingParams):  # a dictionary, as other libraries take
+        raise UsageError(
+            f"sampling settings are a `SamplingParams`, not a `{type(params).__name__}`",
+            hint="`from retinue import SamplingParams`, then `SamplingParams(temperature=0.7)`",
+        )
     text = TextStream(tokenizer, params.stop)
     request = Request(prompt, params, Sampler(params), text, reuse=reuse, forced=forced, task=task)
     request.deadline = deadline

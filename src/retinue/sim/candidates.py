@@ -70,7 +70,7 @@ def candidates(
     *,
     timed: bool,
 ) -> tuple[list[Candidate], dict[str, str]]:
-    """Those that the trace of `head` can replay, and of the others why not.
+    """Those that the trace of `head` can replay, and of the others why not, and what would help.
 
     `known(preset, slots)` may raise Refused. `timed`: requests arrive at times.
     """
@@ -80,7 +80,7 @@ def candidates(
         try:
             found.append(_candidate(row, head, known, timed=timed))
         except Refused as error:
-            reasons[row.name] = str(error)
+            reasons[row.name] = f"{error}; {error.hint}" if error.hint else str(error)
     return found, reasons
 
 
