@@ -88,9 +88,8 @@ def test_every_prompt_is_checked_before_the_first_one_runs(tiny: LLM) -> None:
 
 
 def test_sampling_settings_are_no_dictionary(tiny: LLM) -> None:
-    with pytest.raises(UsageError, match="`dict`") as raised:
+    with pytest.raises(UsageError, match="`dict`"):
         tiny.generate([5, 6], {"temperature": 0.5})  # type: ignore[arg-type]
-    assert "SamplingParams" in raised.value.hint
 
 
 def test_a_text_needs_a_tokenizer(tiny: LLM) -> None:
