@@ -106,7 +106,9 @@ def test_budgets_and_disks() -> None:
     assert [each.label for each in disks("none,1GB")] == ["the disk as it is", "1GB/s"]
 
 
-@pytest.mark.parametrize(("count", "runs"), [(1, 3), (2, 5), (3, 5), (7, 3), (15, 5), (4, 1)])
+@pytest.mark.parametrize(
+    ("count", "runs"), [(1, 3), (2, 5), (3, 5), (7, 3), (8, 5), (15, 5), (4, 1)]
+)
 def test_nobody_is_always_early(count: int, runs: int) -> None:
     names = [f"p{at}" for at in range(count)]
     orders = [some_grid(*names, runs=runs).order(run) for run in range(runs)]
@@ -116,6 +118,15 @@ def test_nobody_is_always_early(count: int, runs: int) -> None:
         assert all(set(each) == set(range(count)) for each in places.values())
     if runs > 1 and count > 1:
         assert len({order[0] for order in orders}) == min(count, runs)
+
+
+@pytest.mark.parametrize(("count", "runs"), [(4, 3), (8, 5), (13, 3), (15, 5), (30, 3)])
+def test_nobody_always_comes_after_the_same_one(count: int, runs: int) -> None:
+    names = [f"p{at}" for at in range(count)]
+    orders = [some_grid(*names, runs=runs).order(run) for run in range(runs)]
+    for name in names:
+        before = [order[order.index(name) - 1] for order in orders if order.index(name)]
+        assert len(set(before)) > 1
 
 
 def test_whole_runs_come_one_after_the_other() -> None:

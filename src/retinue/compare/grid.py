@@ -79,11 +79,14 @@ class Grid:
     def order(self, run: int) -> list[str]:
         """The presets as they take their turns in `run`.
 
-        Each run begins further on, so that over all of them nobody is always early or late.
+        The rows of a Williams square (E. J. Williams, Aust. J. Sci. Res. A2, 1949), one from each
+        end in turn: each run begins further on, so that nobody is always early or late, and nobody
+        always comes after the same one, whose traces in caches and memory he would pay for.
         """
         count = len(self.presets)
-        start = run * max(1, round(count / self.runs)) % count
-        return [*self.presets[start:], *self.presets[:start]]
+        start = run * max(1, count // self.runs)
+        places = [(at + 1) // 2 if at % 2 else -(at // 2) for at in range(count)]
+        return [self.presets[(start + place) % count] for place in places]
 
 
 def grid(

@@ -90,7 +90,7 @@ def report(grid: Grid, document: Mapping[str, Any]) -> Report:
 
 def _setting(document: Mapping[str, Any]) -> list[tuple[str, Any]]:
     limits = [limit or "none" for limit in document["read_limits"]]
-    amount = f"{counted(int(document['runs']), 'run')}, the presets in rotating order"
+    amount = f"{counted(int(document['runs']), 'run')}, the presets in balanced order"
     shown = {"experts": [share or "as memory allows" for share in document["experts"]]}
     return [
         *document["setting"].items(),
