@@ -50,6 +50,7 @@ class Standing:
     def victims(self, count: int, allowed: int, view: View, *, spare_expected: bool) -> IntArray:
         """Up to `count` experts, the first to leave first; `allowed` of those that stay: [n]."""
         idle = self._idle()
+        # Of truth values `>` is "and not", in one operation instead of two.
         found = self._first(idle > self.expected, count, allowed, view)
         if len(found) < count and not spare_expected:
             allowed -= int(np.count_nonzero(~self.transient.ravel()[found]))
