@@ -11,6 +11,7 @@ import pytest
 
 from disk import ids
 from retinue.errors import Cancelled
+from retinue.memory import payback
 from retinue.memory.attendance import Attendance, Turn, asked, demand_of
 from retinue.memory.base import Sizes, TicketState, Urgency
 from retinue.memory.cache import ExpertCache
@@ -331,7 +332,41 @@ def test_no_forecast_is_asked_for_while_it_does_not_pay(monkeypatch: pytest.Monk
     noting.asked.clear()
     rig.attendance.begin_pass("prefill")
     rig.run(0, 5)
-    assert ("forecast", 1) in noting.asked, "a prefill always looks ahead"
+    assert ("forecast", 1) in noting.asked, "the first wait of prompts, as nobody knows better"
+
+
+def test_a_layer_of_a_prompt_looks_ahead_once_it_has_waited_for_that_long() -> None:
+    noting = Noting()
+    rig = Rig(16, Policies(Recency(), noting, FetchAll(), gated=True), SlowLink)
+    patience: Any = rig.attendance._patience
+
+    def asked_in(layer: int, *experts: int) -> bool:
+        noting.asked.clear()
+        rig.run(layer, *experts)
+        return ("forecast", layer + 1) in noting.asked
+
+    assert asked_in(1, 0), "a decoding token does not wait for that"
+    rig.attendance.begin_pass("prefill")
+    patience.takes_s = 1.5
+    assert asked_in(0), "nothing lacking, and nobody waited too shortly yet"
+    assert not asked_in(0, 1), "a read of one second, for which it waited"
+    assert not asked_in(0, 1), "nothing lacking, and such waits are not worth it"
+    rig.attendance.looked = lambda: rig.link.wait([], 0) if rig.link.queue else None
+    assert asked_in(0, 2, 3, 4), "two of three seconds were more"
+    assert patience.takes_s == 1.5 + payback.LATELY * (1.0 - 1.5), "the look took one"
+    assert asked_in(0, 1), "nothing lacking, and the last one that lacked had to wait"
+    rig.attendance.begin_pass("decode")
+    assert rig.attendance.patience is None
+
+
+def test_presets_that_are_not_gated_look_ahead_before_they_compute() -> None:
+    noting = Noting()
+    rig = Rig(16, Policies(Recency(), noting, FetchAll()), SlowLink)
+    rig.attendance.begin_pass("prefill")
+    with rig.turn(0, 1) as turn:
+        assert ("forecast", 1) in noting.asked
+        turn.wait()
+        turn.computed(turn.ready())
 
 
 def test_how_busy_the_link_is_while_tokens_are_decoded() -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from retinue.memory.payback import FIRST, KEEP, TRIAL, Payback
+from retinue.memory.payback import FIRST, KEEP, LATELY, TRIAL, Patience, Payback
 
 
 def run(gate: Payback, passes: int, with_s: float, without_s: float) -> list[bool]:
@@ -58,3 +58,13 @@ def test_one_slow_pass_is_no_reason() -> None:
     assert len(done) == TRIAL - 1
     gate.begin()
     assert gate.pays
+
+
+def test_patience_is_as_long_as_looks_lately_took() -> None:
+    patience = Patience()
+    assert patience.takes_s == 0.0, "the first wait is taken for a look"
+    patience.looked(4.0)
+    assert patience.takes_s == 4.0
+    patience.pays = False
+    patience.looked(8.0)
+    assert (patience.takes_s, patience.pays) == (4.0 + 4.0 * LATELY, True)

@@ -192,6 +192,14 @@ def test_looking_ahead_takes_its_time(recording: Recording) -> None:
     assert more_s == pytest.approx(1e-3 * found.decode.looks, rel=0.01)
 
 
+@pytest.mark.parametrize(("disk", "looks"), [(1e5, True), (1e8, False)])
+def test_prompts_look_ahead_where_they_wait(recording: Recording, disk: float, looks: bool) -> None:
+    times = Times(1e-4, 2e-4, 1e-5, 1e-5, ahead_s=1e-3)
+    prompts = replayed(recording, "mixtral-offloading", setting(20, disk=disk, times=times)).prefill
+    assert prompts.lacking > prompts.passes
+    assert prompts.looks > prompts.passes if looks else prompts.looks == 1, "the first one tells"
+
+
 def least_recent(recording: Recording, slots: int) -> int:
     """Misses of plain LRU over (layer, expert), as the cache's recency has it: by pass."""
     used: dict[tuple[int, int], int] = {}

@@ -5,7 +5,8 @@ starts reads and waits. Whoever drives it computes, or lets a clock run. It belo
 and imports no torch.
 
 The order in a layer: watchers and the predictor observe, the miss handler says what is read, and
-in which precision; then the predictor is asked for the coming layers.
+in which precision; then the predictor is asked for the coming layers, in prompts of gated presets
+once the layer has waited for that (see `memory/payback.py`).
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ import numpy as np
 from retinue.errors import Cancelled
 from retinue.memory.base import WAIT_S, Urgency
 from retinue.memory.cache import LOADING, ExpertCache
-from retinue.memory.payback import Payback
+from retinue.memory.payback import Patience, Payback
 from retinue.metrics import Metrics
 from retinue.policy.base import Ahead, BoolArray, Prompt, Route, View
 from retinue.policy.policies import Policies
@@ -40,9 +41,10 @@ def asked(tokens: int) -> slice:
 class Attendance:
     """Serves layer after layer out of `cache` as `policies` say.
 
-    routed: the layers with experts, in their order. `stop` is asked in waits. `last_missed`
-    [layers, experts] is the step in which each expert was missing last, -1: never. `lowers` says
-    whether the precision policy is asked now; otherwise nothing but the own one will do.
+    routed: the layers with experts, in their order. `stop` is asked in waits, `looked` is told of
+    looks ahead. `last_missed` [layers, experts] is the step in which each expert was missing last,
+    -1: never. `lowers` says whether the precision policy is asked now; otherwise nothing but the
+    own one will do.
     """
 
     def __init__(
@@ -50,11 +52,12 @@ class Attendance:
     ) -> None:
         self.cache, self.policies, self.metrics = cache, policies, metrics
         self.stop: Callable[[], bool] = lambda: False
+        self.looked: Callable[[], None] = lambda: None
         self.lowers = True
         self.last_missed = np.full_like(cache.last_used, -1)
         self.following = dict(pairwise(routed))
         self._watchers = policies.watchers
-        self._payback = Payback() if policies.gated else None
+        self._gated, self._payback, self._patience = policies.gated, Payback(), Patience()
         self._begun_s = self._busy_s = 0.0  # the link's time when the pass started that runs
 
     def begin(self, prompt: Prompt) -> None:
@@ -73,7 +76,7 @@ class Attendance:
         if phase == "decode":
             link = self.cache.reads.link
             self._begun_s, self._busy_s = link.clock(), link.busy()
-            if self._payback is not None:
+            if self._gated:
                 self._payback.begin()
 
     def attend(
@@ -94,10 +97,16 @@ class Attendance:
         return Turn(self, demand, view, tokens, scores_of)
 
     @property
+    def patience(self) -> Patience | None:
+        """How long layers of the running pass that lack experts wait before they look ahead."""
+        return self._patience if self._gated and self.cache.phase == "prefill" else None
+
+    @property
     def looks_ahead(self) -> bool:
-        """Whether the running pass asks for forecasts: while they pay."""
-        gate = self._payback
-        return gate is None or gate.ahead or self.cache.phase == "prefill"
+        """Whether layers of the running pass ask for forecasts at once: while that pays."""
+        if not self._gated:
+            return True
+        return self._patience.pays if self.cache.phase == "prefill" else self._payback.ahead
 
     def end_layer(self, layer: int) -> None:
         """All of a layer was computed; with the last one, a pass is as good as done."""
@@ -107,7 +116,7 @@ class Attendance:
         passed_s = reads.link.clock() - self._begun_s
         if passed_s > 0:
             reads.busy += LATELY * ((reads.link.busy() - self._busy_s) / passed_s - reads.busy)
-        if self._payback is not None:
+        if self._gated:
             self._payback.end(passed_s)
 
     def show(self, demand: Demand, route: Route | None = None) -> None:
@@ -140,14 +149,19 @@ class Attendance:
         self.metrics.count(layer, hits, pending, len(experts) - hits - pending)
         return hits
 
-    def wait(self, layer: int, awaited: set[int]) -> None:
-        """Wait for one of the reads. Raises Cancelled, or the error of one that is `awaited`."""
+    def wait(self, layer: int, awaited: set[int], most_s: float = WAIT_S) -> float:
+        """Wait for one of the reads, `most_s` at most. Returns the seconds that passed.
+
+        Raises Cancelled, or the error of one that is `awaited`.
+        """
         cache = self.cache
         cache.reads.raise_failure(layer, awaited)
         if self.stop():
             raise Cancelled("the request was cancelled")
-        self.metrics.now.stall_s += cache.wait(WAIT_S)
+        passed_s = cache.wait(min(most_s, WAIT_S))
+        self.metrics.now.stall_s += passed_s
         cache.reads.raise_failure(layer, awaited)
+        return passed_s
 
 
 def demand_of(layer: int, chosen: IntArray, weights: FloatArray, experts: int) -> Demand:
@@ -176,7 +190,8 @@ class Turn:
 
     __slots__ = (
         *("_attendance", "_cache", "_demand", "_experts", "_keep", "_lease", "_missing"),
-        *("_precision", "_row", "_scores_of", "_tokens", "_view", "elsewhere", "left"),
+        *("_patience", "_precision", "_row", "_scores_of", "_tokens", "_view", "_waited_s"),
+        *("elsewhere", "left"),
     )
 
     def __init__(
@@ -194,6 +209,8 @@ class Turn:
         self._missing: IntArray | None = None  # those that found no room yet
         self._keep: IntArray | None = None  # those that may stay after a prefill
         self._precision: dict[int, int] | None = None  # in which each is read
+        self._patience: Patience | None = None  # while it has not looked ahead and still may
+        self._waited_s = 0.0
         self.left = set(self._experts)
         self.elsewhere = demand.experts[:0]
 
@@ -234,7 +251,18 @@ class Turn:
         """Wait for one of the reads. Raises Cancelled, or the error of a read that failed."""
         if self._missing is not None:
             self._fetch(self._missing)
-        self._attendance.wait(self._demand.layer, self.left)
+        attendance, patience, layer = self._attendance, self._patience, self._demand.layer
+        if patience is None:
+            attendance.wait(layer, self.left)
+        elif self._waited_s < patience.takes_s:
+            left_s = patience.takes_s - self._waited_s
+            self._waited_s += attendance.wait(layer, self.left, left_s)
+        else:
+            self._patience, clock = None, self._cache.reads.link.clock
+            started = clock()
+            self._look_ahead()
+            patience.looked(clock() - started)
+            self._cache.poll()
 
     # --- what happens before anything is computed
 
@@ -255,8 +283,11 @@ class Turn:
             cache.drop_wants(layer, demand.experts)
         if hits < len(experts):
             self._read(np.array(slots) >= 0)
-        if self._missing is None and attendance.looks_ahead:
-            self._look_ahead()
+        if self._missing is None:
+            if hits < len(experts) and (patience := attendance.patience) is not None:
+                self._patience, patience.pays = patience, False
+            elif attendance.looks_ahead:
+                self._look_ahead()
         cache.touch(demand, self._tokens)
 
     def _worst(self) -> IntArray:
@@ -307,6 +338,7 @@ class Turn:
         for want in predictor.forecast(view):
             urgency = Urgency.NEXT_LAYER if want.layer == near else Urgency.LATER
             cache.want(want, limit, urgency, self._ahead_in(want, view))
+        attendance.looked()
 
     def _scores(self, layer: int) -> FloatArray | None:
         """What `layer`'s router says, if the predictor needs it and it matters."""

@@ -1,9 +1,15 @@
-"""Whether looking ahead pays here: measured, by doing without it now and then.
+"""Whether looking ahead pays here: measured, by doing without it now and then, or by waiting.
 
 What forecasts cost (asking for them, reads that nobody needs, demands that wait behind them) and
 what they save depends on the disk, the memory and the text. So it is not modelled: of some decoding
 passes half run without, and whoever had the shorter median does the passes that follow, for longer
 as long as that is confirmed. It knows seconds alone, so that the same seconds give the same answer.
+
+Prompts are few, and of all lengths, so they are not compared with each other. They show it
+themselves: a layer of a prompt mostly has enough to compute while it reads what it lacks, and then
+the next one will not wait either, forecast or not. So a layer looks ahead once it has waited for as
+long as a look takes. That is the rule of who may rent or buy without knowing for how long: it
+costs at most twice what the better of both would have.
 """
 
 from statistics import median
@@ -11,6 +17,7 @@ from statistics import median
 FIRST = 16  # passes with forecasts before the first trial, in which the cache fills
 TRIAL, APART, WITHOUT = 48, 4, 2  # passes of a trial; of each so many, how many go without
 KEEP, MOST = 256, 2048  # passes until the next trial, and at most
+LATELY = 0.25  # what the last look counts in how long looks take
 MARGIN = 0.98  # of the time with forecasts: without has to be clearly quicker, or it is chance
 
 
@@ -46,3 +53,17 @@ class Payback:
             self._times = {True: [], False: []}
         self._tries = not self._tries
         self._left = TRIAL if self._tries else self._keep
+
+
+class Patience:
+    """How long a layer of a prompt that lacks experts waits before it looks ahead."""
+
+    def __init__(self) -> None:
+        self.takes_s = 0.0  # a look, lately; unknown at first, so that the first wait tells
+        # Whether the last such layer waited that long: what those go by that lack nothing.
+        self.pays = True
+
+    def looked(self, seconds: float) -> None:
+        """A layer waited long enough, and its look took so long."""
+        self.pays = True
+        self.takes_s += (LATELY if self.takes_s else 1.0) * (seconds - self.takes_s)

@@ -33,6 +33,7 @@ class Attended:
         if policies.ring is not None:
             self.cache.division.give(round(policies.ring * slots))
         self._attendance = Attendance(self.cache, policies, head.routed, stage.metrics)
+        self._attendance.looked = lambda: stage.link.advance(stage.times.ahead_s)
         self._shows = policies.sees_tokens
         self._changes = not (policies.routing.exact and policies.thinning.exact)
         self._phase: Phase = "prefill"
@@ -72,9 +73,8 @@ class Attended:
             return
         scores_of = self._scores_of(place, parts)
         counters = stage.metrics.now
-        looks, lacking = counters.looks, counters.lacking
+        lacking = counters.lacking
         with attendance.attend(demand, tokens, route, scores_of) as turn:
-            stage.link.advance((counters.looks - looks) * stage.times.ahead_s)
             late_s = (counters.lacking - lacking) * stage.times.late_s
             self._turn(turn, demand, tokens, late_s)
 
