@@ -234,10 +234,10 @@ class Turn:
             self._attendance.end_layer(self._demand.layer)
 
     def ready(self) -> list[int]:
-        """Experts to compute now; while some found no room, one alone, which then makes room."""
+        """Experts to compute now; while some found no room, half of them, who then make room."""
         row = self._row
         ready = [expert for expert in self.left if row[expert] >= 0]
-        return ready if self._missing is None else ready[:1]
+        return ready if self._missing is None else ready[: -(-len(ready) // 2)]
 
     def computed(self, experts: Sequence[int]) -> None:
         """`experts` are done, and may leave."""
@@ -249,7 +249,9 @@ class Turn:
 
     def wait(self) -> None:
         """Wait for one of the reads. Raises Cancelled, or the error of a read that failed."""
-        if self._missing is not None:
+        cache = self._cache
+        # Who is computed makes room at once; besides that, reads that were given up do.
+        if self._missing is not None and (cache.spare or not cache.reads.loading):
             self._fetch(self._missing)
         attendance, patience, layer = self._attendance, self._patience, self._demand.layer
         if patience is None:
@@ -258,11 +260,11 @@ class Turn:
             left_s = patience.takes_s - self._waited_s
             self._waited_s += attendance.wait(layer, self.left, left_s)
         else:
-            self._patience, clock = None, self._cache.reads.link.clock
+            self._patience, clock = None, cache.reads.link.clock
             started = clock()
             self._look_ahead()
             patience.looked(clock() - started)
-            self._cache.poll()
+            cache.poll()
 
     # --- what happens before anything is computed
 

@@ -195,9 +195,9 @@ class ExpertCache:
                 if not transient:
                     self._standing.stays((layer, expert))
                 continue
-            if not self._slots.free and not self.room(1):
+            if not self._slots.free:  # whoever may leave has left
                 self._cancel(lambda key, read: key.layer != layer and read.urgency > 0)
-                if not self.room(1):
+                if not self._slots.free:
                     return experts[position:]
             kind = 0 if precision is None else int(precision[position])
             self._load(Expert(layer, expert), Urgency.DEMAND, transient, kind)
