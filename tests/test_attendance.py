@@ -359,6 +359,12 @@ def test_a_layer_of_a_prompt_looks_ahead_once_it_has_waited_for_that_long() -> N
     assert rig.attendance.patience is None
 
 
+def test_half_of_who_is_there_makes_room_for_the_rest() -> None:
+    rig = Rig(4)
+    assert rig.run(0, *range(6)) == [[0, 1], [2, 3, 4, 5]]
+    assert Rig(1).run(0, *range(3)) == [[0], [1], [2]]
+
+
 def test_presets_that_are_not_gated_look_ahead_before_they_compute() -> None:
     noting = Noting()
     rig = Rig(16, Policies(Recency(), noting, FetchAll()), SlowLink)
