@@ -360,8 +360,7 @@ def test_a_layer_of_a_prompt_looks_ahead_once_it_has_waited_for_that_long() -> N
 
 
 def test_half_of_who_is_there_makes_room_for_the_rest() -> None:
-    rig = Rig(4)
-    assert rig.run(0, *range(6)) == [[0, 1], [2, 3, 4, 5]]
+    assert Rig(4).run(0, *range(6)) == [[0, 1], [2, 3], [4, 5]]
     assert Rig(1).run(0, *range(3)) == [[0], [1], [2]]
 
 
