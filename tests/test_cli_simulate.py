@@ -136,6 +136,7 @@ def test_requests_together_and_by_chance(call: Call, traced: Path) -> None:
         (("--presets", "popular,emoe"), 3, "no preset of `popular,emoe` can be replayed"),
         (("--model", "no/such/model/here"), 2, "no such model here"),
         (("--bench", "none.json"), 2, "cannot read `none.json`"),
+        (("--context", "64"), 2, "`--context` is of no use where `--experts` alone says what fits"),
         (("--memory", "1KiB"), 3, "does not fit"),
     ],
 )

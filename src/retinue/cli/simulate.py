@@ -101,6 +101,7 @@ def _rooms(
         found = [split(facts, **room | {"experts": share and share.strip()}) for share in shares]
         labels = [share.strip() if share else str(config.memory) for share in shares]
         return [(label, each.slots) for label, each in zip(labels, found, strict=True)]
+    useless(options, ("context",), "where `--experts` alone says what fits")
     rooms = []
     for share in str(given).split(","):
         size = parse_size(share.strip(), whole=facts.total_experts * facts.slot_bytes)
