@@ -319,7 +319,7 @@ def test_no_forecast_is_asked_for_while_it_does_not_pay(monkeypatch: pytest.Monk
     rig = Rig(9, Policies(Recency(), noting, FetchAll(), gated=True), SlowLink)
     gate: Any = rig.attendance._payback
     took: list[float] = []
-    monkeypatch.setattr(gate, "begin", lambda: None)
+    monkeypatch.setattr(gate, "begin", lambda waits: None)
     monkeypatch.setattr(gate, "end", took.append)
     for ahead in (True, False):
         gate.ahead = ahead

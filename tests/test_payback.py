@@ -5,11 +5,13 @@ import pytest
 from retinue.memory.payback import FIRST, KEEP, LATELY, TRIAL, Patience, Payback
 
 
-def run(gate: Payback, passes: int, with_s: float, without_s: float) -> list[bool]:
+def run(
+    gate: Payback, passes: int, with_s: float, without_s: float, *, waits: bool = True
+) -> list[bool]:
     """What `passes` passes do that take so long."""
     done = []
     for _ in range(passes):
-        gate.begin()
+        gate.begin(waits=waits)
         done.append(gate.ahead)
         gate.end(with_s if gate.ahead else without_s)
     return done
@@ -28,6 +30,16 @@ def test_a_trial_decides(without_s: float, pays: bool) -> None:
     trial = run(gate, TRIAL, 1.0, without_s)
     assert trial.count(False) == TRIAL // 2
     assert set(run(gate, KEEP, 1.0, without_s)) == {pays}
+
+
+@pytest.mark.parametrize(("with_s", "pays"), [(0.9, True), (0.99, False), (1.1, False)])
+def test_where_prompts_did_not_wait_it_is_doubted_and_tried_at_once(
+    with_s: float, pays: bool
+) -> None:
+    gate = Payback()
+    trial = run(gate, TRIAL, with_s, 1.0, waits=False)
+    assert trial.count(True) == TRIAL // 4
+    assert set(run(gate, KEEP, with_s, 1.0, waits=True)) == {pays}, "later prompts do not matter"
 
 
 def test_it_is_tried_again_sooner_after_a_change() -> None:

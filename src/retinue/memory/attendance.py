@@ -77,7 +77,7 @@ class Attendance:
             link = self.cache.reads.link
             self._begun_s, self._busy_s = link.clock(), link.busy()
             if self._gated:
-                self._payback.begin()
+                self._payback.begin(waits=self._patience.pays)
 
     def attend(
         self,

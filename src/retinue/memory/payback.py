@@ -1,9 +1,10 @@
 """Whether looking ahead pays here: measured, by doing without it now and then, or by waiting.
 
 What forecasts cost (asking for them, reads that nobody needs, demands that wait behind them) and
-what they save depends on the disk, the memory and the text. So it is not modelled: of some decoding
-passes half run without, and whoever had the shorter median does the passes that follow, for longer
-as long as that is confirmed. It knows seconds alone, so that the same seconds give the same answer.
+what they save depends on the disk, the memory and the text. So it is not modelled: now and then
+some decoding passes do otherwise, and whoever had the shorter median does the passes that follow,
+for longer as long as that is confirmed. It knows seconds alone, so that the same seconds give the
+same answer.
 
 Prompts are few, and of all lengths, so they are not compared with each other. They show it
 themselves: a layer of a prompt mostly has enough to compute while it reads what it lacks, and then
@@ -15,10 +16,11 @@ costs at most twice what the better of both would have.
 from statistics import median
 
 FIRST = 16  # passes with forecasts before the first trial, in which the cache fills
-TRIAL, APART, WITHOUT = 48, 4, 2  # passes of a trial; of each so many, how many go without
+TRIAL, APART = 48, 4  # passes of a trial; of each so many, how many do otherwise
+WITHOUT, WITH = 2, 1  # while it pays, and while it does not
 KEEP, MOST = 256, 2048  # passes until the next trial, and at most
 LATELY = 0.25  # what the last look counts in how long looks take
-MARGIN = 0.98  # of the time with forecasts: without has to be clearly quicker, or it is chance
+MARGIN = 0.98  # of the time so far: who does otherwise has to be clearly quicker, or it is chance
 
 
 class Payback:
@@ -27,16 +29,21 @@ class Payback:
     def __init__(self) -> None:
         self.pays = True  # as far as is known
         self.ahead = True  # whether the pass that runs looks ahead
+        self._begun = False
         self._left, self._tries = FIRST, False  # passes of this kind, and whether it is a trial
         self._keep = KEEP
         self._times: dict[bool, list[float]] = {True: [], False: []}
 
-    def begin(self) -> None:
-        """A decoding pass starts."""
+    def begin(self, *, waits: bool = True) -> None:
+        """A decoding pass starts. `waits` is what prompts say until something was tried."""
+        if not self._begun and not waits:
+            self.pays, self._left = False, 0
+        self._begun = True
         if not self._left:
             self._turn()
         self._left -= 1
-        self.ahead = self.pays if not self._tries else self._left % APART >= WITHOUT
+        otherwise = self._tries and self._left % APART < (WITHOUT if self.pays else WITH)
+        self.ahead = self.pays != otherwise
 
     def end(self, seconds: float) -> None:
         """That pass took so long."""
@@ -48,7 +55,8 @@ class Payback:
         if self._tries:
             before, times = self.pays, self._times
             if times[True] and times[False]:
-                self.pays = median(times[False]) >= MARGIN * median(times[True])
+                quicker = median(times[not before]) < MARGIN * median(times[before])
+                self.pays = before != quicker
             self._keep = min(2 * self._keep, MOST) if self.pays == before else KEEP
             self._times = {True: [], False: []}
         self._tries = not self._tries
