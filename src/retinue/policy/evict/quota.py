@@ -15,11 +15,20 @@ from retinue.types import FloatArray, IntArray
 Quotas = Callable[[View], FloatArray]  # slots of each layer: [layers]
 
 
-def even(view: View) -> FloatArray:
-    """As many slots for each layer that has ever run: `[layers]`."""
-    routed = (view.last_used >= 0).any(axis=1) | view.resident.any(axis=1)
-    each = np.float32(view.slots / max(1, int(np.count_nonzero(routed))))
-    return np.where(routed, each, np.float32(0))
+class Even:
+    """As many slots for each layer that has ever run; looked for once a decoding pass."""
+
+    def __init__(self) -> None:
+        self._pass = -1
+        self._quotas = np.zeros(0, dtype=np.float32)
+
+    def __call__(self, view: View) -> FloatArray:
+        """`[layers]`."""
+        if view.step != self._pass or view.phase == "prefill":
+            routed = (view.last_used >= 0).any(axis=1) | view.resident.any(axis=1)
+            each = np.float32(view.slots / max(1, int(np.count_nonzero(routed))))
+            self._pass, self._quotas = view.step, np.where(routed, each, np.float32(0))
+        return self._quotas
 
 
 def over_quota(quotas: FloatArray, view: View) -> BoolArray:
@@ -35,18 +44,15 @@ def over_quota(quotas: FloatArray, view: View) -> BoolArray:
 class Quota:
     """Who leaves is for `inner` to say: among the layers over their quota, then among the others.
 
-    quotas: asked at each eviction; the default is `even`.
+    quotas: asked at each eviction; the default is `Even`.
     """
 
-    def __init__(self, inner: Evictor, quotas: Quotas = even) -> None:
-        self._inner, self._quotas = inner, quotas
+    def __init__(self, inner: Evictor, quotas: Quotas | None = None) -> None:
+        self._inner, self._quotas = inner, quotas or Even()
 
     def priorities(self, layers: IntArray, experts: IntArray, view: View) -> FloatArray:
-        """The rank by `inner`, after that of all entries whose layers are over their quota."""
-        inner = self._inner.priorities(layers, experts, view)
-        order = inner.argsort(kind="stable")
-        ranked = inner[order]
-        rank = np.zeros(len(inner), dtype=np.float32)
-        rank[order[1:]] = (ranked[1:] != ranked[:-1]).cumsum()  # of equals the same
-        rank[~over_quota(self._quotas(view), view)[layers]] += np.float32(len(layers))
-        return rank
+        """As `inner` says, but after all entries whose layers are over their quota."""
+        found = self._inner.priorities(layers, experts, view)  # made for this call
+        kept = ~over_quota(self._quotas(view), view)[layers]
+        found[kept] += 1 + found.max() - found.min()
+        return found
