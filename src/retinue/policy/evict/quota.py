@@ -54,5 +54,5 @@ class Quota:
         """As `inner` says, but after all entries whose layers are over their quota."""
         found = self._inner.priorities(layers, experts, view)  # made for this call
         kept = ~over_quota(self._quotas(view), view)[layers]
-        found[kept] += 1 + found.max() - found.min()
+        found[kept] += 1 + found.max(initial=0) - found.min(initial=0)
         return found
