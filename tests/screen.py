@@ -44,6 +44,15 @@ class Screen:
         time.sleep(0.5)  # as a person would: the prompt is there before Python waits for keys
         self.type("\x03")
 
+    def leave(self) -> int:
+        """ctrl-D, again until it ends: one that is there before Python waits for keys is lost."""
+        deadline = time.monotonic() + PATIENCE_S
+        while self.process.poll() is None and time.monotonic() < deadline:
+            self.type("\x04")
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(1)
+        return self.close()
+
     def wait_for(self, text: str) -> str:
         """Everything that was shown since the last key, up to `text`."""
         deadline = time.monotonic() + 60

@@ -34,8 +34,7 @@ def test_a_chat_in_a_terminal(tmp_path: Path) -> None:
         screen.type(f"/save {file}\n")
         screen.wait_for("2 messages are in")
         screen.wait_for("\n> ")
-        screen.type("\x04")
-        assert screen.close() == 0
+        assert screen.leave() == 0
     assert "Hello there!" in file.read_text()
     history = tmp_path / "retinue" / "chat-history"
     assert history.read_text().splitlines() == ["Hello there!", "/stats", f"/save {file}"]
