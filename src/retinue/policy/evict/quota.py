@@ -52,7 +52,6 @@ class Quota:
 
     def priorities(self, layers: IntArray, experts: IntArray, view: View) -> FloatArray:
         """As `inner` says, but after all entries whose layers are over their quota."""
-        found = self._inner.priorities(layers, experts, view)  # made for this call
-        kept = ~over_quota(self._quotas(view), view)[layers]
-        found[kept] += 1 + found.max(initial=0) - found.min(initial=0)
-        return found
+        found = self._inner.priorities(layers, experts, view)
+        behind = 1 + found.max(initial=0) - found.min(initial=0)
+        return np.where(over_quota(self._quotas(view), view)[layers], found, found + behind)
