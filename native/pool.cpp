@@ -2,6 +2,7 @@
 
 #include <pthread.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
@@ -43,7 +44,8 @@ struct alignas(64) Range {
 
 class Pool {
   public:
-    Pool(int32_t threads, int32_t spin_us) : ranges_(threads), spin_us_(spin_us) {
+    Pool(int32_t threads, int32_t spin_us) : spin_us_(spin_us) {
+        for (auto& ranges : ranges_) ranges = std::vector<Range>(threads);
         try {
             for (int32_t i = 1; i < threads; i++) workers_.emplace_back([this, i] { work(i); });
         } catch (...) {
@@ -54,18 +56,18 @@ class Pool {
 
     ~Pool() { stop(); }
 
-    int32_t threads() const { return static_cast<int32_t>(ranges_.size()); }
+    int32_t threads() const { return static_cast<int32_t>(ranges_[0].size()); }
 
-    void run(int64_t units, Step step, void* context) {
-        if (units <= 1 || workers_.empty()) {
-            for (int64_t unit = 0; unit < units; unit++) step(context, 0, unit);
-            return;
-        }
-        step_ = step;
-        context_ = context;
-        for (int32_t i = 0; i < threads(); i++) {
-            ranges_[i].next.store(units * i / threads(), std::memory_order_relaxed);
-            ranges_[i].end = units * (i + 1) / threads();
+    void begin(const Stage* stages, int32_t count) {
+        count_ = count;
+        for (int32_t s = 0; s < count; s++) {
+            stages_[s] = stages[s];
+            done_[s] = 0;
+            for (int32_t i = 0; i < threads(); i++) {
+                Range& range = ranges_[s][i];
+                range.next.store(stages[s].units * i / threads(), std::memory_order_relaxed);
+                range.end = stages[s].units * (i + 1) / threads();
+            }
         }
         open_ = true;
         job_++;
@@ -73,6 +75,9 @@ class Pool {
             std::lock_guard<std::mutex> lock(mutex_);
             wake_.notify_all();
         }
+    }
+
+    void end() {
         take(0);
         // Nothing is left to begin: wait for threads amid a unit, not for those that never came.
         open_ = false;
@@ -88,16 +93,29 @@ class Pool {
     // Longer than a unit; a thread that has lost its core keeps us no longer than this awake.
     static constexpr int32_t kJoinSpinUs = 100;
 
-    // Its own units first, then what is left of the others'.
     void take(int32_t thread) {
+        for (int32_t s = 0; s < count_; s++) {
+            const int64_t units = stages_[s].units;
+            done_[s] += take_of(stages_[s], ranges_[s], thread);
+            if (s + 1 == count_) return;
+            const auto all_done = [&] { return done_[s] == units; };
+            while (!spin(kJoinSpinUs, all_done)) std::this_thread::yield();
+        }
+    }
+
+    // Its own units first, then what is left of the others'; returns how many.
+    int64_t take_of(const Stage& stage, std::vector<Range>& ranges, int32_t thread) {
+        int64_t taken = 0;
         for (int32_t i = 0; i < threads(); i++) {
-            Range& range = ranges_[(thread + i) % threads()];
+            Range& range = ranges[(thread + i) % threads()];
             while (range.next.load(std::memory_order_relaxed) < range.end) {
                 const int64_t unit = range.next.fetch_add(1, std::memory_order_relaxed);
                 if (unit >= range.end) break;
-                step_(context_, thread, unit);
+                stage.step(stage.context, thread, unit);
+                taken++;
             }
         }
+        return taken;
     }
 
     void work(int32_t thread) {
@@ -133,10 +151,11 @@ class Pool {
         for (std::thread& worker : workers_) worker.join();
     }
 
-    std::vector<Range> ranges_;
     const int32_t spin_us_;
-    Step step_ = nullptr;
-    void* context_ = nullptr;
+    Stage stages_[kMostStages] = {};
+    int32_t count_ = 0;
+    std::vector<Range> ranges_[kMostStages];
+    std::atomic<int64_t> done_[kMostStages] = {};  // units
     std::atomic<uint32_t> job_{0};
     std::atomic<int32_t> inside_{0}, sleepers_{0};
     std::atomic<bool> open_{false}, ending_{false};
@@ -149,8 +168,23 @@ class Pool {
 // Left as it is when the process ends: some thread may still be computing.
 Pool* pool = nullptr;
 
+// What was begun, for who has no pool.
+Stage begun_stages[kMostStages];
+int32_t begun_count = 0;
+
 // A forked child has none of the threads: it forgets them, and computes alone until told otherwise.
-[[maybe_unused]] const int at_fork = pthread_atfork(nullptr, nullptr, [] { pool = nullptr; });
+[[maybe_unused]] const int at_fork = pthread_atfork(nullptr, nullptr, [] {
+    pool = nullptr;
+    begun_count = 0;
+});
+
+void run_alone(const Stage* stages, int32_t count) {
+    for (int32_t s = 0; s < count; s++) {
+        for (int64_t unit = 0; unit < stages[s].units; unit++) {
+            stages[s].step(stages[s].context, 0, unit);
+        }
+    }
+}
 
 }  // namespace
 
@@ -162,9 +196,28 @@ void pool_resize(int32_t threads, int32_t spin_us) {
 
 int32_t pool_threads() { return pool ? pool->threads() : 1; }
 
-void pool_run(int64_t units, Step step, void* context) {
-    if (pool) return pool->run(units, step, context);
-    for (int64_t unit = 0; unit < units; unit++) step(context, 0, unit);
+void pool_run(const Stage* stages, int32_t count) {
+    const bool small = count == 1 && stages[0].units <= 1;
+    if (!pool || small || pool_begun()) return run_alone(stages, count);
+    pool->begin(stages, count);
+    pool->end();
 }
+
+void pool_begin(const Stage* stages, int32_t count) {
+    std::copy(stages, stages + count, begun_stages);
+    begun_count = count;
+    if (pool) pool->begin(stages, count);
+}
+
+void pool_end() {
+    if (pool) {
+        pool->end();
+    } else {
+        run_alone(begun_stages, begun_count);
+    }
+    begun_count = 0;
+}
+
+bool pool_begun() { return begun_count > 0; }
 
 }  // namespace retinue

@@ -5,6 +5,9 @@
 #include <string.h>
 
 #include <algorithm>
+#include <array>
+#include <optional>
+#include <vector>
 
 #include "pool.h"
 #include "scratch.h"
@@ -16,19 +19,26 @@ constexpr int kUnitRows = kGroup;
 // Tokens that are worked on at once, which bounds the scratch; more go in turns.
 constexpr int64_t kTurn = 2048, kMostOfOne = 512;
 
-// Never freed: a thread that still computes while the process ends must not lose them.
-Scratch& call_scratch = *new Scratch;
-std::vector<Scratch>& thread_scratch = *new std::vector<Scratch>;
+// Where a call works: what all of its threads see, and what each has to itself.
+struct Room {
+    Scratch call;
+    std::vector<Scratch> threads;
+
+    void reserve_threads(size_t bytes) {
+        threads.resize(std::max<size_t>(threads.size(), pool_threads()));
+        for (Scratch& scratch : threads) scratch.reserve(bytes);
+    }
+};
+
+// Never freed: a thread that still computes while the process ends must not lose them. What was
+// begun has a room of its own, as other calls come before its end.
+Room& room = *new Room;
+Room& room_of_begun = *new Room;
 
 int64_t element_bytes(int32_t type) { return type == RETINUE_TYPE_F32 ? 4 : 2; }
 
 const uint8_t* at(const void* base, int64_t element, int32_t type) {
     return static_cast<const uint8_t*>(base) + element * element_bytes(type);
-}
-
-void reserve_threads(size_t bytes) {
-    thread_scratch.resize(std::max<size_t>(thread_scratch.size(), pool_threads()));
-    for (Scratch& scratch : thread_scratch) scratch.reserve(bytes);
 }
 
 Tile tile_of(const retinue_matrix& matrix, int64_t index) {
@@ -83,12 +93,12 @@ struct Turn {
     std::vector<Block> x, hidden;
 };
 
-std::vector<Block> take_blocks(Form form, int32_t columns, int32_t tokens) {
+std::vector<Block> take_blocks(Scratch& scratch, Form form, int32_t columns, int32_t tokens) {
     std::vector<Block> blocks;
     const int32_t groups = static_cast<int32_t>(ceil_div(columns, kGroup));
     for (int32_t first = 0; first < tokens; first += kTokens) {
         const int32_t count = std::min<int32_t>(kTokens, tokens - first);
-        blocks.push_back(take_block(call_scratch, form, groups, count));
+        blocks.push_back(take_block(scratch, form, groups, count));
     }
     return blocks;
 }
@@ -102,8 +112,8 @@ size_t blocks_bytes(Form form, int32_t columns, int64_t tokens) {
 
 class Experts {
   public:
-    Experts(const retinue_experts_shape& shape, const void* x, float* rows)
-        : shape_(shape), x_(x), rows_(rows),
+    Experts(const retinue_experts_shape& shape, const void* x, float* rows, Room& room)
+        : shape_(shape), x_(x), rows_(rows), room_(room),
           rounding_(shape.format == RETINUE_BF16 ? shape.type : RETINUE_TYPE_F32) {}
 
     void add(const int64_t* parts, const int64_t* pairs, int32_t tokens) {
@@ -121,22 +131,41 @@ class Experts {
     int64_t tokens() const { return tokens_; }
 
     void run() {
-        take_memory();
-        prepare();
-        const int64_t inner_units = ceil_div(shape_.inner, kUnitRows);
-        parallel(turns() * inner_units, [&](int32_t thread, int64_t unit) {
-            gate_up(turns_[unit / inner_units], unit % inner_units, thread_scratch[thread]);
-        });
-        const int64_t hidden_units = ceil_div(shape_.hidden, kUnitRows);
-        parallel(turns() * hidden_units, [&](int32_t thread, int64_t unit) {
-            down(turns_[unit / hidden_units], unit % hidden_units, thread_scratch[thread]);
-        });
+        const auto stages = prepared();
+        pool_run(stages.data(), kMostStages);
         turns_.clear();
         tokens_ = 0;
     }
 
+    // Until `pool_end`, this has to last.
+    void begin() {
+        const auto stages = prepared();
+        pool_begin(stages.data(), kMostStages);
+    }
+
   private:
     int64_t turns() const { return static_cast<int64_t>(turns_.size()); }
+
+    // What is left to do when the inputs have been prepared: gate and up, then down.
+    std::array<Stage, kMostStages> prepared() {
+        take_memory();
+        prepare();
+        const Step gate_up = [](void* context, int32_t thread, int64_t unit) {
+            Experts& all = *static_cast<Experts*>(context);
+            const int64_t units = all.inner_units();
+            all.gate_up(all.turns_[unit / units], unit % units, all.room_.threads[thread]);
+        };
+        const Step down = [](void* context, int32_t thread, int64_t unit) {
+            Experts& all = *static_cast<Experts*>(context);
+            const int64_t units = all.hidden_units();
+            all.down(all.turns_[unit / units], unit % units, all.room_.threads[thread]);
+        };
+        return {Stage{turns() * inner_units(), gate_up, this},
+                Stage{turns() * hidden_units(), down, this}};
+    }
+
+    int64_t inner_units() const { return ceil_div(shape_.inner, kUnitRows); }
+    int64_t hidden_units() const { return ceil_div(shape_.hidden, kUnitRows); }
 
     Form form(const Turn& turn) const { return form_of(shape_.format, shape_.type, turn.tokens); }
 
@@ -148,18 +177,22 @@ class Experts {
             bytes += blocks_bytes(form(turn), shape_.inner, turn.tokens);
             most = std::max(most, turn.tokens);
         }
-        call_scratch.reserve(bytes);
+        room_.call.reserve(bytes);
         const int64_t widest = std::max<int64_t>(shape_.hidden, 2 * kUnitRows * most) + kGroup;
-        reserve_threads(2 * Scratch::size<float>(widest));
+        room_.reserve_threads(2 * Scratch::size<float>(widest));
         const Turn* before = nullptr;
         for (Turn& turn : turns_) {
             // One token's experts share its prepared input.
             const bool same = before && turn.tokens == 1 && before->tokens == 1 &&
                               token(turn, 0) == token(*before, 0);
-            turn.x = same ? before->x : take_blocks(form(turn), shape_.hidden, turn.tokens);
-            turn.hidden = take_blocks(form(turn), shape_.inner, turn.tokens);
+            turn.x = same ? before->x : blocks(turn, shape_.hidden);
+            turn.hidden = blocks(turn, shape_.inner);
             before = &turn;
         }
+    }
+
+    std::vector<Block> blocks(const Turn& turn, int32_t columns) {
+        return take_blocks(room_.call, form(turn), columns, turn.tokens);
     }
 
     int64_t token(const Turn& turn, int32_t i) const { return turn.pairs[i] / shape_.k; }
@@ -174,7 +207,7 @@ class Experts {
     void prepare() {
         const auto unit = [&](int32_t thread, int64_t i) {
             const bool shared = i > 0 && same_input(turns_[i - 1], turns_[i]);
-            if (!shared) prepare_turn(turns_[i], thread_scratch[thread]);
+            if (!shared) prepare_turn(turns_[i], room_.threads[thread]);
         };
         if (tokens_ > kTokens) return parallel(turns(), unit);
         for (int64_t i = 0; i < turns(); i++) unit(0, i);
@@ -218,26 +251,30 @@ class Experts {
     const retinue_experts_shape shape_;
     const void* x_;
     float* rows_;
+    Room& room_;
     const int32_t rounding_;
     std::vector<Turn> turns_;
     int64_t tokens_ = 0;
 };
 
+// Lasts until its end; memory of its own, so that the process may end amid it.
+std::optional<Experts>& begun = *new std::optional<Experts>;
+
 void linear_turn(const retinue_matrix& matrix, const void* x, int64_t x_stride, int32_t type,
                  int32_t tokens, const void* bias, void* out) {
     const Form form = form_of(matrix.format, type, tokens);
-    call_scratch.reserve(blocks_bytes(form, matrix.columns, tokens));
+    room.call.reserve(blocks_bytes(form, matrix.columns, tokens));
     const int64_t widest = std::max<int64_t>(matrix.columns, kUnitRows * tokens) + kGroup;
-    reserve_threads(Scratch::size<float>(widest));
-    const std::vector<Block> blocks = take_blocks(form, matrix.columns, tokens);
+    room.reserve_threads(Scratch::size<float>(widest));
+    const std::vector<Block> blocks = take_blocks(room.call, form, matrix.columns, tokens);
     parallel(tokens, [&](int32_t thread, int64_t t) {
         prepare_token(at(x, t * x_stride, type), type, matrix.format, matrix.columns,
                       blocks[t / kTokens], static_cast<int32_t>(t % kTokens),
-                      thread_scratch[thread]);
+                      room.threads[thread]);
     });
     parallel(ceil_div(matrix.rows, kUnitRows), [&](int32_t thread, int64_t unit) {
-        thread_scratch[thread].reserve(0);
-        float* sums = thread_scratch[thread].take<float>(static_cast<int64_t>(tokens) * kUnitRows);
+        room.threads[thread].reserve(0);
+        float* sums = room.threads[thread].take<float>(static_cast<int64_t>(tokens) * kUnitRows);
         multiply_unit(matrix, unit, blocks.data(), static_cast<int32_t>(blocks.size()), tokens,
                       sums);
         const int64_t first = unit * kUnitRows;
@@ -267,7 +304,7 @@ void run_linear(const retinue_matrix& matrix, const void* x, int64_t x_stride, i
 
 void run_experts(const retinue_experts_shape& shape, int32_t count, const int64_t* parts,
                  const int64_t* starts, const int64_t* pairs, const void* x, float* rows) {
-    Experts experts(shape, x, rows);
+    Experts experts(shape, x, rows, room);
     for (int32_t e = 0; e < count; e++) {
         for (int64_t first = starts[e]; first < starts[e + 1]; first += kMostOfOne) {
             const int64_t tokens = std::min(kMostOfOne, starts[e + 1] - first);
@@ -278,12 +315,27 @@ void run_experts(const retinue_experts_shape& shape, int32_t count, const int64_
     if (experts.tokens() > 0) experts.run();
 }
 
+void begin_experts(const retinue_experts_shape& shape, int32_t count, const int64_t* parts,
+                   const int64_t* starts, const int64_t* pairs, const void* x, float* rows) {
+    begun.emplace(shape, x, rows, room_of_begun);
+    for (int32_t e = 0; e < count; e++) {
+        const auto tokens = static_cast<int32_t>(starts[e + 1] - starts[e]);
+        if (tokens > 0) begun->add(parts + 6 * e, pairs + starts[e], tokens);
+    }
+    begun->begin();
+}
+
+void end_experts() {
+    pool_end();
+    begun.reset();
+}
+
 void run_sum(const float* rows, const float* weights, int64_t tokens, int32_t k, int32_t hidden,
              int32_t type, void* out) {
-    reserve_threads(Scratch::size<float>(hidden));
+    room.reserve_threads(Scratch::size<float>(hidden));
     parallel(tokens, [&](int32_t thread, int64_t t) {
-        thread_scratch[thread].reserve(0);
-        float* total = thread_scratch[thread].take<float>(hidden);
+        room.threads[thread].reserve(0);
+        float* total = room.threads[thread].take<float>(hidden);
         kernels().sum(rows + t * k * hidden, weights + t * k, k, hidden, total);
         kernels().store(total, type, hidden,
                         static_cast<uint8_t*>(out) + t * hidden * element_bytes(type));

@@ -114,6 +114,25 @@ void experts(int32_t format, int32_t type, int32_t hidden, int32_t inner, int32_
                                 rows.data()) == 0,
                 "experts");
     }
+    if (pairs.size() <= RETINUE_MOST_BEGUN) {  // the same beside other calls
+        const retinue_experts_shape shape = {format, type, RETINUE_RELU, hidden, inner, k};
+        std::vector<float> begun(rows.size(), 7.0f), others(rows.size(), 7.0f);
+        require(retinue_begin_experts(&shape, count, parts.data(), starts.data(), pairs.data(),
+                                      x.data, begun.data()) == 0,
+                "begin");
+        require(retinue_begin_experts(&shape, count, parts.data(), starts.data(), pairs.data(),
+                                      x.data, begun.data()) == RETINUE_BAD_ARGUMENT,
+                "nothing is begun twice");
+        require(retinue_experts(&shape, count, parts.data(), starts.data(), pairs.data(), x.data,
+                                others.data()) == 0,
+                "experts in between");
+        linear(format, type, 33, 70, 3);
+        require(retinue_end_experts() == 0, "end");
+        require(memcmp(begun.data(), rows.data(), rows.size() * sizeof(float)) == 0 &&
+                    memcmp(others.data(), rows.data(), rows.size() * sizeof(float)) == 0,
+                "what was begun is the same");
+    }
+    require(retinue_end_experts() == RETINUE_BAD_ARGUMENT, "nothing is left to end");
     if (tokens > 1) require(rows[3ul * hidden] == 7.0f, "a pair of no expert kept its row");
     Memory out(1ul * tokens * hidden * size_of(type), 0);
     require(retinue_sum(rows.data(), weights.data(), tokens, k, hidden, type, out.data) == 0,

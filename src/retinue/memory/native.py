@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
-ABI = 3
+ABI = 4
 LIBRARY = Path(__file__).resolve().parents[1] / "libretinue.so"
 LANES, GROUP = 16, 32
 SWITCH = "RETINUE_NATIVE"
@@ -131,6 +132,7 @@ class Native:
         if (abi := self._c.retinue_abi()) != ABI:
             raise OSError(f"{path} has interface {abi}, not {ABI}: build it again")
         self._c.retinue_features.restype = ctypes.c_char_p
+        self._begun: object = None
 
     @property
     def features(self) -> str:
@@ -179,24 +181,27 @@ class Native:
         `starts` [count + 1] and `pairs`, all int64: expert e has `pairs[starts[e]:starts[e + 1]]`,
         each one token * k + rank. `x` is [tokens, hidden] of the shape's type.
         """
-        starts, pairs = groups
-        count, tokens = parts.shape[0], x.shape[0]
-        _tensor("parts", parts, torch.int64, (count, 6))
-        _tensor("starts", starts, torch.int64, (count + 1,))
-        _tensor("pairs", pairs, torch.int64, pairs.shape[:1])
-        _tensor("x", x, shape.dtype, (tokens, shape.hidden))
-        _tensor("rows", rows, torch.float32, (tokens * shape.k, shape.hidden))
-        _check(
-            self._c.retinue_experts(
-                shape._c,
-                count,
-                parts.data_ptr(),
-                starts.data_ptr(),
-                pairs.data_ptr(),
-                x.data_ptr(),
-                rows.data_ptr(),
-            )
-        )
+        _check(self._c.retinue_experts(*_experts(shape, parts, groups, x, rows)))
+
+    def begin_experts(
+        self,
+        shape: ExpertsShape,
+        parts: torch.Tensor,
+        groups: tuple[torch.Tensor, torch.Tensor],
+        x: torch.Tensor,
+        rows: torch.Tensor,
+    ) -> None:
+        """As `experts`, on the other threads alone, until `end_experts`; 2,048 pairs at most.
+
+        In between, all else that is computed here is computed on the caller's thread.
+        """
+        _check(self._c.retinue_begin_experts(*_experts(shape, parts, groups, x, rows)))
+        self._begun = (parts, groups, x, rows)  # so that they last
+
+    def end_experts(self) -> None:
+        """Compute what is left of what was begun."""
+        _check(self._c.retinue_end_experts())
+        self._begun = None
 
     def weighted_sum(
         self, rows: torch.Tensor, weights: torch.Tensor, dtype: torch.dtype
@@ -303,6 +308,25 @@ def _build_error() -> str:
     return text.splitlines()[-1] if text else "the C++ compiler failed"
 
 
+def _experts(
+    shape: ExpertsShape,
+    parts: torch.Tensor,
+    groups: tuple[torch.Tensor, torch.Tensor],
+    x: torch.Tensor,
+    rows: torch.Tensor,
+) -> tuple[Any, ...]:
+    """The arguments of a call that computes experts, which were checked."""
+    starts, pairs = groups
+    count, tokens = parts.shape[0], x.shape[0]
+    _tensor("parts", parts, torch.int64, (count, 6))
+    _tensor("starts", starts, torch.int64, (count + 1,))
+    _tensor("pairs", pairs, torch.int64, pairs.shape[:1])
+    _tensor("x", x, shape.dtype, (tokens, shape.hidden))
+    _tensor("rows", rows, torch.float32, (tokens * shape.k, shape.hidden))
+    places = [tensor.data_ptr() for tensor in (parts, starts, pairs, x, rows)]
+    return shape._c, count, *places
+
+
 def _type(dtype: torch.dtype) -> int:
     number = _TYPES.get(dtype)
     if number is None:
@@ -328,6 +352,8 @@ _ARGUMENTS: dict[str, list[type]] = {
     "retinue_threads": [_I, _I],
     "retinue_linear": [ctypes.POINTER(Matrix), _P, _L, _I, _L, _P, _P],
     "retinue_experts": [ctypes.POINTER(_Shape), _I, _P, _P, _P, _P, _P],
+    "retinue_begin_experts": [ctypes.POINTER(_Shape), _I, _P, _P, _P, _P, _P],
+    "retinue_end_experts": [],
     "retinue_sum": [_P, _P, _L, _I, _I, _I, _P],
     "retinue_encode": [_P, _L, _I, _I, _I, _I, _P, _P],
     "retinue_evaluate": [_P, _L, ctypes.POINTER(_L)],

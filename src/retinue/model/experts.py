@@ -228,16 +228,31 @@ class ExpertHost:
         index: torch.Tensor,
         weights: torch.Tensor,
     ) -> torch.Tensor:
-        """One token in a layer that may lack experts; nobody looks."""
+        """One token in a layer that may lack experts; nobody looks.
+
+        The other threads compute those that are there while this one keeps the books, has the
+        others read and looks ahead.
+        """
         chosen, given = index.numpy(), weights.float().numpy()
-        demand = demand_of(layer, chosen, given, self.cache.experts)
-        with self._turn(demand, hidden, None) as turn:
-            if len(demand.experts) == len(chosen[0]):
-                work: Work | TokenWork = TokenWork(kernel, chosen[0], hidden, weights)
-            else:  # one was named twice, or none
-                work = self._work(layer, hidden, index, weights)
-            self._compute(turn, layer, work)
-        return self._timed(work.result)
+        ids, cache = chosen[0].tolist(), self.cache
+        if len(set(ids)) < len(ids) or max(ids) >= cache.experts:  # named twice, or none
+            work = self._work(layer, hidden, index, weights)
+            with self._turn(work.demand(layer), hidden, None) as turn:
+                self._compute(turn, layer, work)
+            return self._timed(work.result)
+        cache.poll()
+        row, own = cache.rows[layer], TokenWork(kernel, chosen[0], hidden, weights)
+        ready = [expert for expert in ids if row[expert] >= 0]
+        self._timed(own.begin, ready, cache.use(layer, ready))
+        try:
+            demand = demand_of(layer, chosen, given, cache.experts)
+            with self._turn(demand, hidden, None) as turn:
+                self._timed(own.end)
+                turn.computed(ready)
+                self._compute(turn, layer, own)
+        finally:
+            own.end()
+        return self._timed(own.result)
 
     def _run_attended(
         self, layer: int, work: Work, hidden: torch.Tensor, route: Route | None

@@ -106,9 +106,36 @@ class ExpertKernel:
         hidden: [1, hidden], contiguous; rows: fp32 [k, hidden], of which those at `ranks` are
         written, an expert each.
         """
+        self._library.experts(*self._ranked(experts, slots, ranks, hidden, rows))
+
+    def begin_ranks(
+        self,
+        experts: Sequence[int],
+        slots: IntArray,
+        ranks: IntArray,
+        hidden: torch.Tensor,
+        rows: torch.Tensor,
+    ) -> None:
+        """As `run_ranks`, but without waiting: until `end` all arguments have to stay as they are.
+
+        In between the library computes on the caller's thread alone.
+        """
+        self._library.begin_experts(*self._ranked(experts, slots, ranks, hidden, rows))
+
+    def end(self) -> None:
+        """Compute what is left of what was begun."""
+        self._library.end_experts()
+
+    def _ranked(
+        self,
+        experts: Sequence[int] | IntArray,
+        slots: IntArray,
+        ranks: IntArray,
+        hidden: torch.Tensor,
+        rows: torch.Tensor,
+    ) -> tuple[Any, ...]:
         groups = _COUNTING[: len(ranks) + 1], torch.from_numpy(ranks)
-        shape, parts = self._of(len(rows)), self._parts(experts, slots)
-        self._library.experts(shape, parts, groups, hidden, rows)
+        return self._of(len(rows)), self._parts(experts, slots), groups, hidden, rows
 
     def describe(self, table: Any, k: int) -> None:
         """Write into `table`, an `evaluator.LAYER`, what it says of the experts and their slots."""

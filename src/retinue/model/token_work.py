@@ -26,12 +26,29 @@ class TokenWork:
         self._hidden = hidden.contiguous()
         self._ranks = {expert: rank for rank, expert in enumerate(chosen.tolist())}
         self._rows = torch.empty(len(chosen), hidden.shape[1])
+        self._begun = False
 
     def compute(self, experts: Sequence[int], slots: IntArray) -> None:
         """Run `experts`, which lie in `slots`, in one call."""
-        ranks = np.array([self._ranks[expert] for expert in experts])
+        ranks = self._ranks_of(experts)
         self._kernel.run_ranks(experts, slots, ranks, self._hidden, self._rows)
+
+    def begin(self, experts: Sequence[int], slots: IntArray) -> None:
+        """Let the other threads begin with `experts`, if any, who stay in `slots` until `end`."""
+        if experts:
+            ranks = self._ranks_of(experts)
+            self._kernel.begin_ranks(experts, slots, ranks, self._hidden, self._rows)
+            self._begun = True
+
+    def end(self) -> None:
+        """Compute what is left of what was begun, if anything is."""
+        if self._begun:
+            self._begun = False
+            self._kernel.end()
 
     def result(self) -> torch.Tensor:
         """Weight the rows and sum them: [1, hidden]."""
         return self._kernel.sum(self._rows, self._weights, self._dtype)
+
+    def _ranks_of(self, experts: Sequence[int]) -> IntArray:
+        return np.array([self._ranks[expert] for expert in experts])
