@@ -4,7 +4,7 @@ What forecasts cost (asking for them, reads that nobody needs, demands that wait
 what they save depends on the disk, the memory and the text. So it is not modelled: now and then
 some decoding passes do otherwise, and whoever had the shorter median does the passes that follow,
 for longer as long as that is confirmed. It knows seconds alone, so that the same seconds give the
-same answer.
+same answer. A trial that clearly confirms what was known ends early, since half of it is slow.
 
 Prompts are few, and of all lengths, so they are not compared with each other. They show it
 themselves: a layer of a prompt mostly has enough to compute while it reads what it lacks, and then
@@ -19,6 +19,7 @@ FIRST = 16  # passes with forecasts before the first trial, in which the cache f
 TRIAL, APART = 48, 4  # passes of a trial; of each so many, how many do otherwise
 WITHOUT, WITH = 2, 1  # while it pays, and while it does not
 KEEP, MOST = 256, 2048  # passes until the next trial, and at most
+CLEAR, ENOUGH = 0.9, 6  # of all pairs that were as expected, of so many passes of either kind
 LATELY = 0.25  # what the last look counts in how long looks take
 MARGIN = 0.98  # of the time so far: who does otherwise has to be clearly quicker, or it is chance
 
@@ -33,6 +34,7 @@ class Payback:
         self._left, self._tries = FIRST, False  # passes of this kind, and whether it is a trial
         self._keep = KEEP
         self._times: dict[bool, list[float]] = {True: [], False: []}
+        self._expected = 0  # pairs of the trial's passes of which the usual one was quicker
 
     def begin(self, *, waits: bool = True) -> None:
         """A decoding pass starts. `waits` is what prompts say until something was tried."""
@@ -47,8 +49,15 @@ class Payback:
 
     def end(self, seconds: float) -> None:
         """That pass took so long."""
-        if self._tries:
-            self._times[self.ahead].append(seconds)
+        if not self._tries:
+            return
+        self._times[self.ahead].append(seconds)
+        others = self._times[not self.ahead]
+        quicker = sum(seconds < other for other in others)
+        self._expected += quicker if self.ahead == self.pays else len(others) - quicker
+        pairs = len(others) * len(self._times[self.ahead])
+        if pairs >= ENOUGH * ENOUGH and self._expected >= CLEAR * pairs:
+            self._left = 0
 
     def _turn(self) -> None:
         """A trial begins, or has ended."""
@@ -58,7 +67,7 @@ class Payback:
                 quicker = median(times[not before]) < MARGIN * median(times[before])
                 self.pays = before != quicker
             self._keep = min(2 * self._keep, MOST) if self.pays == before else KEEP
-            self._times = {True: [], False: []}
+            self._times, self._expected = {True: [], False: []}, 0
         self._tries = not self._tries
         self._left = TRIAL if self._tries else self._keep
 
