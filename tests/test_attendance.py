@@ -21,7 +21,7 @@ from retinue.policy.base import BoolArray, Costs, Prompt, Route, View
 from retinue.policy.evict.recency import Recency
 from retinue.policy.miss.fetch import FetchAll
 from retinue.policy.policies import NoPredictor, Policies
-from retinue.policy.predict.next_gate import NextGate
+from retinue.policy.predict.stacked_gates import StackedGates
 from retinue.types import Demand, Expert, FloatArray, IntArray, Phase, Want
 
 LAYERS, EXPERTS = 3, 6
@@ -229,7 +229,7 @@ def test_only_what_is_needed_is_asked_of_coming_routers() -> None:
     plain = Rig(9, Policies(Recency(), NoPredictor(), FetchAll()))
     plain.run(0, 1, scores_of=scores_of)
     assert asked == []
-    rig = Rig(9, Policies(Recency(), NextGate(), FetchAll()))
+    rig = Rig(9, Policies(Recency(), StackedGates(), FetchAll()))
     rig.run(0, 1, scores_of=scores_of)
     assert asked == [1]
     assert rig.link.reads == 3  # its own, and the two most likely of the next

@@ -13,8 +13,6 @@ from retinue.policy.evict.pace import Pace
 from retinue.policy.evict.recency import Recency
 from retinue.policy.miss.fetch import FetchAll
 from retinue.policy.policies import NoPredictor
-from retinue.policy.predict.next_gate import NextGate
-from retinue.policy.predict.proven import Proven
 from retinue.policy.predict.whole_layer import WholeLayer
 from retinue.policy.preset import Given
 from retinue.policy.presets import PRESETS, preset
@@ -120,114 +118,6 @@ def test_pace_asks_for_heat_until_routing_stands_still() -> None:
 @pytest.mark.parametrize("evictor", [Recency(), Heat(), Pace()])
 def test_evictors_answer_for_nobody(evictor: Evictor) -> None:
     assert leaving(evictor, [], view()) == []
-
-
-@pytest.mark.parametrize(
-    ("scores", "top_k", "experts", "sums"),
-    [
-        ([[0.1, 0.5, 0.0, 0.3, 0.1, 0.0]], 2, [1, 3], [0.5, 0.3]),
-        ([[0.1, 0.5, 0.0, 0.3, 0.1, 0.0]], 1, [1], [0.5]),
-        ([[0.6, 0.4, 0, 0, 0, 0], [0, 0.4, 0.6, 0, 0, 0]], 2, [1, 0, 2], [0.8, 0.6, 0.6]),
-        ([[0.9, 0, 0, 0, 0, 0.1], [0, 0, 0, 0.2, 0.3, 0]], 1, [0, 4], [0.9, 0.3]),
-        ([[0.1, 0.2, 0.3, 0.15, 0.13, 0.12]], 6, [2, 1, 3, 4, 5, 0], None),
-    ],
-)
-def test_next_gate(
-    scores: list[list[float]], top_k: int, experts: list[int], sums: list[float] | None
-) -> None:
-    array = np.array(scores, dtype=np.float32)
-    (want,) = NextGate().forecast(view(ahead=(Ahead(2, array),), top_k=top_k))
-    assert want.layer == 2
-    assert want.experts.tolist() == experts
-    assert len(want.scores) == len(experts)
-    if sums is not None:
-        assert want.scores == pytest.approx(sums)
-
-
-@pytest.mark.parametrize(("left", "again"), [(0, [3]), (3, [1, 3])])
-def test_next_gate_repeats_no_mistake_while_routing_stands_still(left: int, again: list) -> None:
-    gate = NextGate()
-    scores = np.array([[0.1, 0.5, 0.0, 0.3, 0.1, 0.0]], dtype=np.float32)
-    still = {(layer, expert): 9 for layer in range(LAYERS) for expert in (0, 1)}
-    others = {(layer, 2): 8 for layer in range(left)}
-
-    def forecast(step: int) -> list[int]:
-        used = table({at: when - 9 + step for at, when in (still | others).items()}, -1, np.int64)
-        facts = view(ahead=(Ahead(2, scores),), step=step, last_used=used)
-        (want,) = gate.forecast(facts)
-        assert len(want.scores) == len(want.experts)
-        gate.observe(Demand(2, ids(3, 5), ids(1, 1), np.ones(2, np.float32)), facts)
-        return want.experts.tolist()
-
-    assert forecast(9) == [1, 3]
-    assert forecast(10) == again
-    assert forecast(11) == again, "it goes on to know"
-    assert forecast(13) == [1, 3], "what another pass came between is forgotten"
-
-
-def test_next_gate_without_scores_is_silent() -> None:
-    assert NextGate().forecast(view(ahead=(Ahead(2),))) == []
-    assert NextGate.needs == {"next_scores"}
-    assert NextGate.needs <= set(SIGNALS)
-
-
-def needs(*experts: int) -> Demand:
-    return Demand(2, ids(*experts), np.ones(len(experts), int), np.ones(len(experts), np.float32))
-
-
-def test_ranks_that_prove_wrong_are_not_read_ahead() -> None:
-    """The first choice is needed each time, the second never; who is resident is no matter."""
-    proven = Proven(NextGate())
-    scores = np.array([[0.1, 0.5, 0.0, 0.3, 0.1, 0.0]], dtype=np.float32)
-    forecasts, resident = [], np.zeros((LAYERS, EXPERTS), dtype=bool)
-    for step in range(9, 19):
-        facts = view(ahead=(Ahead(2, scores),), step=step, resident=resident)
-        (want,) = proven.forecast(facts)
-        forecasts.append(want.experts.tolist())
-        assert want.scores.tolist() == scores[0, want.experts].tolist()
-        proven.observe(needs(1, 5), facts)
-    assert forecasts[0] == [1, 3]
-    assert forecasts[-1] == [1]
-    changed = forecasts.index([1])
-    assert forecasts == [[1, 3]] * changed + [[1]] * (10 - changed), "it keeps counting"
-    (want,) = proven.forecast(view(ahead=(Ahead(2, scores),), resident=resident, busy=0.0))
-    assert want.experts.tolist() == [1, 3], "a link that is idle has time for the unlikely"
-    resident[2, 3] = True  # it costs no read, and is better not evicted
-    (want,) = proven.forecast(view(ahead=(Ahead(2, scores),), resident=resident))
-    assert want.experts.tolist() == [1, 3]
-
-
-def test_a_rank_that_proves_right_again_is_read_again() -> None:
-    proven = Proven(NextGate())
-    scores = np.array([[0.1, 0.5, 0.0, 0.3, 0.1, 0.0]], dtype=np.float32)
-    found = []
-    for step in range(120):
-        facts = view(ahead=(Ahead(2, scores),), step=step)
-        (want,) = proven.forecast(facts)
-        found.append(want.experts.tolist())
-        proven.observe(needs(1, 3) if step >= 40 else needs(1, 5), facts)
-    assert found[39] == [1]
-    assert found[-1] == [1, 3]
-
-
-def test_what_is_never_right_is_not_asked_for_at_all() -> None:
-    proven = Proven(NextGate())
-    scores = np.array([[0.1, 0.5, 0.0, 0.3, 0.1, 0.0]], dtype=np.float32)
-    for step in range(20):
-        facts = view(ahead=(Ahead(2, scores),), step=step)
-        wants = proven.forecast(facts)
-        proven.observe(needs(5), facts)
-    assert wants == []
-
-
-def test_forecasts_count_for_their_own_step_and_for_decoding_alone() -> None:
-    proven = Proven(NextGate())
-    scores = np.array([[0.1, 0.5, 0.0, 0.3, 0.1, 0.0]], dtype=np.float32)
-    for step in range(20):  # what it said is asked for in a later step, or in a prompt
-        for phase in ("decode", "prefill"):
-            (want,) = proven.forecast(view(ahead=(Ahead(2, scores),), step=step, phase=phase))
-            assert want.experts.tolist() == [1, 3]
-        proven.observe(needs(5), view(step=step + 1))
 
 
 def test_whole_layer() -> None:

@@ -29,6 +29,7 @@ from retinue.trace import Trace, TraceWriter, routed_of
 from retinue.types import FloatArray, IntArray
 
 TEXTS, TOKENS, PROMPT = 3, 60, 20
+SIGNALS = ("scores", "next_scores")
 
 
 @dataclass(slots=True)
@@ -38,6 +39,7 @@ class Seen:
     layer: int
     experts: IntArray
     weights: FloatArray
+    scores: FloatArray
     ahead: FloatArray | None
 
 
@@ -49,8 +51,10 @@ def watched(llm: LLM) -> Iterator[list[Seen]]:
 
     def watch(layer: int, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> None:
         ahead = host.scores(host.attendance.following.get(layer, -1), hidden)
+        own = host.scores(layer, hidden)
+        assert own is not None
         ids, given = index.numpy().astype(np.int64), weights.float().numpy().copy()
-        seen.append(Seen(layer, ids, given, None if ahead is None else ahead.copy()))
+        seen.append(Seen(layer, ids, given, own.copy(), None if ahead is None else ahead.copy()))
 
     host.watch = watch
     try:
@@ -86,7 +90,7 @@ def run_both(name: str, file: Path, disk: str) -> Live:
     settings = {"experts": "25%", "self_check": False, "threads": 1, "memory": "2GiB"}
     with LLM(sample_folder(), preset=name, read_limit=disk, context=256, **settings) as llm:
         assembly = llm.assembly
-        head = trace_head(assembly, signals=("next_scores",))
+        head = trace_head(assembly, signals=SIGNALS)
         with TraceWriter(file, head) as writer:
             for text in texts_of(llm):
                 with watched(llm) as seen:
@@ -95,13 +99,15 @@ def run_both(name: str, file: Path, disk: str) -> Live:
                 experts = np.stack([np.concatenate([o.experts for o in row]) for row in layers], 1)
                 weights = np.stack([np.concatenate([o.weights for o in row]) for row in layers], 1)
                 ahead = [np.concatenate([o.ahead for o in row]) for row in layers[:-1]]
+                scores = [np.concatenate([o.scores for o in row]) for row in layers]
                 request = routed_of(head, text.task, PROMPT, experts, weights)
-                writer.add(replace(request, signals={"next_scores": np.stack(ahead, 1)}))
+                signals = {"scores": np.stack(scores, 1), "next_scores": np.stack(ahead, 1)}
+                writer.add(replace(request, signals=signals))
         total, slots = assembly.metrics.total, assembly.cache.slots
         row = preset(name)
         given = given_of(sample_folder(), assembly.facts, slots, row, llm.config)
         decode = total.decode
-        recording = Recording(Trace(file), ["next_scores"])
+        recording = Recording(Trace(file), SIGNALS)
         looked_up = decode.hits + decode.pending + decode.misses
         layers_run = decode.passes * len(head.routed)
         times = Times(

@@ -32,6 +32,11 @@ _HEAD = "head.json"
 _DAMAGE = (OSError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError)
 
 
+def answers(ahead: int, *, own: bool) -> tuple[str, ...]:
+    """The signals that hold what routers say of so many layers ahead, and of their own turn."""
+    return (("scores",) if own else ()) + AHEAD[:ahead]
+
+
 @dataclass(frozen=True, slots=True)
 class TraceHead:
     """What all requests of a trace share. `routed` are the decoder layers that have experts.

@@ -19,7 +19,7 @@ from retinue.engine.tasks import TaskIds
 from retinue.metrics import Usage
 from retinue.model.scoring import Scored, Scorer
 from retinue.policy.base import Prompt, Running
-from retinue.trace import AHEAD
+from retinue.trace import answers
 from retinue.types import IntArray
 
 
@@ -161,7 +161,8 @@ def _exact(
     policies = assembly.preset.build(assembly.given)  # of its own: the cache's have seen the pass
     replay = Replay(policies, assembly.cache.slots, assembly.facts.top_k, _read_bytes(assembly))
     scored = []
-    with scorer.recording({*policies.needs, *AHEAD[: policies.asks_ahead]}) as routing:
+    asked = answers(policies.asks_ahead, own=policies.checking is not None)
+    with scorer.recording({*policies.needs, *asked}) as routing:
         for number, text in enumerate(texts):
             scored.append(scorer.score(text.ids, text.scored))
             start = text.ids[: -text.scored]

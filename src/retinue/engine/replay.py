@@ -72,6 +72,8 @@ class Replay:
             return
 
         def scores_of(layer: int) -> FloatArray | None:
+            if layer == now.layer:
+                return None if now.scores is None else now.scores[rows]
             for name, further in zip(AHEAD, coming, strict=False):
                 if further.layer == layer:
                     return now.ahead[name][rows] if name in now.ahead else None

@@ -28,8 +28,8 @@ from retinue.types import Demand, FloatArray, IntArray, Phase, Want
 RECENT_STEPS = 4
 MOST_ASKED = 64  # tokens of a pass; what more of a prompt choose, these have mostly named
 LATELY = 0.1  # what the last pass counts in how busy the link is
-# What a coming layer's router says of this layer's input, [asked tokens, experts]; None: nobody
-# knows. Who is asked for is `asked` of the pass's tokens.
+# What the router of this layer or of a coming one says of this layer's input, [asked tokens,
+# experts]; None: nobody knows. Who is asked for is `asked` of the pass's tokens.
 ScoresOf = Callable[[int], FloatArray | None]
 
 
@@ -56,7 +56,7 @@ class Attendance:
         self.lowers = True
         self.last_missed = np.full_like(cache.last_used, -1)
         self.following = dict(pairwise(routed))
-        self._watchers = policies.watchers
+        self._watchers, self.checking = policies.watchers, policies.checking
         self._gated, self._payback, self._patience = policies.gated, Payback(), Patience()
         self._begun_s = self._busy_s = 0.0  # the link's time when the pass started that runs
 
@@ -291,6 +291,11 @@ class Turn:
             elif attendance.looks_ahead:
                 self._look_ahead()
         cache.touch(demand, self._tokens)
+        checking, scores_of = attendance.checking, self._scores_of
+        if checking is not None and scores_of is not None and checking.checks(layer, self._view):
+            scores = scores_of(layer)
+            if scores is not None:
+                checking.check(layer, scores)
 
     def _worst(self) -> IntArray:
         """The worst precision of each expert that will do: [n]."""

@@ -7,7 +7,7 @@ does not ask.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -142,6 +142,22 @@ class Predictor(Protocol):
 
     def forecast(self, view: View) -> list[Want]:
         """What the coming layers may need; asked once a layer, before it computes."""
+        ...
+
+
+@runtime_checkable
+class Checking(Predictor, Protocol):
+    """A predictor that compares what routers said of coming layers with what they say in turn."""
+
+    def checks(self, layer: int, view: View) -> bool:
+        """Whether to ask the router of `layer`, which runs, for what it says of its input.
+
+        Asked behind the forecast. That is a product, so not always.
+        """
+        ...
+
+    def check(self, layer: int, scores: FloatArray) -> None:
+        """See its answer, where it could be asked: [tokens, experts], probabilities."""
         ...
 
 

@@ -7,6 +7,7 @@ import numpy as np
 
 from retinue.policy.base import (
     BoolArray,
+    Checking,
     Choice,
     Evictor,
     Known,
@@ -142,6 +143,11 @@ class Policies:
     def asks_ahead(self) -> int:
         """How many coming layers' routers the predictor asks."""
         return self.predictor.depth if "next_scores" in self.predictor.needs else 0
+
+    @property
+    def checking(self) -> Checking | None:
+        """The predictor, if it compares what it was told with what routers say in their turn."""
+        return self.predictor if isinstance(self.predictor, Checking) else None
 
     @property
     def sees_tokens(self) -> bool:

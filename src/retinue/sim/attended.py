@@ -95,9 +95,9 @@ class Attended:
         stage.link.advance_to(apart)
 
     def _scores_of(self, place: int, parts: Sequence[Part]) -> Callable[[int], FloatArray | None]:
-        """What is recorded of a coming layer's router."""
+        """What is recorded of this layer's router, or of a coming one's."""
         recording = self._stage.recording
-        signals = dict(zip(recording.head.routed[place + 1 :], AHEAD, strict=False))
+        signals = dict(zip(recording.head.routed[place:], ("scores", *AHEAD), strict=False))
 
         def scores(layer: int) -> FloatArray | None:
             said = recording.signal(signals[layer], parts, place) if layer in signals else None

@@ -18,7 +18,7 @@ from retinue.policy.predict.learned import Learned
 from retinue.policy.preset import Given, Preset
 from retinue.policy.presets import PRESETS, preset
 from retinue.sim.fixed import Beforehand
-from retinue.trace import AHEAD, TraceHead
+from retinue.trace import TraceHead, answers
 
 # Of one weight in the nested store, scales included.
 NESTED_BITS = {"int8": 8.5, "int4": 4.5, "int2": 2.5}
@@ -26,7 +26,7 @@ RECORDED = (
     "replayed with the recorded scores: other experts serve than in the trace, and the routing of"
     " what follows is taken as if they had not"
 )
-NEAR = "looks further ahead than the trace, which has not got {}"
+NEAR = "asks routers for more than the trace has, which lacks {}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,10 +100,10 @@ def _candidate(
     if missing := sorted(needs - set(head.signals)):
         raise Refused(f"needs a trace with {' and '.join(f'`{name}`' for name in missing)}")
     notes = [] if row.exact else [RECORDED]
-    further = AHEAD[: policies.asks_ahead]
-    if far := [name for name in further if name not in head.signals]:
-        notes.append(NEAR.format(" and ".join(f"`{name}`" for name in far)))
-    needs |= set(further) & set(head.signals)
+    asked = answers(policies.asks_ahead, own=policies.checking is not None)
+    if lacking := [name for name in asked if name not in head.signals]:
+        notes.append(NEAR.format(" and ".join(f"`{name}`" for name in lacking)))
+    needs |= set(asked) & set(head.signals)
     return Candidate(row, lambda slots: known(row, slots), frozenset(needs), tuple(notes))
 
 

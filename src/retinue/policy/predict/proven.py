@@ -17,8 +17,8 @@ No paper's; the fixed numbers of others (two experts in arXiv 2312.17238, a shar
 probability in 2411.01433 and 2502.12224) are guesses at the same.
 """
 
-from retinue.policy.base import Predictor, Signal, View
-from retinue.types import Demand, Want
+from retinue.policy.base import Checking, Signal, View
+from retinue.types import Demand, FloatArray, Want
 
 PARTS = 16  # of a forecast, the likeliest first, that are counted apart
 ASIDE = 0.25  # the c above
@@ -29,7 +29,7 @@ PRIOR = 4.0  # cases, all of them right, that each part begins with
 class Proven:
     """The forecasts of `predictor`, while it decodes, without ranks that are not worth a read."""
 
-    def __init__(self, predictor: Predictor) -> None:
+    def __init__(self, predictor: Checking) -> None:
         self._predictor = predictor
         self.needs: frozenset[Signal] = predictor.needs
         self.depth, self.speculative = predictor.depth, predictor.speculative
@@ -55,6 +55,14 @@ class Proven:
             return wants
         tried = [self._tried(want, view) for want in wants]
         return [want for want in tried if len(want.experts)]
+
+    def checks(self, layer: int, view: View) -> bool:
+        """Whether the predictor asks."""
+        return self._predictor.checks(layer, view)
+
+    def check(self, layer: int, scores: FloatArray) -> None:
+        """For the predictor."""
+        self._predictor.check(layer, scores)
 
     def _tried(self, want: Want, view: View) -> Want:
         """The forecast without those who are absent and whose part proves wrong."""

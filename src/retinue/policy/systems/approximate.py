@@ -16,7 +16,6 @@ from retinue.policy.precision.by_expert import ByExpert
 from retinue.policy.precision.by_share import HIGH_UP_TO, ByShare
 from retinue.policy.precision.by_token import CAPACITIES, ByToken
 from retinue.policy.predict.chosen import Chosen
-from retinue.policy.predict.next_gate import NextGate
 from retinue.policy.predict.path_dictionary import PathDictionary
 from retinue.policy.predict.stacked_gates import StackedGates
 from retinue.policy.predict.trail import Trail
@@ -58,7 +57,7 @@ def adapmoe(given: Given, tolerance: float | None = None) -> Policies:
     quotas = expected_rooms(arrays, given).astype(np.float32)
     thinning = AdaptiveGate(arrays, given.routed, tolerance)
     return Policies(
-        Quota(Recency(), lambda view: quotas), NextGate(), FetchAll(), thinning=thinning
+        Quota(Recency(), lambda view: quotas), StackedGates(), FetchAll(), thinning=thinning
     )
 
 
@@ -77,7 +76,7 @@ def edgemoe(given: Given) -> Policies:
 
 def d2moe(given: Given, capacities: tuple[float, float, float] = CAPACITIES) -> Policies:
     """The shares of int8, int4 and int2; none is exact."""
-    return Policies(Recency(), NextGate(), FetchHottest(), precision=ByToken(capacities))
+    return Policies(Recency(), StackedGates(), FetchHottest(), precision=ByToken(capacities))
 
 
 def pre_gated(given: Given) -> Policies:
@@ -102,12 +101,12 @@ def daop(given: Given, kept: int = 1) -> Policies:
     uses = SequenceUses()
     evictor = Quota(UsedHere(uses))
     routing = BestResident(kept, given.top_k)
-    return Policies(evictor, NextGate(), FetchAll(), routing, watchers=(uses,))
+    return Policies(evictor, StackedGates(), FetchAll(), routing, watchers=(uses,))
 
 
 def mc_moe_odp(given: Given, quantile: float = 0.5) -> Policies:
     """How many tokens lose the second half of their ranks; 0 is exact."""
-    return Policies(Recency(), NextGate(), FetchAll(), thinning=CalibratedTail(quantile))
+    return Policies(Recency(), StackedGates(), FetchAll(), thinning=CalibratedTail(quantile))
 
 
 def swapmoe(given: Given, every: int = EVERY) -> Policies:

@@ -4,8 +4,9 @@ from retinue.policy.evict.pace import Pace
 from retinue.policy.evict.recency import Recency
 from retinue.policy.miss.fetch import FetchAll
 from retinue.policy.policies import NoPredictor, Policies
-from retinue.policy.predict.next_gate import NextGate
+from retinue.policy.predict.drift import Drift
 from retinue.policy.predict.proven import Proven
+from retinue.policy.predict.stacked_gates import StackedGates
 from retinue.policy.predict.whole_layer import WholeLayer
 from retinue.policy.preset import Preset
 
@@ -16,11 +17,11 @@ PRESETS = (
         "the best exact combination that we measured",
         (
             "evict: pace",
-            "predict: next gate, ranks that prove right",
+            "predict: next gate, its drift learnt, ranks that prove right",
             "miss: fetch all",
         ),
         "look-ahead reads only while the disk would be idle, and only while it pays",
-        lambda given: Policies(Pace(), Proven(NextGate()), FetchAll(), gated=True),
+        lambda given: Policies(Pace(), Proven(Drift(StackedGates())), FetchAll(), gated=True),
     ),
     Preset(
         "on-demand",
