@@ -19,7 +19,10 @@ from retinue.types import Expert, IntArray
 
 WAIT_S = 0.1  # how often who waits for reads looks whether they are still wanted
 CHUNK_BYTES = 2 << 20  # a read is cut into these, and
-READERS = 6  # so many are read at once
+READERS = 6  # so many are read at once, at most
+# None begins while so many bytes are under way, which keep a disk busy. Reads that it serves side
+# by side end together: the more there are, the later comes the first, for which a layer waits.
+UNDER_WAY_BYTES = 5 << 19
 
 
 class Urgency(IntEnum):

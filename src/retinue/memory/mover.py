@@ -1,8 +1,8 @@
 """Reads experts into slots: prioritised, cancellable, a chunk at a time, on threads of its own.
 
-A ticket is one expert's read. Reader threads take the next chunk of the most urgent ticket, so
-a demand waits for at most one chunk of a prefetch a thread. The mover knows slots and files; it
-does not know why something is read, nor what else lies in memory.
+A ticket is one expert's read. Reader threads take the next chunk of the most urgent ticket, a few
+at a time, so that a demand waits for no more of a prefetch than what keeps the disk busy. The mover
+knows slots and files; it does not know why something is read, nor what else lies in memory.
 """
 
 import heapq
@@ -16,7 +16,14 @@ from pathlib import Path
 from typing import Protocol
 
 from retinue.errors import CheckpointError, RetinueError
-from retinue.memory.base import CHUNK_BYTES, READERS, Extent, TicketState, Urgency
+from retinue.memory.base import (
+    CHUNK_BYTES,
+    READERS,
+    UNDER_WAY_BYTES,
+    Extent,
+    TicketState,
+    Urgency,
+)
 
 
 class Source(Protocol):
@@ -104,6 +111,7 @@ class Mover:
         self._closing = False
         self.bytes_read = 0
         self._busy_s, self._running, self._busy_since = 0.0, 0, 0.0
+        self._under_way = 0  # bytes of the chunks that run
         self._threads = [
             threading.Thread(target=self._work, name=f"retinue-reader-{i}", daemon=True)
             for i in range(readers)
@@ -145,7 +153,7 @@ class Mover:
                 yield
             finally:
                 count, self._waking = self._waking, None
-                self._queued.notify(count)
+                self._wake(count)
 
     def _queue_up(
         self, chunks: Sequence[Task], urgency: Urgency, finish: Finish | None = None
@@ -155,10 +163,15 @@ class Mover:
             ticket = Ticket(chunks, urgency, next(self._sequence), finish)
             heapq.heappush(self._queue, (urgency, ticket.sequence, ticket))
             if self._waking is None:
-                self._queued.notify(len(chunks))
+                self._wake(len(chunks))
             else:
                 self._waking += len(chunks)
         return ticket
+
+    def _wake(self, chunks: int) -> None:
+        """Let as many readers as may begin take one of so many new chunks; they wake others."""
+        if (left := UNDER_WAY_BYTES - self._under_way) > 0:
+            self._queued.notify(min(chunks, -(-left // self._chunk_bytes)))
 
     def raise_urgency(self, ticket: Ticket, urgency: Urgency) -> None:
         """Move a queued ticket forward; its old place in the queue is skipped."""
@@ -218,7 +231,7 @@ class Mover:
                 error = caught
             except Exception as caught:  # a reader thread must outlive whatever a source does
                 error = RetinueError(f"reading {_subject(chunk)} failed: {caught!r}")
-            self._finish(ticket, got, error)
+            self._finish(ticket, chunk, got, error)
 
     def _was_last(self, ticket: Ticket) -> bool:
         """Whether the chunk that was read just now is the last of its ticket to be read."""
@@ -231,12 +244,18 @@ class Mover:
             while True:
                 if self._closing:
                     return None
-                if (ticket := self._most_urgent()) is not None:
+                if (
+                    self._under_way < UNDER_WAY_BYTES
+                    and (ticket := self._most_urgent()) is not None
+                ):
                     break
                 self._queued.wait()
             chunk = ticket.chunks[ticket.next]
             ticket.next += 1
             ticket.running += 1
+            self._under_way += _size(chunk)
+            if self._queue and self._under_way < UNDER_WAY_BYTES:
+                self._queued.notify()
             if self._running == 0:
                 self._busy_since = time.perf_counter()
             self._running += 1
@@ -252,9 +271,10 @@ class Mover:
             heapq.heappop(self._queue)
         return None
 
-    def _finish(self, ticket: Ticket, got: int, error: RetinueError | None) -> None:
+    def _finish(self, ticket: Ticket, chunk: Task, got: int, error: RetinueError | None) -> None:
         with self._changed:
             self.bytes_read += got
+            self._under_way -= _size(chunk)
             ticket.running -= 1
             self._running -= 1
             if self._running == 0:
@@ -283,6 +303,11 @@ class _Throttle:
             pause = self._free_at - time.perf_counter()
         if pause > 0:
             time.sleep(pause)
+
+
+def _size(task: Task) -> int:
+    """Bytes that it keeps the disk busy with; of work that reads a little and computes, none."""
+    return len(task.into) if isinstance(task, _Chunk) else 0
 
 
 def _subject(task: Task) -> str:

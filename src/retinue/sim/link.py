@@ -1,11 +1,11 @@
 """A disk and a bus in numbers: reads that take their time on a simulated clock.
 
 The queue is that of `memory/mover.py`: the most urgent read goes first, a chunk at a time, as many
-chunks at once as there are reader threads, so that a demand waits for chunks that have begun and
-for nothing else. A chunk waits for the disk to answer, then passes the disk, and then the bus,
-where there is one; the reader of an expert in another precision then expands its bits. Readers
-share the interpreter's lock with the engine: while that holds it, none of them takes a chunk, nor
-says that one is there.
+chunks at once as keep the disk busy, or as there are reader threads, so that a demand waits for
+chunks that have begun and for nothing else. A chunk waits for the disk to answer, then passes the
+disk, and then the bus, where there is one; the reader of an expert in another precision then
+expands its bits. Readers share the interpreter's lock with the engine: while that holds it, none of
+them takes a chunk, nor says that one is there.
 """
 
 import heapq
@@ -16,7 +16,15 @@ from dataclasses import dataclass
 from itertools import count
 
 from retinue.errors import RetinueError
-from retinue.memory.base import CHUNK_BYTES, READERS, Sizes, Ticket, TicketState, Urgency
+from retinue.memory.base import (
+    CHUNK_BYTES,
+    READERS,
+    UNDER_WAY_BYTES,
+    Sizes,
+    Ticket,
+    TicketState,
+    Urgency,
+)
 from retinue.sim.disk import InTurn, Road, SideBySide
 from retinue.types import Expert
 
@@ -89,7 +97,7 @@ class SimulatedLink:
         self.now = 0.0
         self.bytes_read = self.reads = 0
         self._queue: list[tuple[int, int, Read]] = []
-        self._idle = READERS
+        self._idle, self._under_way = READERS, 0  # of the latter, bytes as they lie
         self._disk, self._bus = roads.disk(), roads.bus()
         self._expanding: deque[tuple[float, Chunk]] = deque()  # and when each will be done
         self._number = count()
@@ -173,7 +181,7 @@ class SimulatedLink:
         queue, at = self._queue, self.now
         if self._idle == READERS:
             self._busy_since = at
-        while self._idle and queue:
+        while self._idle and queue and self._under_way < UNDER_WAY_BYTES:
             urgency, _, read = queue[0]
             if not read.chunks or read.urgency != urgency or read.state is not TicketState.QUEUED:
                 heapq.heappop(queue)
@@ -183,6 +191,7 @@ class SimulatedLink:
             read.chunks -= 1
             read.running += 1
             self._idle -= 1
+            self._under_way += size if not read.expand_s else 0
             self._disk.enter(at + self._roads.latency_s - self._wake_s, size, (read, size))
 
     def _through(self, limit: float) -> tuple[float, Chunk] | None:
@@ -224,6 +233,7 @@ class SimulatedLink:
             self.now = ended
         self.bytes_read += size
         self._idle += 1
+        self._under_way -= size if not read.expand_s else 0
         read.running -= 1
         if not read.running:
             if read.state is TicketState.QUEUED and not read.chunks:
