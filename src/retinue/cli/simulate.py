@@ -168,7 +168,7 @@ def _allowed(options: Namespace, able: list[Candidate], setting: Setting) -> lis
     if DEFAULT not in [each.preset.name for each in allowed]:
         raise UsageError(
             f"`{DEFAULT}` cannot be replayed, so nothing can be recommended in its place",
-            hint="record the trace with `--signals next_scores`",
+            hint="record the trace with `--signals scores,next_scores`",
         )
     return allowed
 
