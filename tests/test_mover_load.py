@@ -1,6 +1,7 @@
 """How much the readers have under way at once: what keeps a disk busy, and no more."""
 
 import errno
+import threading
 import time
 from pathlib import Path
 
@@ -35,4 +36,24 @@ def test_no_chunk_begins_while_so_many_bytes_are_under_way(size: int, begin: int
     assert mover.wait(lambda: all(ticket.settled for ticket in tickets), PATIENCE_S)
     again = mover.submit([extents[0]], memoryview(slots[0]), Urgency.DEMAND)
     assert mover.wait(lambda: again.settled, PATIENCE_S), "one that failed is no longer under way"
+    mover.close()
+
+
+def test_a_reader_that_checks_what_it_read_keeps_no_disk_busy() -> None:
+    disk, checking, go_on = FakeDisk(), threading.Event(), threading.Event()
+
+    def check() -> None:
+        checking.set()
+        assert go_on.wait(PATIENCE_S)
+
+    size = UNDER_WAY_BYTES
+    mover = Mover(disk, readers=2, chunk_bytes=size)
+    extents = [Extent(Path(str(at)), 0, size, size, 0, direct=True) for at in range(2)]
+    first = mover.submit(extents[:1], memoryview(bytearray(size)), Urgency.DEMAND, check)
+    assert checking.wait(PATIENCE_S)
+    second = mover.submit(extents[1:], memoryview(bytearray(size)), Urgency.DEMAND)
+    assert mover.wait(lambda: second.settled, PATIENCE_S)
+    assert not first.settled
+    go_on.set()
+    assert mover.wait(lambda: first.settled, PATIENCE_S)
     mover.close()

@@ -219,23 +219,28 @@ class Mover:
     def _work(self) -> None:
         while (job := self._next()) is not None:
             ticket, chunk = job
-            got, error = 0, None
+            got, error, size = 0, None, _size(chunk)
             try:
                 started = time.perf_counter()
                 got = chunk(self._source)
                 if self._throttle is not None:
                     self._throttle.pay(got, started)
-                if ticket.finish is not None and self._was_last(ticket):
-                    ticket.finish()
+                if ticket.finish is not None:
+                    last, size = self._was_last(ticket, size), 0
+                    if last:
+                        ticket.finish()
             except RetinueError as caught:
                 error = caught
             except Exception as caught:  # a reader thread must outlive whatever a source does
                 error = RetinueError(f"reading {_subject(chunk)} failed: {caught!r}")
-            self._finish(ticket, chunk, got, error)
+            self._finish(ticket, size, got, error)
 
-    def _was_last(self, ticket: Ticket) -> bool:
-        """Whether the chunk that was read just now is the last of its ticket to be read."""
+    def _was_last(self, ticket: Ticket, size: int) -> bool:
+        """Whether the chunk of `size` that was read just now is the last of its ticket."""
         with self._changed:
+            self._under_way -= size  # what follows does not keep the disk busy
+            if self._queue:
+                self._queued.notify()
             ticket.unread -= 1
             return ticket.unread == 0 and ticket.state is TicketState.QUEUED
 
@@ -271,10 +276,10 @@ class Mover:
             heapq.heappop(self._queue)
         return None
 
-    def _finish(self, ticket: Ticket, chunk: Task, got: int, error: RetinueError | None) -> None:
+    def _finish(self, ticket: Ticket, size: int, got: int, error: RetinueError | None) -> None:
         with self._changed:
             self.bytes_read += got
-            self._under_way -= _size(chunk)
+            self._under_way -= size
             ticket.running -= 1
             self._running -= 1
             if self._running == 0:

@@ -230,16 +230,13 @@ class ExpertHost:
     ) -> torch.Tensor:
         """One token in a layer that may lack experts; nobody looks.
 
-        The other threads compute those that are there while this one keeps the books, has the
-        others read and looks ahead.
+        Other threads begin with those that are there; this one keeps the books and looks ahead.
         """
         chosen, given = index.numpy(), weights.float().numpy()
         ids, cache = chosen[0].tolist(), self.cache
         if len(set(ids)) < len(ids) or max(ids) >= cache.experts:  # named twice, or none
             work = self._work(layer, hidden, index, weights)
-            with self._turn(work.demand(layer), hidden, None) as turn:
-                self._compute(turn, layer, work)
-            return self._timed(work.result)
+            return self._run_attended(layer, work, hidden, None)[0]
         cache.poll()
         row, own = cache.rows[layer], TokenWork(kernel, chosen[0], hidden, weights)
         ready = [expert for expert in ids if row[expert] >= 0]
