@@ -130,26 +130,26 @@ def test_what_is_begun_is_computed_beside_other_calls(format: Format, threads: i
     native.set_threads(1, 0)
 
 
-def test_one_thing_at_a_time_is_begun() -> None:
+def test_what_an_interrupted_caller_began_is_ended_by_who_comes_next() -> None:
     native = kernels.every()[-1]
     call = Call(ExpertsShape(Format.INT8, torch.float32, Activation.SILU, 40, 32, 2), 3, 4)
-    rows = torch.full((8, 40), UNTOUCHED)
-    given = call.shape, call.parts, (call.starts, call.pairs), call.x, rows
+    rows, again = torch.full((8, 40), UNTOUCHED), torch.full((8, 40), UNTOUCHED)
+    given = call.shape, call.parts, (call.starts, call.pairs), call.x
     with pytest.raises(RuntimeError, match="refused"):
         native.end_experts()
-    native.begin_experts(*given)
-    with pytest.raises(RuntimeError, match="refused"):
-        native.begin_experts(*given)
-    with pytest.raises(RuntimeError, match="refused"):
-        native.set_threads(2)
-    native.end_experts()
+    native.begin_experts(*given, rows)
+    native.begin_experts(*given, again)
     assert torch.equal(rows, call.run(native))
-    many = Call(ExpertsShape(Format.INT8, torch.float32, Activation.SILU, 32, 32, 3), 3, 1700)
-    rows = torch.zeros(1700 * 3, 32)
-    with pytest.raises(RuntimeError, match="refused"):  # more than are worked on at once
-        native.begin_experts(many.shape, many.parts, (many.starts, many.pairs), many.x, rows)
+    native.set_threads(2)
+    assert torch.equal(again, rows)
+    native.set_threads(1, 0)
     with pytest.raises(RuntimeError, match="refused"):
         native.end_experts()
+    many = Call(ExpertsShape(Format.INT8, torch.float32, Activation.SILU, 32, 32, 3), 3, 1700)
+    result = torch.zeros(1700 * 3, 32)
+    for _ in range(2):  # more than are worked on at once: nothing was begun
+        with pytest.raises(RuntimeError, match="refused"):
+            native.begin_experts(many.shape, many.parts, (many.starts, many.pairs), many.x, result)
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)

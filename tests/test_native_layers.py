@@ -82,6 +82,31 @@ def test_layers_that_may_lack_an_expert_take_their_turn(tmp_path: Path) -> None:
     assert not layers
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, Cancelled])
+def test_a_layer_that_was_begun_and_is_interrupted_leaves_nothing_behind(
+    error: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = models.make(tmp_path / "m", "olmoe", torch.bfloat16)
+    with models.open_llm(folder, experts="50%") as llm:
+        truth = models.run_logits(llm, PROMPTS[0], FORCED[0])
+        begun, touch = list[int](), llm.assembly.cache.touch
+
+        def fail(demand: Any, tokens: int) -> None:
+            begun.append(tokens)
+            if begun.count(1) == 5:
+                raise error("now")
+            touch(demand, tokens)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(llm.assembly.cache, "touch", fail)
+            with suppress(error):
+                models.run_logits(llm, PROMPTS[0], FORCED[0])
+        assert begun.count(1) == 5, "a lone token's layer"
+        again = models.run_logits(llm, PROMPTS[0], FORCED[0])
+        assert all(torch.equal(one, other) for one, other in zip(again, truth, strict=True))
+        llm.assembly.cache.check()
+
+
 def test_who_watches_sees_every_layer(tmp_path: Path) -> None:
     with whole(tmp_path) as llm, seen() as layers:
         warm(llm)

@@ -141,6 +141,7 @@ class Native:
 
     def set_threads(self, threads: int, spin_us: int = 50) -> None:
         """Compute with this many threads, the caller among them; idle ones spin, then sleep."""
+        self._end_left()
         _check(self._c.retinue_threads(threads, spin_us))
 
     def linear(
@@ -193,15 +194,23 @@ class Native:
     ) -> None:
         """As `experts`, on the other threads alone, until `end_experts`; 2,048 pairs at most.
 
-        In between, all else that is computed here is computed on the caller's thread.
+        In between, all else that is computed here is computed on the caller's thread. What somebody
+        began who was interrupted before its end is ended first.
         """
-        _check(self._c.retinue_begin_experts(*_experts(shape, parts, groups, x, rows)))
+        given = _experts(shape, parts, groups, x, rows)
+        self._end_left()
         self._begun = (parts, groups, x, rows)  # so that they last
+        _check(self._c.retinue_begin_experts(*given))
 
     def end_experts(self) -> None:
         """Compute what is left of what was begun."""
         _check(self._c.retinue_end_experts())
         self._begun = None
+
+    def _end_left(self) -> None:
+        if self._begun is not None:
+            self._c.retinue_end_experts()  # which refuses if it was never begun
+            self._begun = None
 
     def weighted_sum(
         self, rows: torch.Tensor, weights: torch.Tensor, dtype: torch.dtype

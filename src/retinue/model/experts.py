@@ -240,8 +240,8 @@ class ExpertHost:
         cache.poll()
         row, own = cache.rows[layer], TokenWork(kernel, chosen[0], hidden, weights)
         ready = [expert for expert in ids if row[expert] >= 0]
-        self._timed(own.begin, ready, cache.use(layer, ready))
         try:
+            self._timed(own.begin, ready, cache.use(layer, ready))
             demand = demand_of(layer, chosen, given, cache.experts)
             with self._turn(demand, hidden, None) as turn:
                 self._timed(own.end)

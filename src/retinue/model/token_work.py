@@ -38,7 +38,7 @@ class TokenWork:
         if experts:
             ranks = self._ranks_of(experts)
             self._kernel.begin_ranks(experts, slots, ranks, self._hidden, self._rows)
-            self._begun = True
+            self._begun = True  # who is interrupted before this leaves it to the next who begins
 
     def end(self) -> None:
         """Compute what is left of what was begun, if anything is."""
