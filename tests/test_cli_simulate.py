@@ -94,6 +94,20 @@ def test_a_trace_without_signals(call: Call, tmp_path: Path) -> None:
     assert "needs a trace with `next_scores`" in done.err
 
 
+def test_what_a_trace_lacks_of_what_a_preset_asks_is_said(call: Call, tmp_path: Path) -> None:
+    """`auto` learns from what routers say in their turn, and does without where nobody wrote it."""
+    file = trace_of(tmp_path / "a.trace", [chance(1, 30, prompt=6)], ("next_scores",)).file
+    options = (file, "--experts", "40%", "--presets", "auto,on-demand", *TIMES, "--json")
+    done = call("simulate", *options)
+    assert done.code == 0, done.err
+    text = "asks routers for more than the trace has, which lacks `scores`"
+    assert done.err.count(f"auto {text}") == 1
+    assert "on-demand asks" not in done.err
+    rows = done.document["presets"]
+    assert rows["auto"]["notes"] == [text]
+    assert "notes" not in rows["on-demand"]
+
+
 def test_rooms_and_disks_are_cells(call: Call, traced: Path) -> None:
     words = ("--presets", "on-demand, auto", "--experts", "25%,50%", *TIMES[:-1], "500KB,5MB")
     done = call("simulate", traced, *words, "--json")

@@ -16,7 +16,7 @@ from retinue.errors import Refused, UsageError
 from retinue.memory.budget import split
 from retinue.policy.presets import PRESETS
 from retinue.policy.recommended import Recommendation, joined
-from retinue.sim.candidates import Candidate, candidates, chosen
+from retinue.sim.candidates import RECORDED, Candidate, candidates, chosen
 from retinue.sim.cells import ORACLE, Filled, Table
 from retinue.sim.passes import Load
 from retinue.sim.recommend import DEFAULT, LEAST_RUNS, advise
@@ -51,6 +51,10 @@ def execute(options: Namespace) -> int:
     recording = Recording(trace, sorted(frozenset().union(*(each.needs for each in able))))
     source = cells[0].setting.times.source
     note(f"times are from {source}; {len(trace)} requests, {trace.tokens} tokens")
+    for each in able:
+        for text in each.notes:
+            if text != RECORDED:  # which goes for all approximate ones
+                note(f"{each.preset.name} {text}", "yellow")
     table = Table(recording, able, machine.read_bytes)
     with bar(len(cells) * len(able), "replay") as advance:
         filled = [table.fill(cell, advance) for cell in cells]
