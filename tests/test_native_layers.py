@@ -99,8 +99,10 @@ def test_a_layer_that_was_begun_and_is_interrupted_leaves_nothing_behind(
 
         with monkeypatch.context() as patch:
             patch.setattr(llm.assembly.cache, "touch", fail)
+            request = models.forced_request(PROMPTS[0], FORCED[0])
             with suppress(error):
-                models.run_logits(llm, PROMPTS[0], FORCED[0])
+                for _ in llm.run(request):
+                    pass
         assert begun.count(1) == 5, "a lone token's layer"
         again = models.run_logits(llm, PROMPTS[0], FORCED[0])
         assert all(torch.equal(one, other) for one, other in zip(again, truth, strict=True))
