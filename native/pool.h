@@ -16,14 +16,6 @@ struct Stage {
 };
 constexpr int32_t kMostStages = 2;
 
-template <typename Function>
-Stage stage_of(int64_t units, const Function& function) {
-    const Step step = [](void* context, int32_t thread, int64_t unit) {
-        (*static_cast<const Function*>(context))(thread, unit);
-    };
-    return {units, step, const_cast<Function*>(&function)};
-}
-
 void pool_resize(int32_t threads, int32_t spin_us);
 int32_t pool_threads();
 
@@ -38,7 +30,10 @@ bool pool_begun();
 
 template <typename Function>
 void parallel(int64_t units, const Function& function) {
-    const Stage stage = stage_of(units, function);
+    const Step step = [](void* context, int32_t thread, int64_t unit) {
+        (*static_cast<const Function*>(context))(thread, unit);
+    };
+    const Stage stage = {units, step, const_cast<Function*>(&function)};
     pool_run(&stage, 1);
 }
 

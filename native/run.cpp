@@ -17,10 +17,10 @@ namespace {
 
 constexpr int kUnitRows = kGroup;
 // Tokens that are worked on at once, which bounds the scratch; more go in turns.
-constexpr int64_t kTurn = 2048, kMostOfOne = 512;
+constexpr int64_t kTurn = RETINUE_MOST_BEGUN, kMostOfOne = 512;
 
 // Where a call works: what all of its threads see, and what each has to itself.
-struct Room {
+struct Workspace {
     Scratch call;
     std::vector<Scratch> threads;
 
@@ -31,9 +31,9 @@ struct Room {
 };
 
 // Never freed: a thread that still computes while the process ends must not lose them. What was
-// begun has a room of its own, as other calls come before its end.
-Room& room = *new Room;
-Room& room_of_begun = *new Room;
+// begun has one of its own, as other calls come before its end.
+Workspace& workspace = *new Workspace;
+Workspace& begun_workspace = *new Workspace;
 
 int64_t element_bytes(int32_t type) { return type == RETINUE_TYPE_F32 ? 4 : 2; }
 
@@ -112,8 +112,8 @@ size_t blocks_bytes(Form form, int32_t columns, int64_t tokens) {
 
 class Experts {
   public:
-    Experts(const retinue_experts_shape& shape, const void* x, float* rows, Room& room)
-        : shape_(shape), x_(x), rows_(rows), room_(room),
+    Experts(const retinue_experts_shape& shape, const void* x, float* rows, Workspace& workspace)
+        : shape_(shape), x_(x), rows_(rows), workspace_(workspace),
           rounding_(shape.format == RETINUE_BF16 ? shape.type : RETINUE_TYPE_F32) {}
 
     void add(const int64_t* parts, const int64_t* pairs, int32_t tokens) {
@@ -153,12 +153,12 @@ class Experts {
         const Step gate_up = [](void* context, int32_t thread, int64_t unit) {
             Experts& all = *static_cast<Experts*>(context);
             const int64_t units = all.inner_units();
-            all.gate_up(all.turns_[unit / units], unit % units, all.room_.threads[thread]);
+            all.gate_up(all.turns_[unit / units], unit % units, all.workspace_.threads[thread]);
         };
         const Step down = [](void* context, int32_t thread, int64_t unit) {
             Experts& all = *static_cast<Experts*>(context);
             const int64_t units = all.hidden_units();
-            all.down(all.turns_[unit / units], unit % units, all.room_.threads[thread]);
+            all.down(all.turns_[unit / units], unit % units, all.workspace_.threads[thread]);
         };
         return {Stage{turns() * inner_units(), gate_up, this},
                 Stage{turns() * hidden_units(), down, this}};
@@ -177,9 +177,9 @@ class Experts {
             bytes += blocks_bytes(form(turn), shape_.inner, turn.tokens);
             most = std::max(most, turn.tokens);
         }
-        room_.call.reserve(bytes);
+        workspace_.call.reserve(bytes);
         const int64_t widest = std::max<int64_t>(shape_.hidden, 2 * kUnitRows * most) + kGroup;
-        room_.reserve_threads(2 * Scratch::size<float>(widest));
+        workspace_.reserve_threads(2 * Scratch::size<float>(widest));
         const Turn* before = nullptr;
         for (Turn& turn : turns_) {
             // One token's experts share its prepared input.
@@ -192,7 +192,7 @@ class Experts {
     }
 
     std::vector<Block> blocks(const Turn& turn, int32_t columns) {
-        return take_blocks(room_.call, form(turn), columns, turn.tokens);
+        return take_blocks(workspace_.call, form(turn), columns, turn.tokens);
     }
 
     int64_t token(const Turn& turn, int32_t i) const { return turn.pairs[i] / shape_.k; }
@@ -207,7 +207,7 @@ class Experts {
     void prepare() {
         const auto unit = [&](int32_t thread, int64_t i) {
             const bool shared = i > 0 && same_input(turns_[i - 1], turns_[i]);
-            if (!shared) prepare_turn(turns_[i], room_.threads[thread]);
+            if (!shared) prepare_turn(turns_[i], workspace_.threads[thread]);
         };
         if (tokens_ > kTokens) return parallel(turns(), unit);
         for (int64_t i = 0; i < turns(); i++) unit(0, i);
@@ -251,7 +251,7 @@ class Experts {
     const retinue_experts_shape shape_;
     const void* x_;
     float* rows_;
-    Room& room_;
+    Workspace& workspace_;
     const int32_t rounding_;
     std::vector<Turn> turns_;
     int64_t tokens_ = 0;
@@ -263,18 +263,19 @@ std::optional<Experts>& begun = *new std::optional<Experts>;
 void linear_turn(const retinue_matrix& matrix, const void* x, int64_t x_stride, int32_t type,
                  int32_t tokens, const void* bias, void* out) {
     const Form form = form_of(matrix.format, type, tokens);
-    room.call.reserve(blocks_bytes(form, matrix.columns, tokens));
+    workspace.call.reserve(blocks_bytes(form, matrix.columns, tokens));
     const int64_t widest = std::max<int64_t>(matrix.columns, kUnitRows * tokens) + kGroup;
-    room.reserve_threads(Scratch::size<float>(widest));
-    const std::vector<Block> blocks = take_blocks(room.call, form, matrix.columns, tokens);
+    workspace.reserve_threads(Scratch::size<float>(widest));
+    const std::vector<Block> blocks = take_blocks(workspace.call, form, matrix.columns, tokens);
     parallel(tokens, [&](int32_t thread, int64_t t) {
         prepare_token(at(x, t * x_stride, type), type, matrix.format, matrix.columns,
                       blocks[t / kTokens], static_cast<int32_t>(t % kTokens),
-                      room.threads[thread]);
+                      workspace.threads[thread]);
     });
     parallel(ceil_div(matrix.rows, kUnitRows), [&](int32_t thread, int64_t unit) {
-        room.threads[thread].reserve(0);
-        float* sums = room.threads[thread].take<float>(static_cast<int64_t>(tokens) * kUnitRows);
+        Scratch& scratch = workspace.threads[thread];
+        scratch.reserve(0);
+        float* sums = scratch.take<float>(static_cast<int64_t>(tokens) * kUnitRows);
         multiply_unit(matrix, unit, blocks.data(), static_cast<int32_t>(blocks.size()), tokens,
                       sums);
         const int64_t first = unit * kUnitRows;
@@ -304,7 +305,7 @@ void run_linear(const retinue_matrix& matrix, const void* x, int64_t x_stride, i
 
 void run_experts(const retinue_experts_shape& shape, int32_t count, const int64_t* parts,
                  const int64_t* starts, const int64_t* pairs, const void* x, float* rows) {
-    Experts experts(shape, x, rows, room);
+    Experts experts(shape, x, rows, workspace);
     for (int32_t e = 0; e < count; e++) {
         for (int64_t first = starts[e]; first < starts[e + 1]; first += kMostOfOne) {
             const int64_t tokens = std::min(kMostOfOne, starts[e + 1] - first);
@@ -317,7 +318,7 @@ void run_experts(const retinue_experts_shape& shape, int32_t count, const int64_
 
 void begin_experts(const retinue_experts_shape& shape, int32_t count, const int64_t* parts,
                    const int64_t* starts, const int64_t* pairs, const void* x, float* rows) {
-    begun.emplace(shape, x, rows, room_of_begun);
+    begun.emplace(shape, x, rows, begun_workspace);
     for (int32_t e = 0; e < count; e++) {
         const auto tokens = static_cast<int32_t>(starts[e + 1] - starts[e]);
         if (tokens > 0) begun->add(parts + 6 * e, pairs + starts[e], tokens);
@@ -332,10 +333,10 @@ void end_experts() {
 
 void run_sum(const float* rows, const float* weights, int64_t tokens, int32_t k, int32_t hidden,
              int32_t type, void* out) {
-    room.reserve_threads(Scratch::size<float>(hidden));
+    workspace.reserve_threads(Scratch::size<float>(hidden));
     parallel(tokens, [&](int32_t thread, int64_t t) {
-        room.threads[thread].reserve(0);
-        float* total = room.threads[thread].take<float>(hidden);
+        workspace.threads[thread].reserve(0);
+        float* total = workspace.threads[thread].take<float>(hidden);
         kernels().sum(rows + t * k * hidden, weights + t * k, k, hidden, total);
         kernels().store(total, type, hidden,
                         static_cast<uint8_t*>(out) + t * hidden * element_bytes(type));

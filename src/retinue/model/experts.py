@@ -232,17 +232,17 @@ class ExpertHost:
 
         Other threads begin with those that are there; this one keeps the books and looks ahead.
         """
-        chosen, given = index.numpy(), weights.float().numpy()
-        ids, cache = chosen[0].tolist(), self.cache
+        chosen, cache = index.numpy(), self.cache
+        ids = chosen[0].tolist()
         if len(set(ids)) < len(ids) or max(ids) >= cache.experts:  # named twice, or none
             work = self._work(layer, hidden, index, weights)
             return self._run_attended(layer, work, hidden, None)[0]
         cache.poll()
-        row, own = cache.rows[layer], TokenWork(kernel, chosen[0], hidden, weights)
+        row, own = cache.rows[layer], TokenWork(kernel, ids, hidden, weights)
         ready = [expert for expert in ids if row[expert] >= 0]
         try:
             self._timed(own.begin, ready, cache.use(layer, ready))
-            demand = demand_of(layer, chosen, given, cache.experts)
+            demand = demand_of(layer, chosen, weights.float().numpy(), cache.experts)
             with self._turn(demand, hidden, None) as turn:
                 self._timed(own.end)
                 turn.computed(ready)

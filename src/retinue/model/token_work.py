@@ -20,11 +20,15 @@ class TokenWork:
     """
 
     def __init__(
-        self, kernel: ExpertKernel, chosen: IntArray, hidden: torch.Tensor, weights: torch.Tensor
+        self,
+        kernel: ExpertKernel,
+        chosen: Sequence[int],
+        hidden: torch.Tensor,
+        weights: torch.Tensor,
     ) -> None:
         self._kernel, self._weights, self._dtype = kernel, weights, hidden.dtype
         self._hidden = hidden.contiguous()
-        self._ranks = {expert: rank for rank, expert in enumerate(chosen.tolist())}
+        self._ranks = {expert: rank for rank, expert in enumerate(chosen)}
         self._rows = torch.empty(len(chosen), hidden.shape[1])
         self._begun = False
 
