@@ -239,8 +239,7 @@ class Mover:
         """Whether the chunk of `size` that was read just now is the last of its ticket."""
         with self._changed:
             self._under_way -= size  # what follows does not keep the disk busy
-            if self._queue:
-                self._queued.notify()
+            self._wake_next()
             ticket.unread -= 1
             return ticket.unread == 0 and ticket.state is TicketState.QUEUED
 
@@ -249,22 +248,27 @@ class Mover:
             while True:
                 if self._closing:
                     return None
-                if (
-                    self._under_way < UNDER_WAY_BYTES
-                    and (ticket := self._most_urgent()) is not None
-                ):
+                if (ticket := self._startable()) is not None:
                     break
                 self._queued.wait()
             chunk = ticket.chunks[ticket.next]
             ticket.next += 1
             ticket.running += 1
             self._under_way += _size(chunk)
-            if self._queue and self._under_way < UNDER_WAY_BYTES:
-                self._queued.notify()
+            self._wake_next()
             if self._running == 0:
                 self._busy_since = time.perf_counter()
             self._running += 1
             return ticket, chunk
+
+    def _wake_next(self) -> None:
+        """Wake a reader if there is something for it: one that finds nothing costs us time."""
+        if self._startable() is not None:
+            self._queued.notify()
+
+    def _startable(self) -> Ticket | None:
+        """The ticket whose next chunk may begin now."""
+        return self._most_urgent() if self._under_way < UNDER_WAY_BYTES else None
 
     def _most_urgent(self) -> Ticket | None:
         """The first ticket of the queue with a chunk to start; drops those without."""
