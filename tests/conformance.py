@@ -97,8 +97,9 @@ def _compare(name: str, folder: Path) -> Outcome:
 
 def _together(folder: Path, prompts: list[list[int]]) -> list[list[int]]:
     """Greedy tokens of the whole engine, for all prompts at once, with half of the experts."""
-    settings = {"memory": "3GiB", "context": PROMPT_TOKENS + NEW_TOKENS, "kv_tokens": 512}
-    with models.open_llm(folder, experts="50%", self_check=False, **settings) as llm:
+    settings = {"context": PROMPT_TOKENS + NEW_TOKENS, "kv_tokens": 512}
+    memory = models.short_of_room(folder, 0.5, **settings)
+    with models.open_llm(folder, memory=memory, self_check=False, **settings) as llm:
         outputs = llm.generate(prompts, models.greedy(NEW_TOKENS), progress=False)
     return [output.token_ids for output in outputs]
 
@@ -110,7 +111,7 @@ def opened(folder: Path, share: float = 0.5) -> Iterator[tuple[Network, Facts, E
     network.model.set_experts_implementation(IMPLEMENTATION)
     reader, metrics, policies = Reader(), Metrics(), preset("auto").build(Given())
     facts = facts_of(network)
-    load_dense(network, reader)
+    load_dense(network, reader, rows_stay=True)
     tier = Tier(max(facts.min_slots, int(share * facts.total_experts)), facts.slot_bytes)
     mover = Mover(reader)
     layouts, modules = network.experts.layouts, network.experts.modules

@@ -32,9 +32,12 @@ from transformers.cache_utils import DynamicCache
 from transformers.utils import logging
 
 from retinue import LLM
+from retinue.config import DEFAULT_BATCH, Config
 from retinue.engine.request import Request, new_request
+from retinue.memory.budget import split
 from retinue.metrics import PhaseCounters
 from retinue.model.kv import Segment
+from retinue.model.survey import survey
 from retinue.policy.parts.kinds import KINDS
 from retinue.policy.preset import Given
 from retinue.types import Phase, SamplingParams
@@ -227,6 +230,15 @@ def stock_greedy(model: PreTrainedModel, prompt: list[int], count: int) -> list[
 def open_llm(model: str | Path, **settings: Any) -> LLM:
     """A model in a budget that holds all of it, unless `experts` says less."""
     return LLM(model, **({"memory": MEMORY, "threads": 1} | settings))
+
+
+def short_of_room(model: str | Path, share: float, **settings: Any) -> int:
+    """A budget with room for so many of the experts, and not for the embedding's rows as well."""
+    facts = survey(Path(model))
+    config = Config(**({"memory": MEMORY, "batch": DEFAULT_BATCH} | settings))
+    whole = split(facts, **config.room())
+    taken = whole.fixed + whole.kv + whole.workspace - facts.rows_bytes * (not whole.rows_stay)
+    return taken + max(facts.min_slots, int(share * facts.total_experts)) * facts.slot_bytes
 
 
 def write_texts(file: Path, prompt: int, answer: int) -> Path:

@@ -17,6 +17,7 @@ from command import MEMORY, Call, Done, caller, refused, start
 from disk import eventually
 from retinue import LLM
 from retinue.errors import CheckpointError, Unsupported
+from retinue.memory.checkpoint import open_checkpoint
 from retinue.memory.files import ALIGNMENT
 from retinue.memory.pack import TensorFile
 from retinue.memory.placing import place
@@ -259,6 +260,18 @@ def test_a_flipped_bit_of_a_dense_tensor(name: str, pack: Path, tmp_path: Path) 
     with pytest.raises(CheckpointError, match=f"checksum of `{name}` is wrong") as caught:
         LLM(folder, memory=models.MEMORY)
     assert caught.value.hint
+
+
+def test_a_flipped_bit_of_rows_that_stay_in_their_file(pack: Path, tmp_path: Path) -> None:
+    """They are read one by one afterwards, so their checksum is looked at beforehand."""
+    folder = models.copy(pack, tmp_path / "p")
+    memory = models.short_of_room(folder, 0.5)
+    with models.open_llm(folder, memory=memory) as llm:
+        assert llm.assembly.split.rows_stay
+    entry = open_checkpoint(folder).tensors["model.embed_tokens.weight"]
+    flip(entry.file, entry.stop - 3)
+    with pytest.raises(CheckpointError, match=f"checksum of `{entry.name}` is wrong"):
+        models.open_llm(folder, memory=memory)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """What fits where, how fast it will be, and how near a run came: by hand, with round numbers."""
 
 import dataclasses
+from dataclasses import replace
 
 import pytest
 
@@ -117,6 +118,19 @@ def test_every_expert() -> None:
     assert found.decode.high == pytest.approx(1000 / 6)
     assert found.prefill.high == pytest.approx(512 / 0.06144)
     assert found.reasons == ["every expert stays in memory"]
+
+
+@pytest.mark.usefixtures("round_numbers")
+def test_a_plan_where_the_embedding_stays_in_its_file() -> None:
+    facts = replace(FACTS, rows_bytes=10 * MB)
+    whole = NEEDED + FACTS.total_experts * FACTS.slot_bytes
+    short, all_of_it = (make_plan(facts, Config(memory=n), MACHINE) for n in (whole - 1, whole))
+    assert short.reasons == [
+        "the embedding's 10 MiB stay in their file: of each token a row is read",
+        "every expert stays in memory",
+    ]
+    assert all_of_it.reasons == ["every expert stays in memory"]
+    assert short.smallest == all_of_it.smallest == NEEDED - 10 * MB + 2 * MB
 
 
 @pytest.mark.usefixtures("round_numbers")

@@ -1,7 +1,8 @@
 """Splits one number of bytes into everything the process holds, before anything is loaded.
 
     runtime      interpreter, libraries, threads: what is there with no model at all; a server too
-    dense        every weight that is not a routed expert
+    dense        every weight that is not a routed expert; without the embedding's rows, where
+                 they may stay in their file and experts lack the room
     kv           keys, values and states of all sequences that run at once
     workspace    activations of the largest prefill chunk
     experts      slots, whatever the rest leaves
@@ -29,7 +30,10 @@ _LESS = "a smaller `--context`, `--kv-tokens`, `--chunk` or `--batch`"
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """Where the bytes of a budget go; `fixed` is runtime and dense weights together."""
+    """Where the bytes of a budget go; `fixed` is runtime and dense weights together.
+
+    `rows_stay`: the embedding's rows are not among them, they stay in their file.
+    """
 
     budget: int
     fixed: int
@@ -41,6 +45,7 @@ class Split:
     kv_tokens: int
     chunk: int
     smallest: int
+    rows_stay: bool = False
 
     @property
     def experts(self) -> int:
@@ -126,7 +131,13 @@ def split(
     kv = facts.kv_bytes_per_token * pool + 2 * facts.state_bytes * batch
     workspace = _workspace(facts, chunk, tokens, pool)
     needed = fixed + kv + workspace
-    smallest = needed + least * facts.slot_bytes
+    most = facts.total_experts
+    if experts is not None:
+        most = min(most, _slot_limit(facts, experts, least))
+    smallest = needed - facts.rows_bytes + least * facts.slot_bytes
+    rows_stay = facts.rows_bytes > 0 and budget < needed + most * facts.slot_bytes
+    if rows_stay:
+        fixed, needed = fixed - facts.rows_bytes, needed - facts.rows_bytes
     if budget < smallest:
         raise DoesNotFit(
             f"`{facts.name}` does not fit into {format_size(budget)}:"
@@ -134,11 +145,19 @@ def split(
             smallest_bytes=smallest,
             hint=_hint(smallest),
         )
-    slots = min((budget - needed) // facts.slot_bytes, facts.total_experts)
-    if experts is not None:
-        slots = min(slots, _slot_limit(facts, experts, least))
+    slots = min((budget - needed) // facts.slot_bytes, most)
     return Split(
-        budget, fixed, kv, workspace, slots, facts.slot_bytes, tokens, pool, chunk, smallest
+        budget,
+        fixed,
+        kv,
+        workspace,
+        slots,
+        facts.slot_bytes,
+        tokens,
+        pool,
+        chunk,
+        smallest,
+        rows_stay,
     )
 
 

@@ -7,6 +7,7 @@ Direct reads (`O_DIRECT`) need offsets, lengths and addresses that are multiples
 import errno
 import os
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 from retinue.errors import ReadError
@@ -50,6 +51,13 @@ class Reader:
                 hint="check the disk and the file, then start again",
             ) from error
 
+    def expect(self, file: Path, offset: int, count: int) -> None:
+        """Tell the system that a buffered read of so many bytes comes; it may begin with it."""
+        if hasattr(os, "posix_fadvise"):
+            with suppress(OSError):  # nobody depends on it
+                handle = self._handle(file, direct=False)
+                os.posix_fadvise(handle, offset, count, os.POSIX_FADV_WILLNEED)
+
     def close(self) -> None:
         """Close every file. The caller makes sure that no read is running."""
         with self._lock:
@@ -59,7 +67,7 @@ class Reader:
             os.close(handle)
 
     def _fill(self, file: Path, offset: int, into: memoryview, *, direct: bool) -> int:
-        handle, done = self._handle(file, direct), 0
+        handle, done = self._handle(file, direct=direct), 0
         while done < len(into):
             got = _pread(handle, into[done:], offset + done)
             done += got
@@ -68,7 +76,7 @@ class Reader:
                 break
         return done
 
-    def _handle(self, file: Path, direct: bool) -> int:
+    def _handle(self, file: Path, *, direct: bool) -> int:
         with self._lock:
             assert not self._closed, "read after close"
             key = (file, direct)

@@ -48,7 +48,10 @@ from retinue.model.quantise import (
     stored_linears,
 )
 from retinue.model.routing import top_k
+from retinue.model.stored_rows import StoredEmbedding, stored_rows
 from retinue.types import FloatArray
+
+PART_BYTES = 8 << 20  # of a tensor that is read without being kept
 
 # Besides weights there are tables: which experts a token goes to, say.
 _ALL_DTYPES = STORED_DTYPES | {
@@ -78,6 +81,11 @@ class Network:
     def text_config(self) -> PreTrainedConfig:
         """The configuration of the language model itself."""
         return self.model.config.get_text_config()
+
+    @property
+    def stored_rows(self) -> TensorEntry | None:
+        """The embedding's tensor, if its rows may stay in their file."""
+        return stored_rows(self.model, self.checkpoint, self.experts)
 
     @property
     def top_k(self) -> int:
@@ -125,13 +133,17 @@ def build(checkpoint: Checkpoint, precision: str = AS_IS) -> Network:
     return Network(model, checkpoint, experts, clock, tuple(linears))
 
 
-def load_dense(network: Network, reader: Reader) -> None:
-    """Load every weight that is not a routed expert.
+def load_dense(network: Network, reader: Reader, *, rows_stay: bool = False) -> None:
+    """Load every weight that is not a routed expert; with `rows_stay` not the embedding's.
 
-    Raises CheckpointError when one is missing or has another shape.
+    Raises CheckpointError when one is missing, damaged or has another shape.
     """
     model = network.model
     encoded = {linear.key for linear in network.linears}
+    if rows_stay and (entry := network.stored_rows) is not None:
+        check_stored(entry, reader)
+        model.set_input_embeddings(StoredEmbedding(entry, reader, model.dtype))
+        encoded.add(entry.name)
     wanted = {
         key: network.checkpoint.tensors[key] for key in network.experts.dense if key not in encoded
     }
@@ -254,11 +266,37 @@ def read_tensor(entry: TensorEntry, reader: Reader) -> torch.Tensor:
         raise CheckpointError(f"`{entry.file.name}` is truncated: it ends within `{entry.name}`")
     data = raw[base + skip : base + skip + (entry.stop - entry.start)]
     if entry.checksum is not None and zlib.crc32(data.numpy()) != entry.checksum:  # type: ignore[arg-type]
-        raise CheckpointError(
-            f"`{entry.file.name}` is damaged: the checksum of `{entry.name}` is wrong",
-            hint=f"look at the disk, delete `{entry.file.parent}` and pack the model again",
-        )
+        raise _wrong_checksum(entry)
     return data.view(_ALL_DTYPES[entry.dtype]).view(entry.shape)
+
+
+def bytes_of(entry: TensorEntry, reader: Reader) -> Iterator[memoryview]:
+    """The bytes of a tensor, some MiB at a time, unchecked. Raises as `read_tensor` does."""
+    for start in range(entry.start, entry.stop, PART_BYTES):
+        stop = min(start + PART_BYTES, entry.stop)
+        part = TensorEntry(entry.name, entry.file, "U8", (stop - start,), start, stop)
+        yield memoryview(read_tensor(part, reader).numpy())  # type: ignore[arg-type]
+
+
+def check_stored(entry: TensorEntry, reader: Reader) -> None:
+    """Read a tensor once for its checksum, if it has one, and keep nothing of it.
+
+    Raises CheckpointError where the checksum is wrong or the file too short.
+    """
+    if entry.checksum is None:
+        return
+    checksum = 0
+    for part in bytes_of(entry, reader):
+        checksum = zlib.crc32(part, checksum)
+    if checksum != entry.checksum:
+        raise _wrong_checksum(entry)
+
+
+def _wrong_checksum(entry: TensorEntry) -> CheckpointError:
+    return CheckpointError(
+        f"`{entry.file.name}` is damaged: the checksum of `{entry.name}` is wrong",
+        hint=f"look at the disk, delete `{entry.file.parent}` and pack the model again",
+    )
 
 
 def load_tokenizer(folder: Path) -> Any | None:

@@ -21,7 +21,7 @@ from retinue.memory.files import Reader
 from retinue.memory.grouped import Grouped, encode
 from retinue.memory.manifest import CODES, SCALES, Manifest
 from retinue.memory.pack import PackFolder, Slab, TensorFile
-from retinue.model.load import Network, read_tensor, row_bands
+from retinue.model.load import Network, bytes_of, read_tensor, row_bands
 from retinue.model.pack_experts import (
     SCRATCH_BYTES,
     Advance,
@@ -33,7 +33,6 @@ from retinue.model.pack_experts import (
 from retinue.model.quantise import DenseLinear
 
 SHARD_BYTES = 1 << 30  # of dense tensors; experts have a file for each module
-COPY_BYTES = 8 << 20
 _SAMPLES, _SAMPLE_BYTES = 8, 4096
 
 
@@ -225,14 +224,10 @@ def _shards(dense: Iterator[_Dense]) -> Iterator[list[_Dense]]:
 
 def _copy(item: _Dense, file: TensorFile, reader: Reader) -> int:
     """Copy a tensor as it is; returns its checksum."""
-    entry, checksum = item.entry, 0
-    for place in range(0, entry.stop - entry.start, COPY_BYTES):
-        start = entry.start + place
-        stop = min(start + COPY_BYTES, entry.stop)
-        part = TensorEntry(item.key, entry.file, "U8", (stop - start,), start, stop)
-        data = memoryview(read_tensor(part, reader).numpy())  # type: ignore[arg-type]
+    place, checksum = 0, 0
+    for data in bytes_of(item.entry, reader):
         file.write(item.key, place, data)
-        checksum = zlib.crc32(data, checksum)
+        place, checksum = place + len(data), zlib.crc32(data, checksum)
     return checksum
 
 

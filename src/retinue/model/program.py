@@ -46,6 +46,7 @@ from retinue.model.record import (
     GROUPED,
     PRODUCTS,
     ROUTED,
+    ROWS,
     Operation,
     Recording,
     Ref,
@@ -326,6 +327,9 @@ class Program:
         outs = [self._tensor(ref) for ref in operation.outputs]
         if operation.function == EXPERTS:
             return partial(_run_experts, operation.module, args, outs[0], self._experts)
+        if operation.function == ROWS:
+            assert operation.module is not None
+            return partial(_run_torch, partial(operation.module, *args), outs)
         function = operation.function
         if operation.changes:
             return partial(function, *args, **kwargs)

@@ -20,9 +20,10 @@ from retinue.errors import Unsupported
 from retinue.model.attention import Mask
 from retinue.model.grouped_linear import GroupedLinear
 from retinue.model.kv import Pool, Segment, Sequence, Span, Store, window_left
+from retinue.model.stored_rows import StoredEmbedding
 from retinue.types import BLOCK_TOKENS
 
-EXPERTS, ATTEND, GROUPED, ROUTED = "experts", "attend", "grouped", "routed"
+EXPERTS, ATTEND, GROUPED, ROUTED, ROWS = "experts", "attend", "grouped", "routed", "rows"
 aten = torch.ops.aten
 PRODUCTS = (aten.linear.default, aten.mv.default, aten.mm.default, aten.addmm.default)
 # What follows these depends on values, which a recording does not have.
@@ -48,7 +49,7 @@ class Ref:
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """One operation of torch, or EXPERTS, ATTEND, GROUPED or ROUTED of `module`; tensors are Refs.
+    """One operation of torch, or one of the five above of `module`; tensors are Refs.
 
     ROUTED only looks: at what a router ranked by, the values and indices of its `topk`, its experts
     and its weights, and then at the first and the last of these and, where its policy needs it, the
@@ -204,7 +205,7 @@ class _Marked(Store):
 def _marks(model: nn.Module, recorder: _Recorder, store: _Marked) -> Iterator[None]:
     """Let experts and attention leave marks in the recording instead of computing."""
     saved: list[tuple[nn.Module, str, Any]] = []
-    grouped: list[GroupedLinear] = []
+    forwards: list[tuple[nn.Module, Callable[..., torch.Tensor]]] = []
     marks: dict[str, Callable[[nn.Module, Any], Any]] = {
         "retinue_run": lambda module, own: _experts_mark(module, recorder),
         "retinue_attend": lambda module, own: _attention_mark(recorder, store, own.name),
@@ -213,18 +214,21 @@ def _marks(model: nn.Module, recorder: _Recorder, store: _Marked) -> Iterator[No
     try:
         for module in model.modules():
             if isinstance(module, GroupedLinear):
-                grouped.append(module)
-                module.forward = _grouped_mark(module, recorder)  # type: ignore[method-assign]
+                forwards.append((module, _grouped_mark(module, recorder)))
+            elif isinstance(module, StoredEmbedding):
+                forwards.append((module, _rows_mark(module, recorder)))
             for name, mark in marks.items():
                 if (own := vars(module).get(name)) is not None:
                     saved.append((module, name, own))
                     setattr(module, name, mark(module, own))
+        for module, forward in forwards:
+            module.forward = forward
         yield
     finally:
         for module, name, own in saved:
             setattr(module, name, own)
-        for module in grouped:
-            del module.forward
+        for module, _ in forwards:
+            vars(module).pop("forward", None)
 
 
 def _grouped_mark(module: GroupedLinear, recorder: _Recorder) -> Callable[..., torch.Tensor]:
@@ -233,6 +237,16 @@ def _grouped_mark(module: GroupedLinear, recorder: _Recorder) -> Callable[..., t
         with _disable_current_modes():
             out = torch.zeros((*given.shape[:-1], module.out_features), dtype=given.dtype)
         recorder.note(GROUPED, (given,), {}, out, module)
+        return out
+
+    return forward
+
+
+def _rows_mark(module: StoredEmbedding, recorder: _Recorder) -> Callable[..., torch.Tensor]:
+    def forward(input: torch.Tensor) -> torch.Tensor:
+        with _disable_current_modes():
+            out = torch.zeros((*input.shape, module.embedding_dim), dtype=module.dtype)
+        recorder.note(ROWS, (input,), {}, out, module)
         return out
 
     return forward

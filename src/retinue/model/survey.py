@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
 from importlib.metadata import version
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -45,7 +46,7 @@ def survey(folder: Path, precision: str = AS_IS) -> Facts:
 
         return facts_of(build(open_checkpoint(folder), precision))
 
-    return _remembered(f"facts-routed-{precision}", folder, Facts, ask)
+    return _remembered(f"facts-rows-{precision}", folder, Facts, ask)
 
 
 def survey_abilities(network: "Network") -> "Abilities":
@@ -89,8 +90,7 @@ def facts_of(network: "Network") -> Facts:
     # A head that is encoded has weights of its own.
     apart = any(linear.key is None for linear in network.linears)
     tied = bool(getattr(config, "tie_word_embeddings", False)) and not apart
-    embedding_bytes = config.vocab_size * config.hidden_size * item
-    dense_per_token = dense if tied else dense - embedding_bytes
+    dense_per_token = dense if tied else dense - config.vocab_size * config.hidden_size * item
     heads, head_dim = _attention(config)
     state = state_size(model)
     modules = network.experts.modules
@@ -132,7 +132,14 @@ def facts_of(network: "Network") -> Facts:
         stored=stored,
         decoded_bytes=decoded,
         plain_bytes=max(layout.plain.weight_bytes if layout.plain else 0 for layout in layouts),
+        rows_bytes=_rows_bytes(network),
     )
+
+
+def _rows_bytes(network: "Network") -> int:
+    """Of the embedding in memory, if its rows may stay in their file."""
+    rows = network.stored_rows
+    return 0 if rows is None else prod(rows.shape) * network.model.dtype.itemsize
 
 
 def _encoding(layouts: "list[ExpertLayout]") -> int:
