@@ -161,17 +161,6 @@ int32_t retinue_experts(const retinue_experts_shape* shape, int32_t count, const
     return guarded([&] { run_experts(*shape, count, parts, starts, pairs, x, rows); });
 }
 
-int32_t retinue_begin_experts(const retinue_experts_shape* shape, int32_t count,
-                              const int64_t* parts, const int64_t* starts, const int64_t* pairs,
-                              const void* x, float* rows) {
-    if (!is_shape(shape) || count < 1 || pool_begun()) return RETINUE_BAD_ARGUMENT;
-    if (!parts || !starts || !pairs || !x || !rows || !are_parts(shape->format, count, parts) ||
-        starts[count] - starts[0] > RETINUE_MOST_BEGUN) {
-        return RETINUE_BAD_ARGUMENT;
-    }
-    return guarded([&] { begin_experts(*shape, count, parts, starts, pairs, x, rows); });
-}
-
 int32_t retinue_end_experts(void) {
     if (!pool_begun()) return RETINUE_BAD_ARGUMENT;
     return guarded([] { end_experts(); });

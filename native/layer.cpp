@@ -1,17 +1,19 @@
-// A layer's routed experts within a step: who was chosen is grouped, computed and summed in one go.
+// A layer's routed experts within a step: who was chosen is grouped, computed and summed, in one go
+// or, of a lone token, in two.
 #include <string.h>
 
 #include <algorithm>
 #include <chrono>
 #include <vector>
 
+#include "pool.h"
 #include "run.h"
 #include "step.h"
 
 namespace retinue {
 namespace {
 
-// Kept between calls, of which there is one at a time.
+// Kept between calls, of which there is one at a time, and while something is begun.
 struct Room {
     std::vector<int64_t> parts, starts, pairs;
     std::vector<float> rows, weights;
@@ -24,14 +26,26 @@ bool all_there(const retinue_layer& layer, int64_t pairs) {
     });
 }
 
-// For each of the chosen experts, in their order, its pairs and where its matrices lie.
+// As a router chooses for a token. Who does not is left to the caller.
+bool each_once(const retinue_layer& layer) {
+    for (int32_t i = 0; i < layer.shape.k; i++) {
+        const int64_t id = layer.index[i];
+        if (id < 0 || id >= layer.experts) return false;
+        if (std::find(layer.index, layer.index + i, id) != layer.index + i) return false;
+    }
+    return true;
+}
+
+// For each of the chosen experts that are there, in their order, its pairs and where its matrices
+// lie.
 void group(const retinue_layer& layer, int64_t pairs) {
     room.parts.clear();
     room.pairs.clear();
     room.starts.assign(1, 0);
     std::vector<int64_t>& order = room.pairs;
     for (int64_t pair = 0; pair < pairs; pair++) {
-        if (layer.index[pair] < layer.experts) order.push_back(pair);
+        const int64_t id = layer.index[pair];
+        if (id < layer.experts && layer.slots[id] >= 0) order.push_back(pair);
     }
     std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
         return layer.index[a] < layer.index[b];
@@ -72,15 +86,47 @@ void run_layer(const retinue_layer& layer, int64_t pairs) {
     *layer.ran = 1;
 }
 
+// Of a lone token: note who was chosen, and begin with those that are there.
+void begin(const retinue_layer& layer) {
+    const int32_t k = layer.shape.k;
+    memcpy(layer.noted, layer.index, static_cast<size_t>(k) * sizeof(int64_t));
+    kernels().load(layer.weights, layer.weights_type, k, layer.given);
+    group(layer, k);
+    if (!room.pairs.empty()) {
+        begin_experts(layer.shape, static_cast<int32_t>(room.pairs.size()), room.parts.data(),
+                      room.pairs.data(), layer.hidden, layer.rows);
+    }
+    *layer.state = RETINUE_BEGUN;
+}
+
+// Whether the step goes on.
+bool run(const retinue_layer& layer) {
+    const int64_t pairs = static_cast<int64_t>(layer.tokens) * layer.shape.k;
+    if (*layer.enabled == RETINUE_WHOLE) {
+        if (!all_there(layer, pairs)) return false;
+        run_layer(layer, pairs);
+        return true;
+    }
+    if (*layer.enabled != RETINUE_BEGIN) return false;
+    if (*layer.state == RETINUE_ATTENDED) {
+        const retinue_experts_shape& shape = layer.shape;
+        run_sum(layer.rows, layer.given, 1, shape.k, shape.hidden, shape.type, layer.out);
+        *layer.state = RETINUE_IDLE;
+        return true;
+    }
+    *layer.state = RETINUE_IDLE;  // whatever an interrupted step has left
+    if (layer.tokens == 1 && each_once(layer)) begin(layer);
+    return false;
+}
+
 }  // namespace
 }  // namespace retinue
 
 extern "C" int32_t retinue_run_layer(const retinue_layer* layer) {
     using Clock = std::chrono::steady_clock;
-    const int64_t pairs = static_cast<int64_t>(layer->tokens) * layer->shape.k;
-    if (*layer->enabled == 0 || !retinue::all_there(*layer, pairs)) return RETINUE_ABSENT;
+    if (retinue::pool_begun()) retinue::end_experts();
     const auto started = Clock::now();
-    retinue::run_layer(*layer, pairs);
+    const bool goes_on = retinue::run(*layer);
     *layer->seconds += std::chrono::duration<double>(Clock::now() - started).count();
-    return RETINUE_OK;
+    return goes_on ? RETINUE_OK : RETINUE_ABSENT;
 }

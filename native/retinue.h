@@ -32,7 +32,7 @@ extern "C" {
 #endif
 #pragma GCC visibility push(default)
 
-#define RETINUE_ABI 4  // changes with anything below, or in step.h
+#define RETINUE_ABI 5  // changes with anything below, or in step.h
 
 enum { RETINUE_OK = 0, RETINUE_BAD_ARGUMENT = 1, RETINUE_OUT_OF_MEMORY = 2 };
 enum { RETINUE_BF16 = 0, RETINUE_INT8 = 1, RETINUE_INT4 = 2 };               // of weights
@@ -81,14 +81,8 @@ typedef struct {
 int32_t retinue_experts(const retinue_experts_shape* shape, int32_t count, const int64_t* parts,
                         const int64_t* starts, const int64_t* pairs, const void* x, float* rows);
 
-// The same in two parts, for up to RETINUE_MOST_BEGUN pairs: the other threads compute while the
-// caller does something else, until it ends this, and so helps with what is left. The arrays have
-// to last until then. In between every other function may be called, and computes on the caller's
-// thread, but for `retinue_begin_experts` and `retinue_threads`, which refuse.
-#define RETINUE_MOST_BEGUN 2048
-int32_t retinue_begin_experts(const retinue_experts_shape* shape, int32_t count,
-                              const int64_t* parts, const int64_t* starts, const int64_t* pairs,
-                              const void* x, float* rows);
+// Compute what is left of what `retinue_run_layer` has begun. Until then every other function may be
+// called, and computes on the caller's thread, but for `retinue_threads`, which refuses.
 int32_t retinue_end_experts(void);
 
 // out[t] = sum over k, in order, in fp32, of weights[t][k] * rows[t * k + rank], rounded to `type`.

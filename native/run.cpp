@@ -17,7 +17,7 @@ namespace {
 
 constexpr int kUnitRows = kGroup;
 // Tokens that are worked on at once, which bounds the scratch; more go in turns.
-constexpr int64_t kTurn = RETINUE_MOST_BEGUN, kMostOfOne = 512;
+constexpr int64_t kTurn = 2048, kMostOfOne = 512;
 
 // Where a call works: what all of its threads see, and what each has to itself.
 struct Workspace {
@@ -317,12 +317,9 @@ void run_experts(const retinue_experts_shape& shape, int32_t count, const int64_
 }
 
 void begin_experts(const retinue_experts_shape& shape, int32_t count, const int64_t* parts,
-                   const int64_t* starts, const int64_t* pairs, const void* x, float* rows) {
+                   const int64_t* pairs, const void* x, float* rows) {
     begun.emplace(shape, x, rows, begun_workspace);
-    for (int32_t e = 0; e < count; e++) {
-        const auto tokens = static_cast<int32_t>(starts[e + 1] - starts[e]);
-        if (tokens > 0) begun->add(parts + 6 * e, pairs + starts[e], tokens);
-    }
+    for (int32_t e = 0; e < count; e++) begun->add(parts + 6 * e, pairs + e, 1);
     begun->begin();
 }
 

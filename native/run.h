@@ -11,9 +11,9 @@ void run_linear(const retinue_matrix& matrix, const void* x, int64_t x_stride, i
                 int64_t tokens, const void* bias, void* out);
 void run_experts(const retinue_experts_shape& shape, int32_t count, const int64_t* parts,
                  const int64_t* starts, const int64_t* pairs, const void* x, float* rows);
-// At most 2048 pairs in all; what it is given has to last until the end, which another begin awaits.
+// A pair each, 2048 at most. What it is given has to last until the end, before which nobody begins.
 void begin_experts(const retinue_experts_shape& shape, int32_t count, const int64_t* parts,
-                   const int64_t* starts, const int64_t* pairs, const void* x, float* rows);
+                   const int64_t* pairs, const void* x, float* rows);
 void end_experts();
 
 void run_sum(const float* rows, const float* weights, int64_t tokens, int32_t k, int32_t hidden,

@@ -105,14 +105,23 @@ typedef struct {
 // Store the new keys and values, and attend. F32 and BF16.
 int32_t retinue_attend(const retinue_attention* attention);
 
-// One layer's routed experts, in slots of `slot_bytes` from `slab` on. It runs if `enabled` is not 0
-// and all that were chosen are there; then their ids are noted for who keeps the books.
+// What may happen to a layer within a step, and what has.
+enum { RETINUE_OFF = 0, RETINUE_WHOLE = 1, RETINUE_BEGIN = 2 };
+enum { RETINUE_IDLE = 0, RETINUE_BEGUN = 1, RETINUE_ATTENDED = 2 };
+
+// One layer's routed experts, in slots of `slot_bytes` from `slab` on.
+// RETINUE_WHOLE  It runs if all that were chosen are there; their ids are noted for who keeps the
+//     books.
+// RETINUE_BEGIN  Of a lone token that chose each expert once, ids and weights are noted, other
+//     threads begin with those that are there, and the step stops with the state RETINUE_BEGUN.
+//     Whoever called it ends that, fills the rows that are left, says RETINUE_ATTENDED, and
+//     evaluates on from this layer, whose rows are then summed.
 // hidden and out [tokens, shape.hidden] of shape.type, index [tokens, shape.k], weights the same of
 // `weights_type`; an id of `experts` or more is none.
 typedef struct {
     retinue_experts_shape shape;
     int32_t tokens, experts, weights_type;
-    const int32_t* enabled;
+    const int32_t* enabled;  // RETINUE_OFF, ..
     const int32_t* slots;    // [experts]; below 0: it is not there
     const int64_t* offsets;  // [experts][6]: codes and scales of gate, up and down within a slot
     const uint8_t* slab;
@@ -124,9 +133,13 @@ typedef struct {
     int64_t* noted;          // [tokens, shape.k], the ids
     int64_t* ran;            // set to 1
     double* seconds;         // that it took, added
+    int32_t* state;          // RETINUE_IDLE, ..; this and what follows for RETINUE_BEGIN
+    float* given;            // [shape.k], the weights
+    float* rows;             // [shape.k, shape.hidden]
 } retinue_layer;
 
-// Run the layer; RETINUE_ABSENT, and nothing was done, where it is not to be run here.
+// Run the layer, or begin or finish it; RETINUE_ABSENT where the step has to stop before it. What an
+// earlier call has begun, and nobody has ended, is ended first: so long it has to last.
 enum { RETINUE_ABSENT = 3 };
 int32_t retinue_run_layer(const retinue_layer* layer);
 

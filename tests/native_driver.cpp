@@ -114,25 +114,6 @@ void experts(int32_t format, int32_t type, int32_t hidden, int32_t inner, int32_
                                 rows.data()) == 0,
                 "experts");
     }
-    if (pairs.size() <= RETINUE_MOST_BEGUN) {  // the same beside other calls
-        const retinue_experts_shape shape = {format, type, RETINUE_RELU, hidden, inner, k};
-        std::vector<float> begun(rows.size(), 7.0f), others(rows.size(), 7.0f);
-        require(retinue_begin_experts(&shape, count, parts.data(), starts.data(), pairs.data(),
-                                      x.data, begun.data()) == 0,
-                "begin");
-        require(retinue_begin_experts(&shape, count, parts.data(), starts.data(), pairs.data(),
-                                      x.data, begun.data()) == RETINUE_BAD_ARGUMENT,
-                "nothing is begun twice");
-        require(retinue_experts(&shape, count, parts.data(), starts.data(), pairs.data(), x.data,
-                                others.data()) == 0,
-                "experts in between");
-        linear(format, type, 33, 70, 3);
-        require(retinue_end_experts() == 0, "end");
-        require(memcmp(begun.data(), rows.data(), rows.size() * sizeof(float)) == 0 &&
-                    memcmp(others.data(), rows.data(), rows.size() * sizeof(float)) == 0,
-                "what was begun is the same");
-    }
-    require(retinue_end_experts() == RETINUE_BAD_ARGUMENT, "nothing is left to end");
     if (tokens > 1) require(rows[3ul * hidden] == 7.0f, "a pair of no expert kept its row");
     Memory out(1ul * tokens * hidden * size_of(type), 0);
     require(retinue_sum(rows.data(), weights.data(), tokens, k, hidden, type, out.data) == 0,
@@ -163,16 +144,37 @@ void layer(int32_t format, int32_t type, int32_t hidden, int32_t inner, int32_t 
     x.numbers(type, 1ul * tokens * hidden);
     weights.numbers(type, 1ul * tokens * k);
     std::vector<int64_t> noted(index.size());
-    int32_t enabled = 1, slots[3] = {2, 0, 1};
+    int32_t enabled = RETINUE_WHOLE, state = RETINUE_IDLE, slots[3] = {2, 0, 1};
+    std::vector<float> given(k), rows(1ul * k * hidden);
     int64_t ran = 0;
     double seconds = 0;
     const retinue_layer made = {{format, type, RETINUE_SILU, hidden, inner, k}, tokens, count, type,
                                 &enabled, slots, offsets.data(), slab.data,
                                 static_cast<int64_t>(slot_bytes), x.data, index.data(),
-                                weights.data, out.data, noted.data(), &ran, &seconds};
+                                weights.data, out.data, noted.data(), &ran, &seconds,
+                                &state, given.data(), rows.data()};
     require(retinue_run_layer(&made) == 0 && ran == 1 && noted == index, "layer");
-    enabled = 0;
+    enabled = RETINUE_OFF;
     require(retinue_run_layer(&made) == RETINUE_ABSENT, "a layer that may not run");
+    enabled = RETINUE_BEGIN;
+    if (tokens > 1) {
+        require(retinue_run_layer(&made) == RETINUE_ABSENT && state == RETINUE_IDLE, "several");
+        return;
+    }
+    for (int64_t there = 0; there <= k; there++) {  // beside other calls
+        index = {2, 0};
+        slots[0] = there > 1 ? 2 : -1;
+        slots[2] = there > 0 ? 1 : -1;
+        require(retinue_run_layer(&made) == RETINUE_ABSENT && state == RETINUE_BEGUN, "begin");
+        linear(format, type, 33, 70, 3);
+        require(retinue_end_experts() == (there > 0 ? RETINUE_OK : RETINUE_BAD_ARGUMENT), "end");
+        state = RETINUE_ATTENDED;
+        require(retinue_run_layer(&made) == RETINUE_OK && state == RETINUE_IDLE, "finish");
+    }
+    require(retinue_run_layer(&made) == RETINUE_ABSENT, "begin");
+    require(retinue_run_layer(&made) == RETINUE_ABSENT && state == RETINUE_BEGUN,
+            "what was begun and not ended is ended first");
+    require(retinue_end_experts() == RETINUE_OK, "end");
 }
 
 // Two sequences whose tokens lie anywhere in pools that end with the last of them.

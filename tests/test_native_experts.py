@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 import textwrap
-import time
 from operator import attrgetter
 from pathlib import Path
 
@@ -103,53 +102,6 @@ def test_many_tokens_go_in_turns(format: Format) -> None:
     call = Call(ExpertsShape(format, torch.float32, Activation.SILU, 32, 32, 3), 3, 1700)
     rows = call.run(native)
     assert relative(rows, call.truth()) < 1e-3
-
-
-@pytest.mark.parametrize("threads", [1, 2, 4])
-@pytest.mark.parametrize("format", Format, ids=name)
-def test_what_is_begun_is_computed_beside_other_calls(format: Format, threads: int) -> None:
-    """Whatever comes in between, and however late the others are, no bit differs."""
-    native = kernels.every()[-1]
-    call = Call(ExpertsShape(format, torch.float32, Activation.SILU, 70, 50, 3), 5, 11)
-    other = Call(ExpertsShape(format, torch.bfloat16, Activation.GELU, 200, 90, 2), 4, 60)
-    weight, x = Weight(format, 300, 70, 0), torch.randn(5, 70)
-    rows, others, product = call.run(native), other.run(native), native.linear(weight.matrix, x)
-    native.set_threads(threads, 20)
-    for turn in range(60):
-        begun = torch.full_like(rows, UNTOUCHED)
-        given = call.shape, call.parts, (call.starts, call.pairs), call.x, begun
-        native.begin_experts(*given)
-        if turn % 3 == 1:
-            time.sleep(1e-4)
-        if turn % 3 > 0:
-            assert torch.equal(native.linear(weight.matrix, x), product)
-            assert torch.equal(other.run(native), others)
-        native.end_experts()
-        assert torch.equal(begun, rows)
-        assert torch.equal(native.linear(weight.matrix, x), product)
-    native.set_threads(1, 0)
-
-
-def test_what_an_interrupted_caller_began_is_ended_by_who_comes_next() -> None:
-    native = kernels.every()[-1]
-    call = Call(ExpertsShape(Format.INT8, torch.float32, Activation.SILU, 40, 32, 2), 3, 4)
-    rows, again = torch.full((8, 40), UNTOUCHED), torch.full((8, 40), UNTOUCHED)
-    given = call.shape, call.parts, (call.starts, call.pairs), call.x
-    with pytest.raises(RuntimeError, match="refused"):
-        native.end_experts()
-    native.begin_experts(*given, rows)
-    native.begin_experts(*given, again)
-    assert torch.equal(rows, call.run(native))
-    native.set_threads(2)
-    assert torch.equal(again, rows)
-    native.set_threads(1, 0)
-    with pytest.raises(RuntimeError, match="refused"):
-        native.end_experts()
-    many = Call(ExpertsShape(Format.INT8, torch.float32, Activation.SILU, 32, 32, 3), 3, 1700)
-    result = torch.zeros(1700 * 3, 32)
-    for _ in range(2):  # more than are worked on at once: nothing was begun
-        with pytest.raises(RuntimeError, match="refused"):
-            native.begin_experts(many.shape, many.parts, (many.starts, many.pairs), many.x, result)
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)

@@ -1,5 +1,7 @@
 """Layers that run within the native step: the same bits and books, and only where they may."""
 
+import itertools
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from operator import attrgetter
@@ -12,7 +14,7 @@ import torch
 
 import kernels
 import models
-from kernels import ISAS, TYPES
+from kernels import ISAS, TYPES, Weight
 from retinue import LLM
 from retinue.errors import Cancelled
 from retinue.memory import evaluator, native
@@ -21,6 +23,7 @@ from retinue.model.native_layers import NativeLayers
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason=str(native.why_not()))
 
+UNTOUCHED = 777.0
 FORCED = [models.prompt_of(8, seed=40 + n) for n in range(3)]
 PROMPTS = [models.prompt_of(count, seed=count) for count in (30, 9, 17)]
 
@@ -153,6 +156,8 @@ class Layer:
         self.out = torch.zeros(tokens, self.HIDDEN, dtype=dtype)
         self.noted, self.ran = np.zeros(tokens * self.K, dtype=np.int64), np.zeros(1, np.int64)
         self.enabled, self.seconds = np.ones(1, dtype=np.int32), np.zeros(1)
+        self.state, self.weights32 = np.zeros(1, dtype=np.int32), np.zeros(self.K, dtype=np.float32)
+        self.rows = torch.full((self.K, self.HIDDEN), UNTOUCHED)
         # In two slots, the second of them behind nothing: an expert's place is the sum of both.
         self.slots = np.array([0, 1, 0, 1], dtype=np.int32)
         self.parts = parts
@@ -166,10 +171,15 @@ class Layer:
             self.table[name] = getattr(self, name).ctypes.data
         self.table["hidden"], self.table["index"] = self.hidden.data_ptr(), self.index.data_ptr()
         self.table["weights"], self.table["out"] = self.given.data_ptr(), self.out.data_ptr()
+        self.table["state"], self.table["given"] = (
+            self.state.ctypes.data,
+            self.weights32.ctypes.data,
+        )
+        self.table["rows"] = self.rows.data_ptr()
 
     def run(self, library: native.Native) -> int:
         """Between two copies of a number; returns how many instructions ran."""
-        program = np.zeros(3, dtype=evaluator.INSTRUCTION)
+        program = self.program = np.zeros(3, dtype=evaluator.INSTRUCTION)
         self.copied = np.zeros((2, 2), dtype=np.float32)
         for row, pair in zip(program[::2], self.copied, strict=True):
             row["operation"], row["dimensions"], row["sizes"][0] = evaluator.COPY, 1, 1
@@ -178,6 +188,16 @@ class Layer:
         program[1]["operation"], program[1]["dimensions"] = evaluator.EXPERTS, 1
         program[1]["b"]["at"] = self.table.ctypes.data
         return library.evaluate(program.ctypes.data, len(program))
+
+    def go_on(self, library: native.Native) -> int:
+        """From the layer on; returns how many instructions ran."""
+        return library.evaluate(self.program[1:].ctypes.data, 2)
+
+    def fill(self, library: native.Native, rank: int) -> None:
+        """Compute the row of one of a lone token's experts."""
+        groups = torch.tensor([0, 1]), torch.tensor([rank])
+        expert = self.index[0, rank]
+        library.experts(self.shape, self.parts[expert : expert + 1], groups, self.hidden, self.rows)
 
     def truth(self, library: native.Native) -> torch.Tensor:
         """The same in two calls, an expert's pairs in order, as `model/work.py` makes them."""
@@ -203,6 +223,84 @@ def test_a_layer_is_its_experts_and_their_sum(isa: str, format: Format, dtype: t
         assert layer.ran[0] == 1
         assert layer.seconds[0] > 0
         assert layer.copied[:, 1].tolist() == [5.0, 6.0]
+
+
+def lone(format: Format, dtype: torch.dtype, *, there: int) -> Layer:
+    """A lone token's layer that is to be begun, and of whose two experts so many are there."""
+    layer = Layer(format, dtype, 1)
+    layer.index[0] = torch.tensor([3, 1])
+    layer.enabled[0] = evaluator.BEGIN
+    for expert in layer.index[0, there:]:
+        layer.slots[int(expert)] = -1
+    return layer
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("format", Format, ids=attrgetter("name"))
+@pytest.mark.parametrize("isa", ISAS)
+def test_a_layer_in_two_parts_is_the_same(isa: str, format: Format, dtype: torch.dtype) -> None:
+    """However many of its experts are there, and whatever comes between: no bit differs."""
+    library = kernels.kernels(isa)
+    other = Layer(format, dtype, 5)
+    weight, x = Weight(format, 300, 70, 0), torch.randn(5, 70)
+    between, product = other.truth(library), library.linear(weight.matrix, x)
+    for threads, there in itertools.product((1, 2, 4), (0, 1, 2)):
+        library.set_threads(threads, 20)
+        for turn in range(8):
+            layer = lone(format, dtype, there=there)
+            assert layer.run(library) == 1
+            assert layer.state[0] == evaluator.BEGUN
+            assert layer.noted.tolist() == [3, 1]
+            assert layer.weights32.tolist() == layer.given[0].float().tolist()
+            if turn % 2:
+                assert torch.equal(library.linear(weight.matrix, x), product)
+                assert torch.equal(other.truth(library), between)
+            if turn % 4 == 2:
+                time.sleep(1e-4)
+            library.end_experts()
+            for rank in range(there, 2):
+                assert (layer.rows[rank] == UNTOUCHED).all()
+                layer.fill(library, rank)
+            layer.state[0] = evaluator.ATTENDED
+            assert layer.go_on(library) == 2
+            assert torch.equal(layer.out, layer.truth(library))
+            assert layer.state[0] == evaluator.IDLE
+            assert layer.copied[:, 1].tolist() == [5.0, 6.0]
+            assert not layer.ran[0]
+    library.set_threads(1, 0)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_what_an_interrupted_caller_began_is_ended_by_who_comes_next(threads: int) -> None:
+    library = kernels.every()[-1]
+    library.set_threads(threads, 0)
+    first, second = (lone(Format.INT8, torch.float32, there=2) for _ in range(2))
+    for layer in (first, second):
+        assert layer.run(library) == 1
+    assert not (first.rows == UNTOUCHED).any()
+    library.set_threads(1, 0)
+    assert torch.equal(second.rows, first.rows)
+    again = lone(Format.INT8, torch.float32, there=2)
+    again.state[0] = evaluator.BEGUN  # by a step that was given up
+    assert again.run(library) == 1
+    assert again.state[0] == evaluator.BEGUN
+    library.end_experts()
+    library.end_experts()  # nothing is left
+
+
+@pytest.mark.parametrize("why", ["not enabled", "named twice", "none", "no such expert"])
+def test_a_lone_token_that_is_left_to_others(why: str) -> None:
+    library = kernels.every()[-1]
+    layer = lone(Format.INT4, torch.float32, there=2)
+    if why == "not enabled":
+        layer.enabled[0] = evaluator.OFF
+    else:
+        layer.index[0, 1] = {"named twice": 3, "none": layer.COUNT, "no such expert": -1}[why]
+    assert layer.run(library) == 1
+    assert layer.state[0] == evaluator.IDLE
+    library.end_experts()
+    assert (layer.rows == UNTOUCHED).all()
+    assert not layer.out.any()
 
 
 @pytest.mark.parametrize("why", ["not enabled", "absent", "no such expert"])

@@ -13,6 +13,8 @@ EQUAL, UNEQUAL, LESS, AT_MOST, GREATER, AT_LEAST, AND, OR = range(39, 47)
 WHERE = 64
 SUM_OF, MEAN_OF, MAX_OF, MIN_OF, SOFTMAX, TOPK, ROWS, PICK, PUT = range(96, 105)
 PRODUCT, ATTEND, EXPERTS = 128, 129, 130
+OFF, WHOLE, BEGIN = range(3)  # what may happen to a layer, and what has:
+IDLE, BEGUN, ATTENDED = range(3)
 
 OPERAND = np.dtype([("at", "u8"), ("strides", "i8", 4), ("type", "i8")])
 INSTRUCTION = np.dtype(
@@ -70,5 +72,8 @@ LAYER = np.dtype(
         ("noted", "u8"),
         ("ran", "u8"),
         ("seconds", "u8"),
+        ("state", "u8"),
+        ("given", "u8"),
+        ("rows", "u8"),
     ]
 )

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-ABI = 4
+ABI = 5
 LIBRARY = Path(__file__).resolve().parents[1] / "libretinue.so"
 LANES, GROUP = 16, 32
 SWITCH = "RETINUE_NATIVE"
@@ -132,7 +132,6 @@ class Native:
         if (abi := self._c.retinue_abi()) != ABI:
             raise OSError(f"{path} has interface {abi}, not {ABI}: build it again")
         self._c.retinue_features.restype = ctypes.c_char_p
-        self._begun: object = None
 
     @property
     def features(self) -> str:
@@ -141,7 +140,7 @@ class Native:
 
     def set_threads(self, threads: int, spin_us: int = 50) -> None:
         """Compute with this many threads, the caller among them; idle ones spin, then sleep."""
-        self._end_left()
+        self.end_experts()
         _check(self._c.retinue_threads(threads, spin_us))
 
     def linear(
@@ -184,33 +183,9 @@ class Native:
         """
         _check(self._c.retinue_experts(*_experts(shape, parts, groups, x, rows)))
 
-    def begin_experts(
-        self,
-        shape: ExpertsShape,
-        parts: torch.Tensor,
-        groups: tuple[torch.Tensor, torch.Tensor],
-        x: torch.Tensor,
-        rows: torch.Tensor,
-    ) -> None:
-        """As `experts`, on the other threads alone, until `end_experts`; 2,048 pairs at most.
-
-        In between, all else that is computed here is computed on the caller's thread. What somebody
-        began who was interrupted before its end is ended first.
-        """
-        given = _experts(shape, parts, groups, x, rows)
-        self._end_left()
-        self._begun = (parts, groups, x, rows)  # so that they last
-        _check(self._c.retinue_begin_experts(*given))
-
     def end_experts(self) -> None:
-        """Compute what is left of what was begun."""
-        _check(self._c.retinue_end_experts())
-        self._begun = None
-
-    def _end_left(self) -> None:
-        if self._begun is not None:
-            self._c.retinue_end_experts()  # which refuses if it was never begun
-            self._begun = None
+        """Compute what is left of what a layer of a step has begun, if anything was."""
+        self._c.retinue_end_experts()  # which refuses where nothing was
 
     def weighted_sum(
         self, rows: torch.Tensor, weights: torch.Tensor, dtype: torch.dtype
@@ -231,7 +206,8 @@ class Native:
     def evaluate(self, instructions: int, count: int) -> int:
         """Run the instructions at that address, which `memory/evaluator.py` describes.
 
-        Returns how many ran: fewer than `count` before experts that are not to be run there.
+        Returns how many ran: fewer than `count` before experts that are not to be run there, or
+        were only begun.
         """
         done = ctypes.c_int64()
         _check(self._c.retinue_evaluate(instructions, count, ctypes.byref(done)))
@@ -361,7 +337,6 @@ _ARGUMENTS: dict[str, list[type]] = {
     "retinue_threads": [_I, _I],
     "retinue_linear": [ctypes.POINTER(Matrix), _P, _L, _I, _L, _P, _P],
     "retinue_experts": [ctypes.POINTER(_Shape), _I, _P, _P, _P, _P, _P],
-    "retinue_begin_experts": [ctypes.POINTER(_Shape), _I, _P, _P, _P, _P, _P],
     "retinue_end_experts": [],
     "retinue_sum": [_P, _P, _L, _I, _I, _I, _P],
     "retinue_encode": [_P, _L, _I, _I, _I, _I, _P, _P],

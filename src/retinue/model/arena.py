@@ -9,6 +9,7 @@ import torch
 
 from retinue.model.grouped_linear import GroupedLinear
 from retinue.model.instruction import Instruction, Operand
+from retinue.model.native_layers import Begun
 from retinue.model.record import EXPERTS, PRODUCTS, Operation, Recording, Ref
 
 ALIGNMENT = 64  # bytes
@@ -38,10 +39,14 @@ class Attention:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Experts:
-    """An EXPERTS that the library runs where it may; `table` is an `evaluator.LAYER`."""
+    """An EXPERTS that the library runs or begins where it may.
+
+    `table` is an `evaluator.LAYER`, `begun` what it leaves to Python.
+    """
 
     operation: Operation
     table: Any
+    begun: Begun
 
 
 @dataclass(frozen=True, slots=True)

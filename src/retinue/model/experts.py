@@ -24,7 +24,7 @@ from retinue.model.changes import Changes, distinct
 from retinue.model.exchange import Exchange
 from retinue.model.expert_map import ExpertsModule
 from retinue.model.kernels import ExpertKernel
-from retinue.model.native_layers import NativeLayers
+from retinue.model.native_layers import Begun, NativeLayers
 from retinue.model.restriction import Rerouted
 from retinue.model.routing import Router, probabilities
 from retinue.model.shown import Shown
@@ -164,6 +164,8 @@ class ExpertHost:
 
     def close(self) -> None:
         """Let go of the network. Without that the weights live until a garbage collection."""
+        for kernel in self.kernels.values():
+            kernel.end()  # what an interrupted step has begun: slots are given back next
         for module in self._modules.values():
             module.retinue_run = None  # type: ignore[assignment]
         self.changes.close()
@@ -202,8 +204,6 @@ class ExpertHost:
         if changes.thins and route is not None:
             view = cache.begin_layer(layer, route)
             index, weights, lost = changes.thin(index, weights, route, view)
-        if kernel is not None and len(hidden) == 1 and plain:
-            return self._run_alone(kernel, layer, hidden, index, weights)
         work = self._work(layer, hidden, index, weights)
         low: set[int] = set()
         if changes.restricted:
@@ -220,36 +220,25 @@ class ExpertHost:
             changes.count(layer, given if route is None else route.weights, rerouted, lost)
         return out
 
-    def _run_alone(
-        self,
-        kernel: ExpertKernel,
-        layer: int,
-        hidden: torch.Tensor,
-        index: torch.Tensor,
-        weights: torch.Tensor,
-    ) -> torch.Tensor:
-        """One token in a layer that may lack experts; nobody looks.
+    def attend(self, begun: Begun) -> None:
+        """A lone token's layer that the library has begun: other threads compute who is there.
 
-        Other threads begin with those that are there; this one keeps the books and looks ahead.
+        This one keeps the books, looks ahead, and fills the rows that are left. Raises as `run`.
         """
-        chosen, cache = index.numpy(), self.cache
-        ids = chosen[0].tolist()
-        if len(set(ids)) < len(ids) or max(ids) >= cache.experts:  # named twice, or none
-            work = self._work(layer, hidden, index, weights)
-            return self._run_attended(layer, work, hidden, None)[0]
-        cache.poll()
-        row, own = cache.rows[layer], TokenWork(kernel, ids, hidden, weights)
+        layer, cache, ids = begun.layer, self.cache, begun.ids[0].tolist()
+        kernel, row = self.kernels[layer], cache.rows[layer]
         ready = [expert for expert in ids if row[expert] >= 0]
         try:
-            self._timed(own.begin, ready, cache.use(layer, ready))
-            demand = demand_of(layer, chosen, weights.float().numpy(), cache.experts)
-            with self._turn(demand, hidden, None) as turn:
-                self._timed(own.end)
+            if self.stop():
+                raise Cancelled("the request was cancelled")
+            cache.use(layer, ready)
+            demand = demand_of(layer, begun.ids, begun.weights, cache.experts)
+            with self._turn(demand, begun.hidden, None) as turn:
+                self._timed(kernel.end)
                 turn.computed(ready)
-                self._compute(turn, layer, own)
+                self._compute(turn, layer, TokenWork(kernel, ids, begun.hidden, begun.rows))
         finally:
-            own.end()
-        return self._timed(own.result)
+            kernel.end()
 
     def _run_attended(
         self, layer: int, work: Work, hidden: torch.Tensor, route: Route | None
@@ -388,6 +377,10 @@ class _Layer:
         self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
         return self._host.run(self._layer, hidden, index, weights)
+
+    def attend(self, begun: Begun) -> None:
+        """Fill the rows that a step has begun."""
+        self._host.attend(begun)
 
 
 def _forward(

@@ -106,36 +106,18 @@ class ExpertKernel:
         hidden: [1, hidden], contiguous; rows: fp32 [k, hidden], of which those at `ranks` are
         written, an expert each.
         """
-        self._library.experts(*self._ranked(experts, slots, ranks, hidden, rows))
-
-    def begin_ranks(
-        self,
-        experts: Sequence[int],
-        slots: IntArray,
-        ranks: IntArray,
-        hidden: torch.Tensor,
-        rows: torch.Tensor,
-    ) -> None:
-        """As `run_ranks`, but without waiting: until `end` all arguments have to stay as they are.
-
-        In between the library computes on the caller's thread alone.
-        """
-        self._library.begin_experts(*self._ranked(experts, slots, ranks, hidden, rows))
+        groups = _COUNTING[: len(ranks) + 1], torch.from_numpy(ranks)
+        parts = self._parts(experts, slots)
+        self._library.experts(self._of(len(rows)), parts, groups, hidden, rows)
 
     def end(self) -> None:
-        """Compute what is left of what was begun."""
+        """Compute what is left of what a layer of a step has begun, if anything was."""
         self._library.end_experts()
 
-    def _ranked(
-        self,
-        experts: Sequence[int] | IntArray,
-        slots: IntArray,
-        ranks: IntArray,
-        hidden: torch.Tensor,
-        rows: torch.Tensor,
-    ) -> tuple[Any, ...]:
-        groups = _COUNTING[: len(ranks) + 1], torch.from_numpy(ranks)
-        return self._of(len(rows)), self._parts(experts, slots), groups, hidden, rows
+    @property
+    def width(self) -> int:
+        """Numbers of a token."""
+        return self._shape.hidden
 
     def describe(self, table: Any, k: int) -> None:
         """Write into `table`, an `evaluator.LAYER`, what it says of the experts and their slots."""

@@ -3,12 +3,18 @@
 Where all of a layer's experts are resident, for good, and nobody looks, the layer asks nothing of
 Python but to be counted. So the library runs such layers on its own and notes who was chosen; the
 books hear of it at the end of the step, or before the next layer that Python runs.
+
+Where a lone token's layer may lack an expert, the library begins with those that are there, and
+hands the layer over: its other threads compute while Python keeps the books.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+import torch
 from torch import nn
 
 from retinue.memory import evaluator
@@ -16,7 +22,28 @@ from retinue.memory.cache import ExpertCache
 from retinue.metrics import Metrics
 from retinue.model.expert_map import ExpertsModule
 from retinue.model.kernels import ExpertKernel
-from retinue.types import IntArray
+from retinue.types import FloatArray, IntArray
+
+
+@dataclass(slots=True, eq=False)
+class Begun:
+    """What the library leaves of a layer: who was chosen, and what is to be filled.
+
+    ids, weights: [tokens, k]; hidden: the layer's input, [tokens, hidden]. Of a lone token, `state`
+    [1] is BEGUN where rows, fp32 [k, hidden], are to be filled of those who were not there.
+    """
+
+    layer: int
+    ids: IntArray
+    weights: FloatArray
+    rows: torch.Tensor
+    state: npt.NDArray[np.int32]
+    hidden: torch.Tensor
+
+    def describe(self, table: Any) -> None:
+        """Write into `table`, an `evaluator.LAYER`, where all that is."""
+        table["noted"], table["given"] = self.ids.ctypes.data, self.weights.ctypes.data
+        table["rows"], table["state"] = self.rows.data_ptr(), self.state.ctypes.data
 
 
 class NativeLayers:
@@ -42,12 +69,12 @@ class NativeLayers:
         return len(self._allowed)
 
     def allow(self, allowed: bool) -> None:
-        """Let the layers of the coming pass run so that never lack an expert; or none."""
+        """Let the layers of the coming pass run so, or be begun where they may lack an expert."""
         cache = self._cache
-        if not (allowed and cache.holds_everything):
-            self._allowed[:] = 0
-            return
-        self._allowed[:] = [cache.has_all(layer) for layer in range(len(self._allowed))]
+        self._allowed[:] = evaluator.BEGIN if allowed else evaluator.OFF
+        if allowed and cache.holds_everything:
+            whole = [cache.has_all(layer) for layer in range(len(self._allowed))]
+            self._allowed[whole] = evaluator.WHOLE
 
     def describe(self, module: nn.Module | None, table: Any, k: int) -> int | None:
         """Fill in `table`, an `evaluator.LAYER`, what lasts; returns the layer's number.
@@ -62,6 +89,10 @@ class NativeLayers:
         table["enabled"] = self._allowed[layer:].ctypes.data
         table["slots"] = self._cache.slot_of[layer].ctypes.data
         return layer
+
+    def width(self, layer: int) -> int:
+        """Numbers of a token that a layer's experts take."""
+        return self._kernels[layer].width
 
     def count(self, layer: int, chosen: IntArray) -> None:
         """A layer ran whose tokens chose these; ids of no expert are none."""
@@ -82,19 +113,34 @@ class StepLog:
         self._native_layers, self._tokens = native_layers, tokens
         self._chosen: dict[int, IntArray] = {}  # by layer: the ids that ran last
         self._tables: list[Any] = []  # which the library reads
+        self._rows: dict[tuple[int, int], torch.Tensor] = {}
         self._ran, self._seconds = np.zeros(native_layers.layers, dtype=np.int64), np.zeros(1)
 
-    def add(self, module: nn.Module | None, k: int) -> Any | None:
-        """A table for `module` without its tensors' places; None: there is no kernel."""
+    def add(self, module: nn.Module | None, k: int) -> tuple[Any, Begun] | None:
+        """A table for `module` without its tensors' places, and what it leaves to Python.
+
+        None: there is no kernel.
+        """
         table = np.zeros(1, dtype=evaluator.LAYER)
         layer = self._native_layers.describe(module, table, k)
         if layer is None:
             return None
-        chosen = self._chosen[layer] = np.zeros(self._tokens * k, dtype=np.int64)
-        table["tokens"], table["noted"] = self._tokens, chosen.ctypes.data
+        rows = self._rows_of(k, self._native_layers.width(layer))
+        ids = np.zeros((self._tokens, k), dtype=np.int64)
+        weights, state = np.zeros(ids.shape, dtype=np.float32), np.zeros(1, dtype=np.int32)
+        begun = Begun(layer, ids, weights, rows, state, hidden=rows[:0])
+        begun.describe(table)
+        table["tokens"] = self._tokens
         table["ran"], table["seconds"] = self._ran[layer:].ctypes.data, self._seconds.ctypes.data
+        self._chosen[layer] = ids
         self._tables.append(table)
-        return table
+        return table, begun
+
+    def _rows_of(self, k: int, width: int) -> torch.Tensor:
+        """The rows of a lone token's layer: one layer after the other fills them."""
+        if (k, width) not in self._rows:
+            self._rows[k, width] = torch.zeros(k, width)
+        return self._rows[k, width]
 
     def forget(self) -> None:
         """A step begins; one that failed may have left something."""
@@ -102,12 +148,11 @@ class StepLog:
 
     def tell(self) -> float:
         """Let the books know of what ran since they heard last; returns the seconds it took."""
-        ran: list[int] = self._ran.nonzero()[0].tolist()
-        if not ran:  # as mostly where experts are missing: this is asked before every such layer
-            return 0.0
-        for layer in ran:
-            self._native_layers.count(layer, self._chosen[layer])
         seconds = float(self._seconds[0])
+        if not seconds:
+            return 0.0
+        for layer in self._ran.nonzero()[0].tolist():
+            self._native_layers.count(layer, self._chosen[layer])
         self._native_layers.spend(seconds)
         self.forget()
         return seconds

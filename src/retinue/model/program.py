@@ -155,8 +155,8 @@ class Program:
         known = index.dtype == torch.int64 and {hidden.dtype, weights.dtype} <= TYPES.keys()
         if self._log is None or not rows or not known:
             return Torch(operation)
-        table = self._log.add(operation.module, index.shape[-1])
-        return Torch(operation) if table is None else Experts(operation, table)
+        added = self._log.add(operation.module, index.shape[-1])
+        return Torch(operation) if added is None else Experts(operation, *added)
 
     def _routed(self, before: Sequence[Operation], operation: Operation) -> Routed:
         again = repeated(before, operation)
@@ -234,7 +234,7 @@ class Program:
                 self._fill_product(row, item)
             elif isinstance(item, Experts):
                 self._fill_experts(row, item)
-                instead[at] = self._torch(item.operation)
+                instead[at] = partial(_attend, item, self._torch(item.operation), self._experts)
             else:
                 self._fill_attention(row, item.operation, memory)
         self._keep.append(table)
@@ -243,15 +243,17 @@ class Program:
         return partial(self._run_native, table, instead)
 
     def _run_native(self, table: Any, instead: Mapping[int, Call]) -> None:
-        """Run the instructions of `table`, and `instead` of those that stop before they ran."""
+        """Run the instructions of `table`, and `instead` of those that stop before they ran.
+
+        What gives True has only been helped along: the library goes on with that instruction.
+        """
         address, size, at = table.ctypes.data, table.itemsize, 0
         while True:
             at += self._library.evaluate(address + at * size, len(table) - at)
             if at == len(table):
                 return
             self._catch_up()
-            instead[at]()
-            at += 1
+            at += not instead[at]()
 
     def _fill(self, row: Any, item: Instruction) -> None:
         row["operation"], row["dimensions"] = item.operation, len(item.sizes)
@@ -291,6 +293,7 @@ class Program:
         table["out"] = self._at(item.operation.outputs[0])
         row["operation"], row["dimensions"] = layout.EXPERTS, 1
         row["b"]["at"] = table.ctypes.data
+        item.begun.hidden = self._tensor(hidden)
 
     def _fill_attention(self, row: Any, operation: Operation, memory: Memory) -> None:
         query, key, value = operation.args
@@ -348,6 +351,19 @@ def _run_experts(
     started = time.perf_counter()
     out.copy_(module.retinue_run(*args))  # asked each time: a closed host leaves none
     clock.seconds += time.perf_counter() - started
+
+
+def _attend(item: Experts, otherwise: Call, clock: Clock) -> bool:
+    """Help experts along that the library has begun, or else compute them here."""
+    state = item.begun.state
+    if state[0] != layout.BEGUN:
+        otherwise()
+        return False
+    started = time.perf_counter()
+    item.operation.module.retinue_run.attend(item.begun)  # type: ignore[union-attr, operator]
+    state[0] = layout.ATTENDED
+    clock.seconds += time.perf_counter() - started
+    return True
 
 
 def _run_policy(module: Any, seen: Sequence[Any], again: Sequence[Call], clock: Clock) -> None:

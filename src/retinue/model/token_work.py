@@ -16,43 +16,19 @@ from retinue.types import IntArray
 class TokenWork:
     """The rows of one token in one layer, computed natively.
 
-    chosen: [k] distinct experts, in router order; hidden: [1, hidden]; weights: [1, k].
+    chosen: [k] distinct experts, in router order; hidden: [1, hidden], contiguous; rows: fp32 [k,
+    hidden], to be filled.
     """
 
+    __slots__ = ("_hidden", "_kernel", "_ranks", "rows")
+
     def __init__(
-        self,
-        kernel: ExpertKernel,
-        chosen: Sequence[int],
-        hidden: torch.Tensor,
-        weights: torch.Tensor,
+        self, kernel: ExpertKernel, chosen: Sequence[int], hidden: torch.Tensor, rows: torch.Tensor
     ) -> None:
-        self._kernel, self._weights, self._dtype = kernel, weights, hidden.dtype
-        self._hidden = hidden.contiguous()
+        self._kernel, self._hidden, self.rows = kernel, hidden, rows
         self._ranks = {expert: rank for rank, expert in enumerate(chosen)}
-        self._rows = torch.empty(len(chosen), hidden.shape[1])
-        self._begun = False
 
     def compute(self, experts: Sequence[int], slots: IntArray) -> None:
         """Run `experts`, which lie in `slots`, in one call."""
-        ranks = self._ranks_of(experts)
-        self._kernel.run_ranks(experts, slots, ranks, self._hidden, self._rows)
-
-    def begin(self, experts: Sequence[int], slots: IntArray) -> None:
-        """Let the other threads begin with `experts`, if any, who stay in `slots` until `end`."""
-        if experts:
-            ranks = self._ranks_of(experts)
-            self._kernel.begin_ranks(experts, slots, ranks, self._hidden, self._rows)
-            self._begun = True  # who is interrupted before this leaves it to the next who begins
-
-    def end(self) -> None:
-        """Compute what is left of what was begun, if anything is."""
-        if self._begun:
-            self._begun = False
-            self._kernel.end()
-
-    def result(self) -> torch.Tensor:
-        """Weight the rows and sum them: [1, hidden]."""
-        return self._kernel.sum(self._rows, self._weights, self._dtype)
-
-    def _ranks_of(self, experts: Sequence[int]) -> IntArray:
-        return np.array([self._ranks[expert] for expert in experts])
+        ranks = np.array([self._ranks[expert] for expert in experts])
+        self._kernel.run_ranks(experts, slots, ranks, self._hidden, self.rows)
