@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -133,3 +134,19 @@ def test_the_time_in_which_a_set_of_experts_is_loaded_counts(olmoe: Path) -> Non
         (output,) = llm.generate([models.prompt_of(4)], models.greedy(4))
     assert output.stats.prefill_s > 0.05
     assert output.stats.decode_s > 3 * 0.05
+
+
+def test_a_context_that_takes_the_room_of_many_experts(call: Call, olmoe: Path) -> None:
+    """The proposed one holds as many experts as was said, and who chose one is told nothing."""
+    memory = models.short_of_room(olmoe, 0.25)
+    settings = ("run", olmoe, "1 2 3", "--token-ids", "--max-new-tokens", "1", "--memory", memory)
+    said = re.search(
+        r"tokens; with `--context (\d+)` .* for (\d+) experts instead of (\d+)", call(*settings).err
+    )
+    assert said is not None
+    shorter, more, fewer = map(int, said.groups())
+    assert more >= 1.25 * fewer
+    own = call(*settings, "--context", shorter).err
+    assert f"room for {more} of" in own
+    assert "instead of" not in own
+    assert "instead of" not in call(*settings[:-1], models.MEMORY).err

@@ -24,6 +24,8 @@ from retinue.policy.recommended import Recommendation, best_for
 from retinue.types import Facts
 
 AUTO = "auto"
+SHORTER = 4  # what part of the usual context is proposed where that
+MANY = 1.25  # gives room for so many times the experts
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +64,27 @@ def reserve(model: str | Path, config: Config, beside: int = 0) -> Reserved:
     if config.preset == AUTO:
         better = _recommended(folder, facts, limits.slots, config, notes)
         chosen, given, policies = better or (chosen, given, policies)
+    notes += _context_notes(facts, chosen, config, limits, beside)
     tier = Tier(limits.slots, limits.slot_bytes)
     tier.touch()
     seconds = time.perf_counter() - started
     return Reserved(folder, config, facts, chosen, given, policies, limits, tier, seconds, notes)
+
+
+def _context_notes(
+    facts: Facts, chosen: Preset, config: Config, limits: Split, beside: int
+) -> list[str]:
+    """That a context which nobody asked for takes the room of many experts, if it does."""
+    if config.context is not None or limits.slots == facts.total_experts:
+        return []
+    shorter = limits.context // SHORTER
+    slots = limits_of(facts, chosen, replace(config, context=shorter), beside).slots
+    if slots < MANY * limits.slots:
+        return []
+    return [
+        f"there is room for contexts of {limits.context} tokens; with `--context {shorter}` there"
+        f" would be room for {slots} experts instead of {limits.slots}"
+    ]
 
 
 def limits_of(facts: Facts, chosen: Preset, config: Config, beside: int = 0) -> Split:
