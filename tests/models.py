@@ -234,8 +234,8 @@ def open_llm(model: str | Path, **settings: Any) -> LLM:
 
 def short_of_room(model: str | Path, share: float, **settings: Any) -> int:
     """A budget with room for so many of the experts, and not for the embedding's rows as well."""
-    facts = survey(Path(model))
     config = Config(**({"memory": MEMORY, "batch": DEFAULT_BATCH} | settings))
+    facts = survey(Path(model), config.precision)
     whole = split(facts, **config.room())
     taken = whole.fixed + whole.kv + whole.workspace - facts.rows_bytes * (not whole.rows_stay)
     return taken + max(facts.min_slots, int(share * facts.total_experts)) * facts.slot_bytes

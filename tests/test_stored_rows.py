@@ -139,6 +139,18 @@ def test_prepared_steps_and_the_plain_network_give_the_same_tokens(checkpoints: 
     assert answers[0] == answers[1] == answers[2]
 
 
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_weights_that_are_encoded_while_they_are_loaded(precision: str, checkpoints: Path) -> None:
+    """The tokens are those of the same weights with the embedding in memory."""
+    folder, answers = models.make(checkpoints / "rows-olmoe"), []
+    whole = models.short_of_room(folder, 1.0, precision=precision)
+    for memory in (models.short_of_room(folder, 0.5, precision=precision), 2 * whole):
+        with models.open_llm(folder, memory=memory, precision=precision) as llm:
+            assert llm.assembly.split.rows_stay is (memory < whole)
+            answers.append(llm.generate(models.prompt_of(9), models.greedy(12))[0].token_ids)
+    assert answers[0] == answers[1]
+
+
 def test_a_disk_that_fails_amid_an_answer(
     checkpoints: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

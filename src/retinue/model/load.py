@@ -175,7 +175,8 @@ def _load_linear(network: Network, linear: DenseLinear, reader: Reader) -> None:
     else:
         codes = torch.empty(form.weights_shape, dtype=torch.uint8)
         scales = torch.empty(form.scales_shape, dtype=torch.bfloat16)
-        for tiles, rows in row_bands(form, entry, embedding_rows(model), read):
+        shared = embedding_rows(model) if entry is None else None
+        for tiles, rows in row_bands(form, entry, shared, read):
             band = Grouped(form.bits, len(rows), form.columns)
             encode(band, rows, codes[tiles], scales[tiles])
     bias = None if plain.bias is None else plain.bias.data
