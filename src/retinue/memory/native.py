@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -181,7 +180,15 @@ class Native:
         `starts` [count + 1] and `pairs`, all int64: expert e has `pairs[starts[e]:starts[e + 1]]`,
         each one token * k + rank. `x` is [tokens, hidden] of the shape's type.
         """
-        _check(self._c.retinue_experts(*_experts(shape, parts, groups, x, rows)))
+        starts, pairs = groups
+        count, tokens = parts.shape[0], x.shape[0]
+        _tensor("parts", parts, torch.int64, (count, 6))
+        _tensor("starts", starts, torch.int64, (count + 1,))
+        _tensor("pairs", pairs, torch.int64, pairs.shape[:1])
+        _tensor("x", x, shape.dtype, (tokens, shape.hidden))
+        _tensor("rows", rows, torch.float32, (tokens * shape.k, shape.hidden))
+        places = [tensor.data_ptr() for tensor in (parts, starts, pairs, x, rows)]
+        _check(self._c.retinue_experts(shape._c, count, *places))
 
     def end_experts(self) -> None:
         """Compute what is left of what a layer of a step has begun, if anything was."""
@@ -291,25 +298,6 @@ def _build_error() -> str:
     except OSError:
         return "the installation had no C++ compiler"
     return text.splitlines()[-1] if text else "the C++ compiler failed"
-
-
-def _experts(
-    shape: ExpertsShape,
-    parts: torch.Tensor,
-    groups: tuple[torch.Tensor, torch.Tensor],
-    x: torch.Tensor,
-    rows: torch.Tensor,
-) -> tuple[Any, ...]:
-    """The arguments of a call that computes experts, which were checked."""
-    starts, pairs = groups
-    count, tokens = parts.shape[0], x.shape[0]
-    _tensor("parts", parts, torch.int64, (count, 6))
-    _tensor("starts", starts, torch.int64, (count + 1,))
-    _tensor("pairs", pairs, torch.int64, pairs.shape[:1])
-    _tensor("x", x, shape.dtype, (tokens, shape.hidden))
-    _tensor("rows", rows, torch.float32, (tokens * shape.k, shape.hidden))
-    places = [tensor.data_ptr() for tensor in (parts, starts, pairs, x, rows)]
-    return shape._c, count, *places
 
 
 def _type(dtype: torch.dtype) -> int:

@@ -20,15 +20,15 @@ class TokenWork:
     hidden], to be filled.
     """
 
-    __slots__ = ("_hidden", "_kernel", "_ranks", "rows")
+    __slots__ = ("_hidden", "_kernel", "_ranks", "_rows")
 
     def __init__(
         self, kernel: ExpertKernel, chosen: Sequence[int], hidden: torch.Tensor, rows: torch.Tensor
     ) -> None:
-        self._kernel, self._hidden, self.rows = kernel, hidden, rows
+        self._kernel, self._hidden, self._rows = kernel, hidden, rows
         self._ranks = {expert: rank for rank, expert in enumerate(chosen)}
 
     def compute(self, experts: Sequence[int], slots: IntArray) -> None:
         """Run `experts`, which lie in `slots`, in one call."""
         ranks = np.array([self._ranks[expert] for expert in experts])
-        self._kernel.run_ranks(experts, slots, ranks, self._hidden, self.rows)
+        self._kernel.run_ranks(experts, slots, ranks, self._hidden, self._rows)
