@@ -111,7 +111,7 @@ def opened(folder: Path, share: float = 0.5) -> Iterator[tuple[Network, Facts, E
     network.model.set_experts_implementation(IMPLEMENTATION)
     reader, metrics, policies = Reader(), Metrics(), preset("auto").build(Given())
     facts = facts_of(network)
-    load_dense(network, reader, rows_stay=True)
+    load_dense(network, reader, embedding_stays=True)
     tier = Tier(max(facts.min_slots, int(share * facts.total_experts)), facts.slot_bytes)
     mover = Mover(reader)
     layouts, modules = network.experts.layouts, network.experts.modules

@@ -237,7 +237,8 @@ def short_of_room(model: str | Path, share: float, **settings: Any) -> int:
     config = Config(**({"memory": MEMORY, "batch": DEFAULT_BATCH} | settings))
     facts = survey(Path(model), config.precision)
     whole = split(facts, **config.room())
-    taken = whole.fixed + whole.kv + whole.workspace - facts.rows_bytes * (not whole.rows_stay)
+    taken = whole.fixed + whole.kv + whole.workspace
+    taken -= facts.embedding_bytes * (not whole.embedding_stays)
     return taken + max(facts.min_slots, int(share * facts.total_experts)) * facts.slot_bytes
 
 

@@ -267,7 +267,7 @@ def test_a_flipped_bit_of_rows_that_stay_in_their_file(pack: Path, tmp_path: Pat
     folder = models.copy(pack, tmp_path / "p")
     memory = models.short_of_room(folder, 0.5)
     with models.open_llm(folder, memory=memory) as llm:
-        assert llm.assembly.split.rows_stay
+        assert llm.assembly.split.embedding_stays
     entry = open_checkpoint(folder).tensors["model.embed_tokens.weight"]
     flip(entry.file, entry.stop - 3)
     with pytest.raises(CheckpointError, match=f"checksum of `{entry.name}` is wrong"):

@@ -122,7 +122,7 @@ def test_every_expert() -> None:
 
 @pytest.mark.usefixtures("round_numbers")
 def test_a_plan_where_the_embedding_stays_in_its_file() -> None:
-    facts = replace(FACTS, rows_bytes=10 * MB)
+    facts = replace(FACTS, embedding_bytes=10 * MB)
     whole = NEEDED + FACTS.total_experts * FACTS.slot_bytes
     short, all_of_it = (make_plan(facts, Config(memory=n), MACHINE) for n in (whole - 1, whole))
     assert short.reasons == [

@@ -233,7 +233,7 @@ class Facts:
     decoded_bytes: int = 0  # of one expert in that type, where it has to be decoded to it
     plain_bytes: int = 0  # of one expert in the files, where it is encoded when it is read
     routed: tuple[int, ...] = ()  # the layers that have routed experts
-    rows_bytes: int = 0  # of the dense ones the embedding's, if its rows may stay in their file
+    embedding_bytes: int = 0  # of the dense ones, if the embedding may stay in its file
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "routed", tuple(self.routed))  # JSON has lists

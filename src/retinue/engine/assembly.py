@@ -106,7 +106,7 @@ def assemble(reserved: Reserved) -> Assembly:
         abilities = survey_abilities(network)
         reader, metrics = Reader(), Metrics()
         undo.callback(reader.close)
-        load_dense(network, reader, rows_stay=limits.rows_stay)
+        load_dense(network, reader, embedding_stays=limits.embedding_stays)
         mover = Mover(reader, bytes_per_s=config.read_bytes_per_s)
         undo.callback(mover.close)
         host = _host(network, tier, mover, policies, metrics, reader)

@@ -85,8 +85,8 @@ def _reasons(facts: Facts, limits: Split, fixed: bool) -> list[str]:
     if facts.stored:
         decoded = "" if compute_format(facts) == facts.stored else ", decoded when they are used"
         reasons.append(f"the experts stay in {facts.stored}{decoded}")
-    if limits.rows_stay:
-        rows = format_size(facts.rows_bytes)
+    if limits.embedding_stays:
+        rows = format_size(facts.embedding_bytes)
         reasons.append(f"the embedding's {rows} stay in their file: of each token a row is read")
     if limits.slots == facts.total_experts:
         return [*reasons, "every expert stays in memory"]

@@ -32,7 +32,7 @@ _LESS = "a smaller `--context`, `--kv-tokens`, `--chunk` or `--batch`"
 class Split:
     """Where the bytes of a budget go; `fixed` is runtime and dense weights together.
 
-    `rows_stay`: the embedding's rows are not among them, they stay in their file.
+    `embedding_stays`: the embedding's rows are not among them, they stay in their file.
     """
 
     budget: int
@@ -45,7 +45,7 @@ class Split:
     kv_tokens: int
     chunk: int
     smallest: int
-    rows_stay: bool = False
+    embedding_stays: bool = False
 
     @property
     def experts(self) -> int:
@@ -134,10 +134,10 @@ def split(
     most = facts.total_experts
     if experts is not None:
         most = min(most, _slot_limit(facts, experts, least))
-    smallest = needed - facts.rows_bytes + least * facts.slot_bytes
-    rows_stay = facts.rows_bytes > 0 and budget < needed + most * facts.slot_bytes
-    if rows_stay:
-        fixed, needed = fixed - facts.rows_bytes, needed - facts.rows_bytes
+    smallest = needed - facts.embedding_bytes + least * facts.slot_bytes
+    embedding_stays = facts.embedding_bytes > 0 and budget < needed + most * facts.slot_bytes
+    if embedding_stays:
+        fixed, needed = fixed - facts.embedding_bytes, needed - facts.embedding_bytes
     if budget < smallest:
         raise DoesNotFit(
             f"`{facts.name}` does not fit into {format_size(budget)}:"
@@ -157,7 +157,7 @@ def split(
         pool,
         chunk,
         smallest,
-        rows_stay,
+        embedding_stays,
     )
 
 

@@ -236,9 +236,11 @@ class ExpertHost:
             with self._turn(demand, begun.hidden, None) as turn:
                 self._timed(kernel.end)
                 turn.computed(ready)
-                self._compute(turn, layer, TokenWork(kernel, ids, begun.hidden, begun.rows))
-        finally:
+                if turn.left:
+                    self._compute(turn, layer, TokenWork(kernel, ids, begun.hidden, begun.rows))
+        except BaseException:
             kernel.end()
+            raise
 
     def _run_attended(
         self, layer: int, work: Work, hidden: torch.Tensor, route: Route | None

@@ -48,7 +48,7 @@ from retinue.model.quantise import (
     stored_linears,
 )
 from retinue.model.routing import top_k
-from retinue.model.stored_rows import StoredEmbedding, stored_rows
+from retinue.model.stored_embedding import StoredEmbedding, stored_embedding
 from retinue.types import FloatArray
 
 PART_BYTES = 8 << 20  # of a tensor that is read without being kept
@@ -83,9 +83,9 @@ class Network:
         return self.model.config.get_text_config()
 
     @property
-    def stored_rows(self) -> TensorEntry | None:
+    def stored_embedding(self) -> TensorEntry | None:
         """The embedding's tensor, if its rows may stay in their file."""
-        return stored_rows(self.model, self.checkpoint, self.experts)
+        return stored_embedding(self.model, self.checkpoint, self.experts)
 
     @property
     def top_k(self) -> int:
@@ -133,19 +133,19 @@ def build(checkpoint: Checkpoint, precision: str = AS_IS) -> Network:
     return Network(model, checkpoint, experts, clock, tuple(linears))
 
 
-def load_dense(network: Network, reader: Reader, *, rows_stay: bool = False) -> None:
-    """Load every weight that is not a routed expert; with `rows_stay` not the embedding's.
+def load_dense(network: Network, reader: Reader, *, embedding_stays: bool = False) -> None:
+    """Load every weight that is not a routed expert; with `embedding_stays` not the embedding's.
 
     Raises CheckpointError when one is missing, damaged or has another shape.
     """
     model = network.model
-    encoded = {linear.key for linear in network.linears}
-    if rows_stay and (entry := network.stored_rows) is not None:
+    apart = {linear.key for linear in network.linears}
+    if embedding_stays and (entry := network.stored_embedding) is not None:
         check_stored(entry, reader)
         model.set_input_embeddings(StoredEmbedding(entry, reader, model.dtype))
-        encoded.add(entry.name)
+        apart.add(entry.name)
     wanted = {
-        key: network.checkpoint.tensors[key] for key in network.experts.dense if key not in encoded
+        key: network.checkpoint.tensors[key] for key in network.experts.dense if key not in apart
     }
     state = {key: _LazyTensor(entry, reader, model.dtype) for key, entry in wanted.items()}
     config = LoadStateDictConfig(

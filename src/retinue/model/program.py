@@ -42,11 +42,11 @@ from retinue.model.lower import lower
 from retinue.model.native_layers import NativeLayers, StepLog
 from retinue.model.record import (
     ATTEND,
+    EMBEDDING,
     EXPERTS,
     GROUPED,
     PRODUCTS,
     ROUTED,
-    ROWS,
     Operation,
     Recording,
     Ref,
@@ -330,7 +330,7 @@ class Program:
         outs = [self._tensor(ref) for ref in operation.outputs]
         if operation.function == EXPERTS:
             return partial(_run_experts, operation.module, args, outs[0], self._experts)
-        if operation.function == ROWS:
+        if operation.function == EMBEDDING:
             assert operation.module is not None
             return partial(_run_torch, partial(operation.module, *args), outs)
         function = operation.function

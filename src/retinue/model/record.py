@@ -20,10 +20,10 @@ from retinue.errors import Unsupported
 from retinue.model.attention import Mask
 from retinue.model.grouped_linear import GroupedLinear
 from retinue.model.kv import Pool, Segment, Sequence, Span, Store, window_left
-from retinue.model.stored_rows import StoredEmbedding
+from retinue.model.stored_embedding import StoredEmbedding
 from retinue.types import BLOCK_TOKENS
 
-EXPERTS, ATTEND, GROUPED, ROUTED, ROWS = "experts", "attend", "grouped", "routed", "rows"
+EXPERTS, ATTEND, GROUPED, ROUTED, EMBEDDING = "experts", "attend", "grouped", "routed", "embedding"
 aten = torch.ops.aten
 PRODUCTS = (aten.linear.default, aten.mv.default, aten.mm.default, aten.addmm.default)
 # What follows these depends on values, which a recording does not have.
@@ -216,7 +216,7 @@ def _marks(model: nn.Module, recorder: _Recorder, store: _Marked) -> Iterator[No
             if isinstance(module, GroupedLinear):
                 forwards.append((module, _grouped_mark(module, recorder)))
             elif isinstance(module, StoredEmbedding):
-                forwards.append((module, _rows_mark(module, recorder)))
+                forwards.append((module, _embedding_mark(module, recorder)))
             for name, mark in marks.items():
                 if (own := vars(module).get(name)) is not None:
                     saved.append((module, name, own))
@@ -242,11 +242,11 @@ def _grouped_mark(module: GroupedLinear, recorder: _Recorder) -> Callable[..., t
     return forward
 
 
-def _rows_mark(module: StoredEmbedding, recorder: _Recorder) -> Callable[..., torch.Tensor]:
+def _embedding_mark(module: StoredEmbedding, recorder: _Recorder) -> Callable[..., torch.Tensor]:
     def forward(input: torch.Tensor) -> torch.Tensor:
         with _disable_current_modes():
             out = torch.zeros((*input.shape, module.embedding_dim), dtype=module.dtype)
-        recorder.note(ROWS, (input,), {}, out, module)
+        recorder.note(EMBEDDING, (input,), {}, out, module)
         return out
 
     return forward

@@ -46,7 +46,7 @@ def survey(folder: Path, precision: str = AS_IS) -> Facts:
 
         return facts_of(build(open_checkpoint(folder), precision))
 
-    return _remembered(f"facts-rows-{precision}", folder, Facts, ask)
+    return _remembered(f"facts-embedding-{precision}", folder, Facts, ask)
 
 
 def survey_abilities(network: "Network") -> "Abilities":
@@ -132,13 +132,13 @@ def facts_of(network: "Network") -> Facts:
         stored=stored,
         decoded_bytes=decoded,
         plain_bytes=max(layout.plain.weight_bytes if layout.plain else 0 for layout in layouts),
-        rows_bytes=_rows_bytes(network),
+        embedding_bytes=_embedding_bytes(network),
     )
 
 
-def _rows_bytes(network: "Network") -> int:
+def _embedding_bytes(network: "Network") -> int:
     """Of the embedding in memory, if its rows may stay in their file."""
-    rows = network.stored_rows
+    rows = network.stored_embedding
     return 0 if rows is None else prod(rows.shape) * network.model.dtype.itemsize
 
 

@@ -20,7 +20,7 @@ from retinue.memory.quantised import PackedEntry
 from retinue.model.expert_map import ExpertMap
 
 
-def stored_rows(
+def stored_embedding(
     model: PreTrainedModel, checkpoint: Checkpoint, experts: ExpertMap
 ) -> TensorEntry | None:
     """The tensor of the embedding, if it may stay in its file.

@@ -13,7 +13,7 @@ from retinue.memory.budget import split
 from retinue.memory.checkpoint import TensorEntry, open_checkpoint
 from retinue.memory.files import Reader
 from retinue.model.load import build
-from retinue.model.stored_rows import StoredEmbedding
+from retinue.model.stored_embedding import StoredEmbedding
 from retinue.model.survey import survey
 
 TYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -80,22 +80,22 @@ def whole_budget(folder: Path) -> int:
     facts = survey(folder)
     made = split(facts, memory=models.MEMORY)
     assert made.slots == facts.total_experts
-    assert not made.rows_stay
+    assert not made.embedding_stays
     return made.fixed + made.kv + made.workspace + made.experts
 
 
 def test_rows_stay_where_experts_lack_room_and_nowhere_else(checkpoints: Path) -> None:
     folder = models.make(checkpoints / "rows-olmoe")
     facts, whole = survey(folder), whole_budget(folder)
-    assert facts.rows_bytes == models.VOCABULARY * 64 * 4
+    assert facts.embedding_bytes == models.VOCABULARY * 64 * 4
     for memory, stay in [(whole, False), (whole - 1, True)]:
         made = split(facts, memory=memory)
-        assert made.rows_stay is stay
+        assert made.embedding_stays is stay
         with models.open_llm(folder, memory=memory) as llm:
             embedding = llm.assembly.network.model.get_input_embeddings()
         assert isinstance(embedding, StoredEmbedding) is stay
     half = split(facts, memory=whole, experts="50%")  # there is room, and it is not wanted
-    assert not half.rows_stay
+    assert not half.embedding_stays
 
 
 def test_what_rows_leave_holds_experts(checkpoints: Path) -> None:
@@ -104,7 +104,7 @@ def test_what_rows_leave_holds_experts(checkpoints: Path) -> None:
     memory = whole_budget(folder) - 12 * facts.slot_bytes
     made = split(facts, memory=memory)
     taken = made.fixed + made.kv + made.workspace
-    with_rows = (memory - taken - facts.rows_bytes) // facts.slot_bytes
+    with_rows = (memory - taken - facts.embedding_bytes) // facts.slot_bytes
     assert made.slots == (memory - taken) // facts.slot_bytes > with_rows
     least = split(facts, memory=made.smallest)
     assert least.slots == facts.min_slots
@@ -113,8 +113,8 @@ def test_what_rows_leave_holds_experts(checkpoints: Path) -> None:
 def test_a_head_that_shares_the_weights_keeps_them_in_memory(checkpoints: Path) -> None:
     folder = models.make(checkpoints / "rows-tied", tie_word_embeddings=True)
     network = build(open_checkpoint(folder))
-    assert network.stored_rows is None
-    assert survey(folder).rows_bytes == 0
+    assert network.stored_embedding is None
+    assert survey(folder).embedding_bytes == 0
     memory = models.short_of_room(folder, 0.5)
     prompt = models.prompt_of(9)
     with models.open_llm(folder, memory=memory) as llm:
@@ -133,7 +133,7 @@ def test_prepared_steps_and_the_plain_network_give_the_same_tokens(checkpoints: 
     for eager, budget in [(False, memory), (True, memory), (False, models.MEMORY)]:
         with models.open_llm(folder, memory=budget, eager=eager) as llm:
             outputs = llm.generate(prompts, models.greedy(12), progress=False)
-            stays = llm.assembly.split.rows_stay
+            stays = llm.assembly.split.embedding_stays
         assert stays is (budget == memory)
         answers.append([output.token_ids for output in outputs])
     assert answers[0] == answers[1] == answers[2]
@@ -146,7 +146,7 @@ def test_weights_that_are_encoded_while_they_are_loaded(precision: str, checkpoi
     whole = models.short_of_room(folder, 1.0, precision=precision)
     for memory in (models.short_of_room(folder, 0.5, precision=precision), 2 * whole):
         with models.open_llm(folder, memory=memory, precision=precision) as llm:
-            assert llm.assembly.split.rows_stay is (memory < whole)
+            assert llm.assembly.split.embedding_stays is (memory < whole)
             answers.append(llm.generate(models.prompt_of(9), models.greedy(12))[0].token_ids)
     assert answers[0] == answers[1]
 
