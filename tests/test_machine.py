@@ -12,12 +12,14 @@ import pytest
 from retinue.memory import machine
 from retinue.memory.machine import (
     PROBE_CHUNK_BYTES,
+    CoreTimes,
     Speeds,
     available_bytes,
     cores,
     known_speeds,
     measure_disk,
     measure_memory,
+    remembered_speeds,
     resident_bytes,
 )
 
@@ -191,9 +193,11 @@ def checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     numbers = iter(range(100, 200))
     monkeypatch.setattr(machine, "measure_disk", lambda files: float(next(numbers)))
     monkeypatch.setattr(machine, "measure_memory", lambda **options: 7.0)
+    monkeypatch.setattr(machine, "core_times", lambda: CoreTimes(0.0, 0.0, 0.0))
     folder = tmp_path / "model"
     folder.mkdir()
-    (folder / "m.safetensors").write_bytes(b"x")
+    with (folder / "m.safetensors").open("wb") as file:
+        file.truncate(machine.LEAST_FILE_BYTES)
     return folder
 
 
@@ -210,6 +214,23 @@ def test_speeds_are_remembered_until_measured_afresh(checkpoint: Path, tmp_path:
     assert known_speeds(checkpoint) == Speeds(101.0, 7.0)
     (store,) = (tmp_path / "cache" / "retinue").iterdir()
     assert json.loads(store.read_text())["disk_bytes_per_s"] == 101.0
+
+
+def test_what_a_small_checkpoint_says_of_its_disk_is_not_remembered(checkpoint: Path) -> None:
+    (checkpoint / "m.safetensors").write_bytes(b"x")
+    assert known_speeds(checkpoint) == Speeds(100.0, 7.0)
+    assert remembered_speeds(checkpoint) is None
+
+
+@pytest.mark.parametrize(("others_s", "kept"), [(0.1, True), (0.4, False)])
+def test_what_was_measured_beside_other_programs_is_not_remembered(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, others_s: float, kept: bool
+) -> None:
+    known_speeds(checkpoint)
+    times = iter([CoreTimes(10.0, 100.0, 50.0), CoreTimes(11.0, 102.0 + others_s, 52.0)])
+    monkeypatch.setattr(machine, "core_times", lambda: next(times))
+    assert known_speeds(checkpoint, fresh=True) == Speeds(101.0, 7.0)
+    assert remembered_speeds(checkpoint) == Speeds(101.0 if kept else 100.0, 7.0)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"speed": 1}'])

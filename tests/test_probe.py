@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from retinue.memory import machine, native, probe, rates
-from retinue.memory.machine import Rate
+from retinue.memory.machine import CoreTimes, Rate
 from retinue.memory.native import Format
 
 FORMATS = {"bfloat16", "float16", "float32", "int8", "int4"}
@@ -94,6 +94,8 @@ def test_rates_are_remembered_per_threads_and_kernels(monkeypatch: pytest.Monkey
         return {name: rate.row_bytes_per_s for name, rate in found.items()}
 
     monkeypatch.setattr(probe, "measure_rates", measure)
+    for module in (rates, machine):
+        monkeypatch.setattr(module, "core_times", lambda: CoreTimes(0.0, 0.0, 0.0))
     assert rates.remembered_rates(77) == {}
     assert known(77, "int4", at_most_bytes=1 << 40) == {"int4": 1.0}
     assert known(77, "int4") == {"int4": 1.0}

@@ -13,19 +13,21 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from mmap import mmap
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from retinue.errors import ReadError
-from retinue.memory.files import Reader
+from retinue.memory.files import ALIGNMENT, Reader
 from retinue.memory.tier import Tier
 
 PROBE_CHUNK_BYTES = 4 << 20
 PROBE_BYTES = 384 << 20
-PROBE = 2  # raise it when speeds are measured in another way: what was remembered is then forgotten
+LEAST_FILE_BYTES = 32 << 20  # of which a measured speed is worth remembering
+QUIET = 0.25  # cores that others may take, on average, while something is measured for later
+PROBE = 3  # raise it when speeds are measured in another way: what was remembered is then forgotten
 _NO_LIMIT = 1 << 60
 
 
@@ -182,15 +184,13 @@ def measure_disk(files: Sequence[Path], *, seconds: float = 0.5, readers: int = 
     1.3. Takes 16 MiB of memory for a moment.
     """
     file = max(files, key=lambda f: f.stat().st_size)
-    blocks = file.stat().st_size // PROBE_CHUNK_BYTES
-    if blocks < 2:
-        return _measure_small(file)
+    chunk, blocks = _blocks(file.stat().st_size)
     reader, lock = Reader(), threading.Lock()
     start_block = time.monotonic_ns() % blocks
-    tier = Tier(readers, PROBE_CHUNK_BYTES)
+    tier = Tier(readers, chunk)
     views = [tier.memory(slot) for slot in range(readers)]
     for view in views:
-        view[:] = bytes(PROBE_CHUNK_BYTES)  # new pages are slow
+        view[:] = bytes(chunk)  # new pages are slow
     deadline, done, taken = time.perf_counter() + seconds, 0, 0
 
     def work(view: memoryview) -> None:
@@ -199,7 +199,7 @@ def measure_disk(files: Sequence[Path], *, seconds: float = 0.5, readers: int = 
             while time.perf_counter() < deadline:
                 with lock:
                     block, taken = (start_block + taken) % blocks, taken + 1
-                got = reader.read(file, block * PROBE_CHUNK_BYTES, view, direct=True)
+                got = reader.read(file, block * chunk, view, direct=True)
                 with lock:
                     done += got
 
@@ -216,14 +216,11 @@ def measure_disk(files: Sequence[Path], *, seconds: float = 0.5, readers: int = 
     return done / elapsed
 
 
-def _measure_small(file: Path) -> float:
-    reader, size = Reader(), file.stat().st_size
-    with memoryview(mmap(-1, PROBE_CHUNK_BYTES * 2)) as view:
-        started = time.perf_counter()
-        got = reader.read(file, 0, view[: -(-size // 4096) * 4096], direct=True)
-        elapsed = time.perf_counter() - started
-    reader.close()
-    return got / max(elapsed, 1e-6)
+def _blocks(size: int) -> tuple[int, int]:
+    """How a file of so many bytes is read: bytes at a time, and how many times."""
+    whole = max(1, -(-size // ALIGNMENT)) * ALIGNMENT
+    chunk = min(PROBE_CHUNK_BYTES, whole)
+    return chunk, max(1, size // chunk)
 
 
 def measure_memory(
@@ -291,20 +288,29 @@ def cache_folder() -> Path:
 def known_speeds(folder: Path, *, fresh: bool = False, at_most_bytes: int = PROBE_BYTES) -> Speeds:
     """The speeds for checkpoints in `folder`: remembered per disk, or measured now.
 
-    Measuring takes `at_most_bytes` of memory for a moment.
+    Measuring takes `at_most_bytes` of memory for a moment. What a checkpoint of a few MB says of
+    its disk is not remembered: it would be taken for what others see there.
     """
     if not fresh and (found := remembered_speeds(folder)) is not None:
         return found
     files = [file for file in folder.iterdir() if file.suffix == ".safetensors"]
+    began = core_times()
     speeds = Speeds(
         measure_disk(files),
         measure_memory(threads=cores(), at_most_bytes=min(at_most_bytes, PROBE_BYTES)),
     )
-    store = _store(folder)
+    if max(file.stat().st_size for file in files) >= LEAST_FILE_BYTES:
+        remember(_store(folder), asdict(speeds), began)
+    return speeds
+
+
+def remember(store: Path, measured: Mapping[str, Any], began: CoreTimes) -> None:
+    """Write what was `measured` since `began`, unless other programs were at work meanwhile."""
+    if began.others_until(core_times()) > QUIET:
+        return
     with suppress(OSError):
         store.parent.mkdir(parents=True, exist_ok=True)
-        store.write_text(json.dumps(asdict(speeds)))
-    return speeds
+        store.write_text(json.dumps(measured))
 
 
 def remembered_speeds(folder: Path) -> Speeds | None:

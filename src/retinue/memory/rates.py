@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
-from retinue.memory.machine import Rate, Rates, cache_folder
+from retinue.memory.machine import Rate, Rates, cache_folder, core_times, remember
 
 # What decides which kernels run: the library that was built, and two switches.
 _LIBRARY = Path(__file__).resolve().parents[1] / "libretinue.so"
@@ -32,11 +32,10 @@ def known_rates(
         return known
     from retinue.memory.probe import measure_rates
 
+    began = core_times()
     known |= measure_rates(threads, unknown, at_most_bytes=min(at_most_bytes, WEIGHTS_BYTES))
-    store = cache_folder() / _name(threads)
-    with suppress(OSError):
-        store.parent.mkdir(parents=True, exist_ok=True)
-        store.write_text(json.dumps({name: asdict(rate) for name, rate in known.items()}))
+    measured = {name: asdict(rate) for name, rate in known.items()}
+    remember(cache_folder() / _name(threads), measured, began)
     return known
 
 
