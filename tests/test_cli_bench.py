@@ -1,5 +1,8 @@
 """`retinue bench`: the same work every time, counted and set against the machine's limits."""
 
+import ctypes
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -82,6 +85,33 @@ def test_bench_of_the_sample(call: Call) -> None:
         assert min(parts[1:]) > 0
     for said in ("20 tokens of prompt", "1.00 and 3.00 GB/s", "256 experts resident"):
         assert said in done.err
+
+
+def test_the_clock_starts_when_every_slot_was_touched(
+    call: Call, olmoe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded, quick = threading.Event(), list[bool]()
+    memset, fill, run = ctypes.memset, LLM.fill, LLM.run
+
+    def slow(address: int, value: int, count: int) -> int:
+        loaded.wait(20)
+        time.sleep(0.02)
+        return memset(address, value, count)
+
+    def filling(llm: LLM) -> None:
+        loaded.set()
+        fill(llm)
+
+    def recording(llm: LLM, request: Request) -> Iterator[str]:
+        tier = llm.assembly.tier
+        quick.append(tier.quick == tier.free)
+        return run(llm, request)
+
+    monkeypatch.setattr(ctypes, "memset", slow)
+    monkeypatch.setattr(LLM, "fill", filling)
+    monkeypatch.setattr(LLM, "run", recording)
+    assert call("bench", olmoe, *MEMORY, "--experts", "50%", "--new-tokens", 1).code == 0
+    assert quick == [True]
 
 
 def test_the_same_work_whatever_is_resident(

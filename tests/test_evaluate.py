@@ -248,7 +248,7 @@ def decoded(
     """Misses, reads and bytes of decoding every text token by token, each read awaited."""
     with models.open_llm(folder, experts=share, self_check=False, **settings) as llm:
         assembly = llm.assembly
-        assembly.tier._toucher.join()  # then slots are taken in order, as in the replay
+        assembly.tier.finish()  # then slots are taken in order, as in the replay
         cache, runner = assembly.cache, assembly.engine._runner
         look_ahead, submit, reads = Turn._look_ahead, assembly.mover.submit, []
 

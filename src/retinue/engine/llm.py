@@ -272,15 +272,15 @@ class LLM:
                 raise request.error
 
     def fill(self) -> None:
-        """Read every expert now, where all of them fit, instead of when one is first needed.
+        """Wait for the memory of the experts, and read all of them now where all of them fit.
 
-        The time counts as `load_s`. Raises the error of a read that failed.
+        Both else happen while the first requests run. The time counts as `load_s`. Raises the error
+        of a read that failed.
         """
-        assembly = self.assembly
-        if not assembly.cache.holds_everything:
-            return
-        started = time.perf_counter()
-        place(assembly.cache, assembly.network.experts.there)
+        assembly, started = self.assembly, time.perf_counter()
+        assembly.tier.finish()
+        if assembly.cache.holds_everything:
+            place(assembly.cache, assembly.network.experts.there)
         assembly.load_s += time.perf_counter() - started
 
     def stats(self, request: Request) -> Stats:

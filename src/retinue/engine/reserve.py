@@ -1,7 +1,7 @@
 """Takes the memory of a model's experts before anything else, and before torch is imported.
 
 New pages are not free: a virtual machine may need seconds for a gigabyte of them. They become
-resident in a thread, while this process imports its libraries and builds the network.
+resident in threads, while this process imports its libraries and builds the network.
 """
 
 import time
@@ -12,7 +12,7 @@ from retinue.config import Config
 from retinue.errors import RetinueError, Unsupported, UsageError
 from retinue.memory.budget import Split, nested_bytes, split
 from retinue.memory.home import called, locate
-from retinue.memory.machine import machine_name, remembered_speeds
+from retinue.memory.machine import cores, machine_name, remembered_speeds
 from retinue.memory.tier import Tier
 from retinue.model.predictors import find_predictor
 from retinue.model.profiles import find_profile
@@ -24,6 +24,9 @@ from retinue.policy.recommended import Recommendation, best_for
 from retinue.types import Facts
 
 AUTO = "auto"
+TOUCHERS = (
+    4  # threads at most; each of them has pages zeroed at some GB/s, or far less, see tier.py
+)
 SHORTER = 4  # what part of the usual context is proposed where that
 MANY = 1.25  # gives room for so many times the experts
 
@@ -66,7 +69,7 @@ def reserve(model: str | Path, config: Config, beside: int = 0) -> Reserved:
         chosen, given, policies = better or (chosen, given, policies)
     notes += _context_notes(facts, chosen, config, limits, beside)
     tier = Tier(limits.slots, limits.slot_bytes)
-    tier.touch()
+    tier.touch(min(TOUCHERS, cores()))
     seconds = time.perf_counter() - started
     return Reserved(folder, config, facts, chosen, given, policies, limits, tier, seconds, notes)
 

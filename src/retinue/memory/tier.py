@@ -2,13 +2,14 @@
 
 The slab is anonymous memory, aligned for direct reads. Its pages become resident with their first
 touch, which costs: readers that meet one page fault after the other read at half the disk's speed
-and take the cores that compute. So a thread touches the slots that nobody has taken yet, from a
-time when torch has not even been imported.
+and take the cores that compute. So threads touch the slots that nobody has taken yet, from a time
+when torch has not even been imported, and leave their cores to whoever computes.
 """
 
 import contextlib
 import ctypes
 import mmap
+import os
 import sys
 import threading
 from functools import cached_property
@@ -18,10 +19,11 @@ if TYPE_CHECKING:
     import torch
 
 HUGE_PAGE_BYTES = 2 << 20
+LATER = 10  # how nice those threads are: they get a tenth of a core that others want
 
 
 class Tier:
-    """`slots` equal slots of `slot_bytes` each. But for its own thread, the engine's owns it."""
+    """`slots` equal slots of `slot_bytes` each. But for its own threads, the engine's owns it."""
 
     def __init__(self, slots: int, slot_bytes: int) -> None:
         assert slots > 0, slots
@@ -39,8 +41,8 @@ class Tier:
         self._held = bytearray(slots)  # which of them somebody holds
         self._touched = threading.Condition()
         self._alone = True  # nobody else looks, so that nothing has to be locked
-        self._touching = 0  # free slots that the thread has in hand
-        self._toucher: threading.Thread | None = None
+        self._touching = 0  # free slots that threads have in hand
+        self._touchers: list[threading.Thread] = []
 
     @property
     def free(self) -> int:
@@ -83,29 +85,46 @@ class Tier:
         with self._touched:
             self._free.append(slot)
 
-    def touch(self) -> None:
-        """Make the pages of fresh slots resident from now on, in a thread, until `release`.
+    def touch(self, threads: int = 1) -> None:
+        """Make the pages of fresh slots resident from now on, in threads, until `release`.
 
-        It writes instead of asking for pages with `madvise`, which would hold up every other
+        They write instead of asking for pages with `madvise`, which would hold up every other
         mapping of the process for as long.
         """
-        assert self._toucher is None
+        assert not self._touchers
         self._alone = False
-        self._toucher = threading.Thread(target=self._touch, name="retinue-touch", daemon=True)
-        self._toucher.start()
+        for number in range(threads):
+            name = f"retinue-touch-{number}"
+            thread = threading.Thread(target=self._touch_aside, name=name, daemon=True)
+            self._touchers.append(thread)
+            thread.start()
+
+    def finish(self) -> None:
+        """Touch what the threads have not touched yet, if there are any, and wait for them."""
+        if self._touchers:
+            self._touch()
+        for thread in self._touchers:
+            thread.join()
+
+    def _touch_aside(self) -> None:
+        if sys.platform == "linux":  # elsewhere a thread has no priority of its own
+            with contextlib.suppress(OSError):
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LATER)
+        self._touch()
 
     def _touch(self) -> None:
         while True:
             with self._touched:
                 if not self._fresh:
-                    self._alone = True
+                    self._alone = self._alone or not self._touching
                     return
-                slot, self._touching = self._fresh.pop(), 1
+                slot = self._fresh.pop()
+                self._touching += 1
             # Without the interpreter's lock, as for every foreign function.
             ctypes.memset(self._address + slot * self.slot_bytes, 0, self.slot_bytes)
             with self._touched:
                 self._free.insert(0, slot)  # the first ones touched are taken first
-                self._touching = 0
+                self._touching -= 1
                 self._touched.notify_all()
 
     def tensor(self, slot: int) -> "torch.Tensor":
@@ -129,8 +148,7 @@ class Tier:
         """Give the pages back to the system. No view may be used afterwards. Idempotent."""
         with self._touched:
             self._fresh.clear()
-        if self._toucher is not None:
-            self._toucher.join()
+        self.finish()
         with contextlib.suppress(OSError, AttributeError):
             self._map.madvise(mmap.MADV_DONTNEED)
 
