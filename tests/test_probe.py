@@ -112,6 +112,28 @@ def test_rates_are_remembered_per_threads_and_kernels(monkeypatch: pytest.Monkey
     assert rates.remembered_rates(77) == {}
 
 
+def test_rates_beside_other_programs_are_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers, disturbed = iter(range(1, 100)), True
+
+    def measure(threads: int, formats: list[str], *, at_most_bytes: int) -> dict[str, Rate]:
+        return {name: Rate(float(next(numbers)), 7.0) for name in formats}
+
+    def known(**options: bool) -> float:
+        return rates.known_rates(77, ["int4"], **options)["int4"].row_bytes_per_s
+
+    monkeypatch.setattr(probe, "measure_rates", measure)
+    monkeypatch.setattr(rates, "disturbed_since", lambda began: disturbed)
+    assert known() == 1
+    assert rates.remembered_rates(77)["int4"].row_bytes_per_s == 1, "better than nothing"
+    assert known() == 2
+    disturbed = False
+    assert known() == 3
+    disturbed = True
+    assert known() == 3, "it was quiet then"
+    assert known(fresh=True) == 4
+    assert rates.remembered_rates(77)["int4"].row_bytes_per_s == 3
+
+
 def test_the_library_is_looked_for_where_it_is_loaded_from() -> None:
     assert rates._LIBRARY == native.LIBRARY
     assert native.SWITCH in rates._SWITCHES

@@ -24,9 +24,7 @@ from retinue.policy.recommended import Recommendation, best_for
 from retinue.types import Facts
 
 AUTO = "auto"
-TOUCHERS = (
-    4  # threads at most; each of them has pages zeroed at some GB/s, or far less, see tier.py
-)
+TOUCHERS = 4  # threads at most that make pages resident
 SHORTER = 4  # what part of the usual context is proposed where that
 MANY = 1.25  # gives room for so many times the experts
 

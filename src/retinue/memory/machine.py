@@ -289,34 +289,46 @@ def known_speeds(folder: Path, *, fresh: bool = False, at_most_bytes: int = PROB
     """The speeds for checkpoints in `folder`: remembered per disk, or measured now.
 
     Measuring takes `at_most_bytes` of memory for a moment. What a checkpoint of a few MB says of
-    its disk is not remembered: it would be taken for what others see there.
+    its disk is not remembered: it would be taken for what others see there. What is measured while
+    other programs are at work is only remembered until it is measured without them.
     """
-    if not fresh and (found := remembered_speeds(folder)) is not None:
-        return found
+    known = remembered_speeds(folder, quiet=True)
+    if known is not None and not fresh:
+        return known
     files = [file for file in folder.iterdir() if file.suffix == ".safetensors"]
     began = core_times()
     speeds = Speeds(
         measure_disk(files),
         measure_memory(threads=cores(), at_most_bytes=min(at_most_bytes, PROBE_BYTES)),
     )
-    if max(file.stat().st_size for file in files) >= LEAST_FILE_BYTES:
-        remember(_store(folder), asdict(speeds), began)
+    small = max(file.stat().st_size for file in files) < LEAST_FILE_BYTES
+    disturbed = disturbed_since(began)
+    if not small and not (disturbed and known):
+        remember(_store(folder), {**asdict(speeds), "disturbed": disturbed})
     return speeds
 
 
-def remember(store: Path, measured: Mapping[str, Any], began: CoreTimes) -> None:
-    """Write what was `measured` since `began`, unless other programs were at work meanwhile."""
-    if began.others_until(core_times()) > QUIET:
-        return
+def disturbed_since(began: CoreTimes) -> bool:
+    """Whether other programs took a part of the cores from `began` on."""
+    return began.others_until(core_times()) > QUIET
+
+
+def remember(store: Path, measured: Mapping[str, Any]) -> None:
+    """Write what was `measured`, if that can be."""
     with suppress(OSError):
         store.parent.mkdir(parents=True, exist_ok=True)
         store.write_text(json.dumps(measured))
 
 
-def remembered_speeds(folder: Path) -> Speeds | None:
-    """The speeds that were measured last for checkpoints on the disk of `folder`, if any were."""
-    with suppress(OSError, ValueError, TypeError):
-        return Speeds(**json.loads(_store(folder).read_text()))
+def remembered_speeds(folder: Path, *, quiet: bool = False) -> Speeds | None:
+    """The speeds that were measured last for checkpoints on the disk of `folder`, if any were.
+
+    quiet: only those that were measured while no other program was at work.
+    """
+    with suppress(OSError, ValueError, TypeError, AttributeError):
+        content = json.loads(_store(folder).read_text())
+        disturbed = content.pop("disturbed", False)
+        return None if quiet and disturbed else Speeds(**content)
     return None
 
 
