@@ -12,7 +12,6 @@ import pytest
 from retinue.memory import machine
 from retinue.memory.machine import (
     PROBE_CHUNK_BYTES,
-    CoreTimes,
     Speeds,
     available_bytes,
     cores,
@@ -193,7 +192,6 @@ def checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     numbers = iter(range(100, 200))
     monkeypatch.setattr(machine, "measure_disk", lambda files: float(next(numbers)))
     monkeypatch.setattr(machine, "measure_memory", lambda **options: 7.0)
-    monkeypatch.setattr(machine, "core_times", lambda: CoreTimes(0.0, 0.0, 0.0))
     folder = tmp_path / "model"
     folder.mkdir()
     with (folder / "m.safetensors").open("wb") as file:
@@ -220,28 +218,6 @@ def test_what_a_small_checkpoint_says_of_its_disk_is_not_remembered(checkpoint: 
     (checkpoint / "m.safetensors").write_bytes(b"x")
     assert known_speeds(checkpoint) == Speeds(100.0, 7.0)
     assert remembered_speeds(checkpoint) is None
-
-
-def test_what_was_measured_beside_other_programs_is_measured_again(
-    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    others_s = 0.4
-    times = iter(range(10, 100))
-
-    def now() -> CoreTimes:
-        at = float(next(times))
-        return CoreTimes(at, (2 + others_s) * at, 2 * at)
-
-    monkeypatch.setattr(machine, "core_times", now)
-    assert known_speeds(checkpoint) == Speeds(100.0, 7.0)
-    assert remembered_speeds(checkpoint) == Speeds(100.0, 7.0), "better than nothing"
-    assert known_speeds(checkpoint) == Speeds(101.0, 7.0)
-    others_s = 0.1
-    assert known_speeds(checkpoint) == Speeds(102.0, 7.0)
-    others_s = 0.4
-    assert known_speeds(checkpoint) == Speeds(102.0, 7.0), "it was quiet then"
-    assert known_speeds(checkpoint, fresh=True) == Speeds(103.0, 7.0)
-    assert remembered_speeds(checkpoint) == Speeds(102.0, 7.0)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"speed": 1}'])

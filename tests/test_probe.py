@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from retinue.memory import machine, native, probe, rates
-from retinue.memory.machine import CoreTimes, Rate
+from retinue.memory.machine import Rate
 from retinue.memory.native import Format
 
 FORMATS = {"bfloat16", "float16", "float32", "int8", "int4"}
@@ -94,8 +94,6 @@ def test_rates_are_remembered_per_threads_and_kernels(monkeypatch: pytest.Monkey
         return {name: rate.row_bytes_per_s for name, rate in found.items()}
 
     monkeypatch.setattr(probe, "measure_rates", measure)
-    for module in (rates, machine):
-        monkeypatch.setattr(module, "core_times", lambda: CoreTimes(0.0, 0.0, 0.0))
     assert rates.remembered_rates(77) == {}
     assert known(77, "int4", at_most_bytes=1 << 40) == {"int4": 1.0}
     assert known(77, "int4") == {"int4": 1.0}
@@ -110,28 +108,6 @@ def test_rates_are_remembered_per_threads_and_kernels(monkeypatch: pytest.Monkey
     monkeypatch.delenv("RETINUE_NATIVE")
     (machine.cache_folder() / rates._name(77)).write_text("{")
     assert rates.remembered_rates(77) == {}
-
-
-def test_rates_beside_other_programs_are_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    numbers, disturbed = iter(range(1, 100)), True
-
-    def measure(threads: int, formats: list[str], *, at_most_bytes: int) -> dict[str, Rate]:
-        return {name: Rate(float(next(numbers)), 7.0) for name in formats}
-
-    def known(**options: bool) -> float:
-        return rates.known_rates(77, ["int4"], **options)["int4"].row_bytes_per_s
-
-    monkeypatch.setattr(probe, "measure_rates", measure)
-    monkeypatch.setattr(rates, "disturbed_since", lambda began: disturbed)
-    assert known() == 1
-    assert rates.remembered_rates(77)["int4"].row_bytes_per_s == 1, "better than nothing"
-    assert known() == 2
-    disturbed = False
-    assert known() == 3
-    disturbed = True
-    assert known() == 3, "it was quiet then"
-    assert known(fresh=True) == 4
-    assert rates.remembered_rates(77)["int4"].row_bytes_per_s == 3
 
 
 def test_the_library_is_looked_for_where_it_is_loaded_from() -> None:

@@ -14,7 +14,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +25,6 @@ from retinue.memory.tier import Tier
 PROBE_CHUNK_BYTES = 4 << 20
 PROBE_BYTES = 384 << 20
 LEAST_FILE_BYTES = 32 << 20  # of which a measured speed is worth remembering
-QUIET = 0.25  # cores that others may take, on average, while something is measured for later
 PROBE = 3  # raise it when speeds are measured in another way: what was remembered is then forgotten
 _NO_LIMIT = 1 << 60
 
@@ -289,46 +287,28 @@ def known_speeds(folder: Path, *, fresh: bool = False, at_most_bytes: int = PROB
     """The speeds for checkpoints in `folder`: remembered per disk, or measured now.
 
     Measuring takes `at_most_bytes` of memory for a moment. What a checkpoint of a few MB says of
-    its disk is not remembered: it would be taken for what others see there. What is measured while
-    other programs are at work is only remembered until it is measured without them.
+    its disk is not remembered: it would be taken for what others see there.
     """
-    known = remembered_speeds(folder, quiet=True)
-    if known is not None and not fresh:
-        return known
+    if not fresh and (found := remembered_speeds(folder)) is not None:
+        return found
     files = [file for file in folder.iterdir() if file.suffix == ".safetensors"]
-    began = core_times()
     speeds = Speeds(
         measure_disk(files),
         measure_memory(threads=cores(), at_most_bytes=min(at_most_bytes, PROBE_BYTES)),
     )
-    small = max(file.stat().st_size for file in files) < LEAST_FILE_BYTES
-    disturbed = disturbed_since(began)
-    if not small and not (disturbed and known):
-        remember(_store(folder), {**asdict(speeds), "disturbed": disturbed})
+    if max(file.stat().st_size for file in files) < LEAST_FILE_BYTES:
+        return speeds
+    store = _store(folder)
+    with suppress(OSError):
+        store.parent.mkdir(parents=True, exist_ok=True)
+        store.write_text(json.dumps(asdict(speeds)))
     return speeds
 
 
-def disturbed_since(began: CoreTimes) -> bool:
-    """Whether other programs took a part of the cores from `began` on."""
-    return began.others_until(core_times()) > QUIET
-
-
-def remember(store: Path, measured: Mapping[str, Any]) -> None:
-    """Write what was `measured`, if that can be."""
-    with suppress(OSError):
-        store.parent.mkdir(parents=True, exist_ok=True)
-        store.write_text(json.dumps(measured))
-
-
-def remembered_speeds(folder: Path, *, quiet: bool = False) -> Speeds | None:
-    """The speeds that were measured last for checkpoints on the disk of `folder`, if any were.
-
-    quiet: only those that were measured while no other program was at work.
-    """
-    with suppress(OSError, ValueError, TypeError, AttributeError):
-        content = json.loads(_store(folder).read_text())
-        disturbed = content.pop("disturbed", False)
-        return None if quiet and disturbed else Speeds(**content)
+def remembered_speeds(folder: Path) -> Speeds | None:
+    """The speeds that were measured last for checkpoints on the disk of `folder`, if any were."""
+    with suppress(OSError, ValueError, TypeError):
+        return Speeds(**json.loads(_store(folder).read_text()))
     return None
 
 
