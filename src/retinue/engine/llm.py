@@ -272,15 +272,15 @@ class LLM:
                 raise request.error
 
     def fill(self) -> None:
-        """Wait for the memory of the experts, and read all of them now where all of them fit.
+        """Read every expert now, where all of them fit, and wait for the memory of the slots.
 
         Both else happen while the first requests run. The time counts as `load_s`. Raises the error
         of a read that failed.
         """
         assembly, started = self.assembly, time.perf_counter()
-        assembly.tier.finish()
-        if assembly.cache.holds_everything:
+        if assembly.cache.holds_everything:  # what is read goes to slots that are ready
             place(assembly.cache, assembly.network.experts.there)
+        assembly.tier.finish()
         assembly.load_s += time.perf_counter() - started
 
     def stats(self, request: Request) -> Stats:
