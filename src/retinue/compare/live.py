@@ -71,6 +71,7 @@ def _measured(bench: Bench, grid: Grid, turn: Turn) -> list[Row]:
         raise Refused(reason)
     forget_peak()
     settings = asdict(turn.budget) | {"preset": turn.preset, "read_limit": turn.disk.limit}
+    settings["experts"] = turn.budget.experts or "100%"  # so none are lent: no replay knows that
     checked = bench.config.self_check and turn.run == 0 and turn.disk == grid.disks[0]
     limit = None if turn.disk.limit is None else float(parse_size(turn.disk.limit))
     speed = measure_reads(bench.folder, bench.facts.read_bytes, limit=limit)

@@ -19,6 +19,7 @@ from retinue.memory.budget import Split
 from retinue.memory.cache import ExpertCache
 from retinue.memory.checkpoint import open_checkpoint
 from retinue.memory.files import Reader
+from retinue.memory.lending import Lending
 from retinue.memory.link import DiskLink, sizes_of
 from retinue.memory.machine import cores
 from retinue.memory.mover import Mover
@@ -117,7 +118,8 @@ def assemble(reserved: Reserved) -> Assembly:
         order = order_of(config, facts, known.profile, policies, host.cache)
         scheduler = _scheduler(facts, limits, config, abilities, store, order)
         steps = None if config.eager else _steps(network, host, store, abilities, notes)
-        runner = Runner(network, host, mover, metrics, store, steps)
+        lending = Lending(facts, limits, tier, host.cache) if tier.more else None
+        runner = Runner(network, host, mover, metrics, store, steps, lending)
         engine = Engine(runner, scheduler, facts.vocab_size, end_tokens(network))
         tokenizer = load_tokenizer(folder)
         residents = _residents(host, policies, known, network, config)

@@ -4,6 +4,7 @@ New pages are not free: a virtual machine may need seconds for a gigabyte of the
 resident in threads, while this process imports its libraries and builds the network.
 """
 
+import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -66,7 +67,8 @@ def reserve(model: str | Path, config: Config, beside: int = 0) -> Reserved:
         better = _recommended(folder, facts, limits.slots, config, notes)
         chosen, given, policies = better or (chosen, given, policies)
     notes += _context_notes(facts, chosen, config, limits, beside)
-    tier = Tier(limits.slots, limits.slot_bytes)
+    lends = policies.exact and not policies.placement.fixed and sys.platform == "linux"
+    tier = Tier(limits.slots, limits.slot_bytes, limits.more if lends else 0)
     tier.touch(min(TOUCHERS, cores()))
     seconds = time.perf_counter() - started
     return Reserved(folder, config, facts, chosen, given, policies, limits, tier, seconds, notes)

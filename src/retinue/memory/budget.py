@@ -9,6 +9,7 @@
 
 The first four are needed whole; what cannot fit is refused here, with the smallest budget that
 would work. A control group also charges kernel memory, hence the reserve within `runtime`.
+Of what the others do not use, experts may take `more` slots, see `memory/lending.py`.
 """
 
 from dataclasses import dataclass
@@ -32,7 +33,9 @@ _LESS = "a smaller `--context`, `--kv-tokens`, `--chunk` or `--batch`"
 class Split:
     """Where the bytes of a budget go; `fixed` is runtime and dense weights together.
 
-    `embedding_stays`: the embedding's rows are not among them, they stay in their file.
+    `embedding_stays`: the embedding's rows are not among them, they stay in their file. `more`:
+    slots at most that may come on top, while others do not use what is theirs. `beside`: what of
+    `fixed` is for the program around the engine.
     """
 
     budget: int
@@ -46,6 +49,8 @@ class Split:
     chunk: int
     smallest: int
     embedding_stays: bool = False
+    more: int = 0
+    beside: int = 0
 
     @property
     def experts(self) -> int:
@@ -79,7 +84,11 @@ def pool_tokens(context: int, kv_tokens: int | None) -> int:
     return kv_tokens or context
 
 
-def _workspace(facts: Facts, chunk: int, context: int, pool: int) -> int:
+def workspace_bytes(facts: Facts, chunk: int, context: int, pool: int) -> int:
+    """What a pass over `chunk` tokens computes in, at most.
+
+    context: tokens of the longest sequence. pool: of all of them.
+    """
     count = facts.workspace_bytes + facts.workspace_bytes_per_context * pool
     # Sequences whose blocks are not neighbours are copied together, layer by layer.
     count += facts.kv_bytes_per_token * pool // facts.layers
@@ -129,7 +138,7 @@ def split(
     fixed = RUNTIME_BYTES + RESERVE_BYTES + beside + facts.dense_bytes
     # A pass over running states works on a copy of them.
     kv = facts.kv_bytes_per_token * pool + 2 * facts.state_bytes * batch
-    workspace = _workspace(facts, chunk, tokens, pool)
+    workspace = workspace_bytes(facts, chunk, tokens, pool)
     needed = fixed + kv + workspace
     most = facts.total_experts
     if experts is not None:
@@ -146,6 +155,7 @@ def split(
             hint=_hint(smallest),
         )
     slots = min((budget - needed) // facts.slot_bytes, most)
+    unused = (RUNTIME_BYTES + kv + workspace) // facts.slot_bytes if experts is None else 0
     return Split(
         budget,
         fixed,
@@ -158,6 +168,8 @@ def split(
         chunk,
         smallest,
         embedding_stays,
+        more=min(unused, most - slots),
+        beside=beside,
     )
 
 

@@ -28,20 +28,16 @@ NONE = -3  # a layer with fewer experts than another has no such expert
 
 
 class ExpertCache:
-    """The experts in equal slots. `sizes` says which there are, `link` reads them.
-
-    `costs` is shown to policies, where somebody knows them.
-    """
+    """The experts in equal slots. `sizes` says which there are, `link` reads them."""
 
     def __init__(
         self, sizes: Sizes, slots: Slots, link: Link, evictor: Evictor, top_k: int
     ) -> None:
         self.sizes, self.top_k = sizes, top_k
         self._read_bytes: list[list[list[int]]] = sizes.read_bytes.tolist()
-        self.costs: Costs | None = None
+        self.costs: Costs | None = None  # shown to policies, where somebody knows them
         self._slots = slots
-        shape = sizes.there.shape
-        layers, self.experts = shape
+        layers, self.experts = shape = sizes.there.shape
         self.slot_of = np.where(sizes.there, ABSENT, NONE).astype(np.int32)
         # The same in plain lists, where one number costs less than one of an array.
         self.rows: list[list[int]] = self.slot_of.tolist()
@@ -291,6 +287,11 @@ class ExpertCache:
         self._make_room(count, spare_expected=spare_expected)
         return True
 
+    def vacate(self, count: int) -> None:
+        """Make `count` slots free, whoever leaves for it. Between steps."""
+        lacking = count - self._slots.free
+        self._evict_all(self._victims(lacking, lacking, spare_expected=False))
+
     def cancel_all(self) -> None:
         """Cancel every read; after a failed or cancelled step."""
         self._cancel(lambda *_: True)
@@ -299,15 +300,15 @@ class ExpertCache:
     def check(self) -> None:
         """Assert that the books balance. Only between steps, when nothing is pinned."""
         self.poll()
-        reads = self.reads
-        held = self.resident + len(reads.loading) + len(reads.draining) + self.spare
+        under_way = len(self.reads.loading) + len(self.reads.draining)
+        held = self.resident + under_way + self.spare
         assert held == self.slots, "a slot is lost or held twice"
         assert not self._standing.pins, "an expert is still pinned"
         assert (self.slot_of == np.array(self.rows)).all(), "two books about the slots"
         assert (self.ready == (self.slot_of >= 0)).all(), "slot_of and ready differ"
         slots = self.slot_of[self.ready]
         assert len(np.unique(slots)) == len(slots) == self.resident, "one slot for two experts"
-        assert np.count_nonzero(self.slot_of == LOADING) == len(reads.loading)
+        assert np.count_nonzero(self.slot_of == LOADING) == len(self.reads.loading)
         assert np.count_nonzero(self._standing.transient) == self._standing.passing
 
     # --- changes of state
@@ -325,8 +326,8 @@ class ExpertCache:
 
     def _allowed(self, count: int) -> int:
         """How many of `count` victims may be such that do not just pass."""
-        decodes = self.phase == "decode"
-        return count if decodes else max(0, self.division.ring - self._standing.passing)
+        ring = self.division.ring - self._standing.passing
+        return count if self.phase == "decode" else max(0, ring)
 
     def _victims(self, count: int, allowed: int, spare_expected: bool) -> IntArray:
         """Up to `count` experts to evict: layer * experts + expert."""
@@ -386,13 +387,12 @@ class ExpertCache:
                 self._slots.give(slot)
 
     def _evict(self, key: tuple[int, int]) -> None:
-        layer, expert = key
-        self._slots.give(self.rows[layer][expert])
+        self._slots.give(self.rows[key[0]][key[1]])
         self._set(key, ABSENT)
         self.ready[key] = False
         self._fresh.discard(key)
         self._standing.stays(key)
-        self._lacking[layer] += 1
+        self._lacking[key[0]] += 1
         self.resident -= 1
 
     def _set(self, key: tuple[int, int], state: int) -> None:

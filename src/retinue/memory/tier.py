@@ -23,13 +23,16 @@ LATER = 10  # how nice those threads are: they get a tenth of a core that others
 
 
 class Tier:
-    """`slots` equal slots of `slot_bytes` each. But for its own threads, the engine's owns it."""
+    """`slots` equal slots of `slot_bytes` each. But for its own threads, the engine's owns it.
 
-    def __init__(self, slots: int, slot_bytes: int) -> None:
+    `more` slots have addresses and no memory, until `grow` adds some of them.
+    """
+
+    def __init__(self, slots: int, slot_bytes: int, more: int = 0) -> None:
         assert slots > 0, slots
         assert slot_bytes % mmap.PAGESIZE == 0, slot_bytes
         self.slots, self.slot_bytes = slots, slot_bytes
-        self._map = _private_pages(slots * slot_bytes)
+        self._map = _private_pages((slots + more) * slot_bytes)
         if hasattr(mmap, "MADV_HUGEPAGE") and slots * slot_bytes >= 8 * HUGE_PAGE_BYTES:
             # Fewer page-table entries for the kernels that stream through the slab.
             with contextlib.suppress(OSError):
@@ -38,7 +41,8 @@ class Tier:
         self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
         self._free: list[int] = []
         self._fresh = list(range(slots - 1, -1, -1))  # free, and never taken
-        self._held = bytearray(slots)  # which of them somebody holds
+        self._more = list(range(slots + more - 1, slots - 1, -1))
+        self._held = bytearray(slots + more)  # which of them somebody holds
         self._touched = threading.Condition()
         self._alone = True  # nobody else looks, so that nothing has to be locked
         self._touching = 0  # free slots that threads have in hand
@@ -59,6 +63,17 @@ class Tier:
             return len(self._free) + len(self._fresh)
         with self._touched:
             return len(self._free)
+
+    @property
+    def untouched(self) -> int:
+        """How many slots may not be in memory yet."""
+        with self._touched:
+            return len(self._fresh) + self._touching
+
+    @property
+    def more(self) -> int:
+        """How many slots `grow` could add."""
+        return len(self._more)
 
     def take(self) -> int | None:
         """A free slot, or None. May wait some milliseconds for one that is being touched."""
@@ -85,13 +100,38 @@ class Tier:
         with self._touched:
             self._free.append(slot)
 
+    def grow(self, count: int) -> None:
+        """Add `count` slots, of `more` at most, which a thread touches from now on."""
+        with self._touched:
+            self._fresh += [self._more.pop() for _ in range(count)]
+            self.slots += count
+        self.touch()
+
+    def shrink(self, count: int) -> int:
+        """Give the memory of up to `count` free slots back; `grow` may add them again.
+
+        Returns how many there were.
+        """
+        gone = 0
+        with self._touched:
+            while gone < count:
+                self._touched.wait_for(lambda: self._fresh or self._free or not self._touching)
+                if not (slots := self._fresh or self._free):
+                    break
+                slot = slots.pop()
+                self._map.madvise(mmap.MADV_DONTNEED, slot * self.slot_bytes, self.slot_bytes)
+                self._more.append(slot)
+                gone += 1
+            self.slots -= gone
+        return gone
+
     def touch(self, threads: int = 1) -> None:
         """Make the pages of fresh slots resident from now on, in threads, until `release`.
 
         They write instead of asking for pages with `madvise`, which would hold up every other
         mapping of the process for as long.
         """
-        assert not self._touchers
+        self._touchers = [thread for thread in self._touchers if thread.is_alive()]
         self._alone = False
         for number in range(threads):
             name = f"retinue-touch-{number}"

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from retinue.errors import NotFinite
+from retinue.memory.lending import Lending
 from retinue.memory.mover import Mover
 from retinue.metrics import Metrics, PhaseCounters
 from retinue.model.experts import ExpertHost
@@ -22,7 +23,7 @@ from retinue.types import Phase
 class Runner:
     """`run` appends tokens to sequences and returns the logits after each one's last.
 
-    Decoding goes through `steps` where they are given and can.
+    Decoding goes through `steps` where they are given and can. `lending` hears of each pass.
     """
 
     def __init__(
@@ -33,9 +34,11 @@ class Runner:
         metrics: Metrics,
         store: Store,
         steps: Steps | None = None,
+        lending: Lending | None = None,
     ) -> None:
         self._network, self._host, self._mover, self._metrics = network, host, mover, metrics
         self._model, self._store, self._steps = network.model, store, steps
+        self._lending = lending
         # What is left to torch in a prepared step is too small to share between threads.
         native = network.model.dtype == torch.bfloat16 and len(host.kernels) == host.layers
         self._step_threads = 1 if native else torch.get_num_threads()
@@ -77,6 +80,9 @@ class Runner:
             rows = [len(segment.tokens) for segment in segments]
             numbers = [segment.sequence.number for segment in segments]
             tokens = [token for segment in segments for token in segment.tokens]
+            if self._lending is not None:
+                held = [segment.sequence.length + len(segment.tokens) for segment in segments]
+                self._lending.begin_pass(phase, len(tokens), max(held), sum(held))
             self._host.begin_pass(phase, rows, numbers, tokens)
             logits = self._logits(segments, phase)
             if not _is_finite(logits):
