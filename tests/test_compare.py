@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any, Never
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from retinue.compare.claims import CLAIMS, NOT_HERE, rows
 from retinue.compare.document import document
 from retinue.compare.foresight import foretold, recall
 from retinue.compare.grid import Budget, Disk, Grid, budgets, disks, grid, references
-from retinue.compare.live import turns
+from retinue.compare.live import NAME, measure, turns
 from retinue.compare.measures import Seen, belady_points, change, times
 from retinue.compare.measures import loss_added as added
 from retinue.compare.page import report
@@ -28,7 +29,7 @@ from retinue.compare.verdict import (
     verdict,
 )
 from retinue.config import Config
-from retinue.errors import UsageError
+from retinue.errors import Refused, UsageError
 from retinue.lab.base import Row
 from retinue.lab.bench import Bench
 from retinue.lab.ledger import Ledger
@@ -50,18 +51,35 @@ def some_grid(*presets: str, runs: int = 5, experts: tuple[str, ...] = ("25%",))
 # --- what is measured
 
 
-def test_a_replay_knows_what_the_live_runs_know(tmp_path: Path) -> None:
-    """Also what a preset can do without, and which layers have experts."""
+def some_bench(kept: Path) -> Bench:
     folder = sample_folder()
-    bench = Bench(
+    return Bench(
         model="sample",
         folder=folder,
         facts=survey(folder),
         config=Config(),
         texts=(),
-        ledger=Ledger(tmp_path, {}),
+        ledger=Ledger(kept, {}),
         say=print,
     )
+
+
+def test_no_slots_are_lent_as_no_replay_knows_of_those(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def seen(bench: Bench, **settings: Any) -> Never:
+        raise Refused(settings["experts"])
+
+    monkeypatch.setattr(Bench, "opened", seen)
+    bench = some_bench(tmp_path)
+    places = (Budget("1GiB", None), Budget("1GiB", "25%"))
+    assert measure(bench, Grid(("auto",), places, (NATIVE,), 1, 1)) == []
+    assert list(bench.ledger.entry(NAME).left_out.values()) == ["100%", "25%"]
+
+
+def test_a_replay_knows_what_the_live_runs_know(tmp_path: Path) -> None:
+    """Also what a preset can do without, and which layers have experts."""
+    bench = some_bench(tmp_path)
     replays = Replays(bench, some_grid("auto"), tmp_path / "none.trace")
     for row in PRESETS.values():
         given = replays._known(row, 8).given
