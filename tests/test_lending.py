@@ -19,7 +19,7 @@ from retinue.memory.instant import InstantLink
 from retinue.memory.lending import EVERY, SPARE_BYTES, Lending
 from retinue.memory.tier import Tier
 from retinue.policy.evict.recency import Recency
-from retinue.types import Expert
+from retinue.types import Expert, Facts
 from test_budget import FACTS, machine, smallest
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="nothing is lent elsewhere")
@@ -32,10 +32,10 @@ PROMISED = 13
 class Lent:
     """Room for a fifth of the experts, in a process that holds `beyond` bytes besides them."""
 
-    def __init__(self) -> None:
-        budget = smallest(MODEL) + (PROMISED - MODEL.min_slots) * SLOT
+    def __init__(self, model: Facts = MODEL) -> None:
+        budget = smallest(model) + (PROMISED - model.min_slots) * SLOT
         with machine():
-            self.split = split(MODEL, memory=budget)
+            self.split = split(model, memory=budget)
         assert self.split.slots == PROMISED
         self.beyond = 0
         self.tier = Tier(PROMISED, SLOT, self.split.more)
@@ -44,7 +44,7 @@ class Lent:
         read = np.full((1, MODEL.layers, MODEL.experts_per_layer), SLOT)
         link = InstantLink(Sizes(read, read))
         self.cache = ExpertCache(Sizes(read, read), self.tier, link, Recency(), MODEL.top_k)
-        self.lending = Lending(MODEL, self.split, self.tier, self.cache, self.resident)
+        self.lending = Lending(model, self.split, self.tier, self.cache, self.resident)
 
     def resident(self) -> int:
         return self.beyond + (self.tier.slots - self.tier.untouched) * SLOT
@@ -58,7 +58,7 @@ class Lent:
     def decode(self, passes: int) -> None:
         for _ in range(passes):
             self.cache.begin_step("decode")
-            self.lending.begin_pass("decode", 1, 100, 100)
+            self.lending.begin_pass("decode", 1, [100])
         self.tier.finish()
 
     def fill(self) -> list[Expert]:
@@ -114,7 +114,7 @@ def test_a_prompt_takes_back_what_it_may_need_and_the_oldest_leave() -> None:
     tokens, context = 100, 200
     lent.beyond += lent.unused(tokens, context) + 5 * SLOT - 9  # five slots and a bit too little
     lent.beyond += SLOT
-    lent.lending.begin_pass("prefill", tokens, context, context)
+    lent.lending.begin_pass("prefill", tokens, [context])
     gone = slots - lent.tier.slots
     assert gone == 6
     assert 0 <= lent.unused(tokens, context) < SLOT
@@ -129,11 +129,25 @@ def test_what_was_promised_is_never_taken() -> None:
     lent.decode(EVERY)
     lent.fill()
     lent.beyond = 2 * lent.split.budget
-    lent.lending.begin_pass("prefill", 1, 1, 1)
+    lent.lending.begin_pass("prefill", 1, [1])
     assert lent.tier.slots == PROMISED == lent.cache.resident
     lent.decode(2 * EVERY)
     assert lent.tier.slots == PROMISED
     lent.cache.check()
+
+
+def test_sequences_with_running_states_need_room_for_those() -> None:
+    """Of each sequence of a pass: its own, and the copy that the pass works on."""
+    lent = Lent(replace(MODEL, state_bytes=3 * SLOT))
+    lent.leave(20)
+    lent.decode(EVERY)
+    assert lent.tier.slots == PROMISED + 20 - 6
+    lent.beyond += lent.unused(8, 8)
+    lent.lending.begin_pass("prefill", 8, [8])
+    assert lent.tier.slots == PROMISED + 14 - 6
+    lent.beyond += lent.unused(8, 8) - 2 * SLOT
+    lent.lending.begin_pass("prefill", 8, [4, 4])
+    assert lent.tier.slots == PROMISED
 
 
 def test_decoding_gives_back_what_the_process_took() -> None:
@@ -171,7 +185,7 @@ def test_whatever_comes_the_promises_hold(seed: int) -> None:
             tokens = source.randrange(1, 512)
             context = tokens + source.randrange(1000)
             lent.cache.begin_step("prefill")
-            lent.lending.begin_pass("prefill", tokens, context, context)
+            lent.lending.begin_pass("prefill", tokens, [context])
             assert lent.tier.slots <= before
             assert lent.tier.slots == PROMISED or lent.unused(tokens, context) >= 0
         else:

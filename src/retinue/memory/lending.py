@@ -8,7 +8,7 @@ are given up as its pass may need. What experts were promised they never lose.
 No paper's. vLLM (arXiv 2309.06180) and others take what is left after a trial run, once.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from retinue.memory.budget import RESERVE_BYTES, Split, workspace_bytes
@@ -47,29 +47,30 @@ class Lending:
         """How many slots there are beyond the promised ones."""
         return self._tier.slots - self._split.slots
 
-    def begin_pass(self, phase: Phase, tokens: int, context: int, held: int) -> None:
-        """A pass over `tokens` tokens comes next.
-
-        context: tokens of its longest sequence, `held` those of all, with the new ones.
-        """
-        needed = workspace_bytes(self._facts, tokens, context, held)
+    def begin_pass(self, phase: Phase, tokens: int, lengths: Sequence[int]) -> None:
+        """A pass over `tokens` tokens comes next; `lengths` of sequences, with the new tokens."""
         if phase == "prefill":
             self._passes = 0
             if self.lent:
-                self._shrink(needed + self._kv_bytes(tokens))
+                self._shrink(self._needed(tokens, lengths, tokens))
             return
         self._passes += 1
         if self._passes < EVERY:
             return
         self._passes = 0
-        needed += self._kv_bytes(EVERY * tokens) - self._facts.workspace_bytes
+        needed = self._needed(tokens, lengths, EVERY * tokens) - self._facts.workspace_bytes
         self._shrink(needed)
         # What was added last may still be on its way into memory, by a thread that works then.
         if not self._tier.untouched:
             self._grow(needed)
 
-    def _kv_bytes(self, tokens: int) -> int:
-        return self._split.kv if self._keeps_kv else self._facts.kv_bytes_per_token * tokens
+    def _needed(self, tokens: int, lengths: Sequence[int], coming: int) -> int:
+        """Bytes for a pass over `tokens`, and for what sequences keep of `coming` tokens."""
+        facts = self._facts
+        needed = workspace_bytes(facts, tokens, max(lengths), sum(lengths))
+        if self._keeps_kv:
+            return needed + self._split.kv
+        return needed + facts.kv_bytes_per_token * coming + 2 * facts.state_bytes * len(lengths)
 
     def _unused(self, needed: int) -> int:
         """Bytes of the budget that are left beside `needed`, which may be fewer than none."""

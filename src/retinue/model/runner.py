@@ -81,8 +81,8 @@ class Runner:
             numbers = [segment.sequence.number for segment in segments]
             tokens = [token for segment in segments for token in segment.tokens]
             if self._lending is not None:
-                held = [segment.sequence.length + len(segment.tokens) for segment in segments]
-                self._lending.begin_pass(phase, len(tokens), max(held), sum(held))
+                lengths = [s.sequence.length + len(s.tokens) for s in segments]
+                self._lending.begin_pass(phase, len(tokens), lengths)
             self._host.begin_pass(phase, rows, numbers, tokens)
             logits = self._logits(segments, phase)
             if not _is_finite(logits):
