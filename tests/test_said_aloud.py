@@ -137,9 +137,14 @@ def test_the_time_in_which_a_set_of_experts_is_loaded_counts(olmoe: Path) -> Non
 
 
 def test_a_context_that_takes_the_room_of_many_experts(call: Call, olmoe: Path) -> None:
-    """The proposed one holds as many experts as was said, and who chose one is told nothing."""
+    """The proposed one holds as many experts as was said, and who chose one is told nothing.
+
+    Nor is anybody to whom that room is lent.
+    """
     memory = models.short_of_room(olmoe, 0.25)
-    settings = ("run", olmoe, "1 2 3", "--token-ids", "--max-new-tokens", "1", "--memory", memory)
+    common = ("run", olmoe, "1 2 3", "--token-ids", "--max-new-tokens", "1")
+    assert "instead of" not in call(*common, "--memory", memory).err
+    settings = (*common, "--preset", "cache-prior", "--memory", memory)
     said = re.search(
         r"tokens; with `--context (\d+)` .* for (\d+) experts instead of (\d+)", call(*settings).err
     )

@@ -66,9 +66,11 @@ def reserve(model: str | Path, config: Config, beside: int = 0) -> Reserved:
     if config.preset == AUTO:
         better = _recommended(folder, facts, limits.slots, config, notes)
         chosen, given, policies = better or (chosen, given, policies)
-    notes += _context_notes(facts, chosen, config, limits, beside)
     lends = policies.exact and not policies.placement.fixed and sys.platform == "linux"
-    tier = Tier(limits.slots, limits.slot_bytes, limits.more if lends else 0)
+    more = limits.more if lends else 0
+    if not more:
+        notes += _context_notes(facts, chosen, config, limits, beside)
+    tier = Tier(limits.slots, limits.slot_bytes, more)
     tier.touch(min(TOUCHERS, cores()))
     seconds = time.perf_counter() - started
     return Reserved(folder, config, facts, chosen, given, policies, limits, tier, seconds, notes)
@@ -77,7 +79,10 @@ def reserve(model: str | Path, config: Config, beside: int = 0) -> Reserved:
 def _context_notes(
     facts: Facts, chosen: Preset, config: Config, limits: Split, beside: int
 ) -> list[str]:
-    """That a context which nobody asked for takes the room of many experts, if it does."""
+    """That a context which nobody asked for takes the room of many experts, if it does.
+
+    Where slots are lent it does so only while it is used.
+    """
     if config.context is not None or limits.slots == facts.total_experts:
         return []
     shorter = limits.context // SHORTER
