@@ -52,17 +52,18 @@ class Lending:
         if phase == "prefill":
             self._passes = 0
             if self.lent:
-                self._shrink(self._needed(tokens, lengths, tokens))
+                self._shrink(self._unused(self._needed(tokens, lengths, tokens)))
             return
         self._passes += 1
         if self._passes < EVERY:
             return
         self._passes = 0
         needed = self._needed(tokens, lengths, EVERY * tokens) - self._facts.workspace_bytes
-        self._shrink(needed)
+        unused = self._unused(needed)
+        self._shrink(unused)
         # What was added last may still be on its way into memory, by a thread that works then.
         if not self._tier.untouched:
-            self._grow(needed)
+            self._grow(unused)
 
     def _needed(self, tokens: int, lengths: Sequence[int], coming: int) -> int:
         """Bytes for a pass over `tokens`, and for what sequences keep of `coming` tokens."""
@@ -78,13 +79,13 @@ class Lending:
         held = self._resident() + coming + self._split.beside + RESERVE_BYTES
         return self._split.budget - held
 
-    def _grow(self, needed: int) -> None:
-        slots = (self._unused(needed) - SPARE_BYTES) // self._tier.slot_bytes
+    def _grow(self, unused: int) -> None:
+        slots = (unused - SPARE_BYTES) // self._tier.slot_bytes
         if (count := min(slots, self._tier.more)) > 0:
             self._tier.grow(count)
 
-    def _shrink(self, needed: int) -> None:
-        lacking = -(self._unused(needed) // self._tier.slot_bytes)
+    def _shrink(self, unused: int) -> None:
+        lacking = -(unused // self._tier.slot_bytes)
         if (count := min(lacking, self.lent)) > 0:
             self._cache.vacate(count)
             self._tier.shrink(count)
